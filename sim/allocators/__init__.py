@@ -1,0 +1,9 @@
+"""Allocators: who owns which KV slots. Importing the package registers the built-in ones."""
+
+from sim.allocators.base import Admission, Allocator, Capacity, MemoryUsage, allocator
+from sim.allocators.contiguous import ContiguousAllocator
+from sim.allocators.paged import PagedAllocator
+
+__all__ = [
+    "Admission", "Allocator", "Capacity", "ContiguousAllocator", "MemoryUsage", "PagedAllocator", "allocator",
+]  # fmt: skip

@@ -1,0 +1,247 @@
+"""What an allocator is: who owns which KV slots, and what is wasted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.errors import IntegrityError
+from sim.probe import Probe
+from sim.registry import Registry
+from sim.request import Request, Sequence
+from sim.units import FOREVER
+
+allocator: Registry[type[Allocator]] = Registry("allocator")
+
+
+class Admission(Enum):
+    """Whether a request can be given memory: now, after others have left, or not in this pool at all."""
+
+    OK = "ok"
+    LATER = "later"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a device offers: KV slots (one token each), and the longest sequence that the engine serves.
+
+    `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`.
+    """
+
+    num_slots: int
+    max_model_len: int
+    num_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_slots", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsage:
+    """Where the KV slots of the device are at an instant; the five parts add up to the capacity.
+
+    token_states: slots that hold a live token, a shared slot once. reserved: held, and used later by their
+    holder. internal: held, and never used by their holder. external: rounding of a reservation up to its
+    chunk, and free chunks that no reservation fits into. free: everything else.
+    """
+
+    token_states: int
+    reserved: int
+    internal: int
+    external: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        """All slots."""
+        return self.token_states + self.reserved + self.internal + self.external + self.free
+
+
+class Allocator(ABC):
+    """Owner of the KV slots of one device.
+
+    A policy says whether a request fits (`admission`), gives slots (`reserve`), takes them back (`release`)
+    and tells where a sequence's tokens live (`slots`). Accounting is done here, in a handful of counters that
+    change only when a sequence comes, grows or leaves; `num_tokens` is moved by the engine with every step.
+    Its first parameter is the `Capacity`; the keyword-only ones are its YAML fields.
+    """
+
+    can_fork: ClassVar[bool] = False
+    can_swap: ClassVar[bool] = False
+    block_size: int = 1
+    probe: Probe | None = None
+
+    def __init__(self, capacity: Capacity) -> None:
+        self.num_slots = capacity.num_slots
+        self.max_model_len = capacity.max_model_len
+        self.num_tokens = 0
+        self.num_held = 0
+        self.num_internal = 0
+        self.sequences: set[Sequence] = set()
+
+    # What a policy decides
+
+    @abstractmethod
+    def admission(self, request: Request, num_tokens: int) -> Admission:
+        """Whether the request can be given slots for its first `num_tokens` tokens; changes nothing."""
+
+    @abstractmethod
+    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """Give the sequence slots for at least `num_tokens` tokens, on top of those it holds; the new total."""
+
+    @abstractmethod
+    def release(self, sequence: Sequence) -> None:
+        """Take back all slots of the sequence."""
+
+    @abstractmethod
+    def slots(self, sequence: Sequence) -> NDArray[np.int64]:
+        """Slot of every token of the sequence, shape [num_tokens], in order of position."""
+
+    def refusal(self, request: Request, num_tokens: int) -> str:
+        """Why the request can never be admitted, in numbers."""
+        return f"{num_tokens} tokens do not fit into {self.num_slots} slots"
+
+    def num_external(self, head_refused: bool) -> int:
+        """Slots that no request can get: rounding of chunks, and free chunks that are too small.
+
+        `head_refused` is true while the head of the queue waits for memory.
+        """
+        return 0
+
+    @property
+    def headroom(self) -> int:
+        """Sequences that can each outgrow their slots once more without a refusal; unlimited by default."""
+        return FOREVER
+
+    def can_append(self, request: Request) -> bool:
+        """Whether every running branch of the request may have one more token."""
+        return True
+
+    # What the engine calls
+
+    def admit(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give a sequence that holds nothing its first slots, `num_tokens` of them filled in this step."""
+        held = self.reserve(sequence, num_tokens)
+        sequence.capacity = held
+        sequence.origin = num_tokens
+        self.num_tokens += num_tokens
+        self.num_held += held
+        if held > sequence.final_tokens:
+            self.num_internal += held - sequence.final_tokens
+        self.sequences.add(sequence)
+
+    def grow(self, sequences: Iterable[Sequence]) -> None:
+        """Give each of these sequences, whose slots are all filled, room for one more token."""
+        for sequence in sequences:
+            before = sequence.capacity
+            sequence.capacity = held = self.reserve(sequence, before + 1)
+            self.num_held += held - before
+            if held > sequence.final_tokens:
+                self.num_internal += held - max(before, sequence.final_tokens)
+
+    def append(self, sequence: Sequence) -> int:
+        """Make sure that the next token of the sequence has a slot of its own; the number of blocks copied."""
+        if sequence.num_tokens >= sequence.capacity:
+            self.grow((sequence,))
+        return 0
+
+    def free(self, sequence: Sequence) -> None:
+        """Take everything back from a sequence."""
+        self.num_tokens -= sequence.num_tokens
+        self.num_held -= sequence.capacity
+        self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
+        self.sequences.discard(sequence)
+        self.release(sequence)
+        sequence.capacity = 0
+
+    def retire(self, request: Request) -> None:
+        """Note that the branches of a request are done but keep their slots: nothing in them is used again."""
+        for sequence in request.sequences:
+            self.num_tokens -= sequence.num_tokens
+            self.num_internal += sequence.capacity - max(0, sequence.capacity - sequence.final_tokens)
+            sequence.origin = sequence.final_tokens = 0
+
+    # Optional powers, refused unless `can_fork` or `can_swap` says otherwise
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let the child share everything that the parent holds."""
+        raise TypeError(f"{type(self).__name__} cannot share slots between sequences")
+
+    def can_swap_out(self, request: Request) -> bool:
+        """Whether the host has room for what the request holds."""
+        return False
+
+    def swap_out(self, request: Request) -> int:
+        """Move what the request holds to the host; the number of blocks moved."""
+        raise TypeError(f"{type(self).__name__} cannot swap")
+
+    def swap_in_admission(self, request: Request) -> Admission:
+        """Whether a swapped request can come back."""
+        return Admission.NEVER
+
+    def swap_in(self, request: Request) -> int:
+        """Move a swapped request back to the device; the number of blocks moved."""
+        raise TypeError(f"{type(self).__name__} cannot swap")
+
+    @property
+    def blocks_saved(self) -> int:
+        """Blocks that would be held beside those held now if nothing were shared."""
+        return 0
+
+    # Books
+
+    def usage(self, head_refused: bool = False) -> MemoryUsage:
+        """Where the slots are now."""
+        external = self.num_external(head_refused)
+        return MemoryUsage(
+            token_states=self.num_tokens,
+            reserved=self.num_held - self.num_tokens - self.num_internal,
+            internal=self.num_internal,
+            external=external,
+            free=self.num_slots - self.num_held - external,
+        )
+
+    def check_integrity(self) -> None:
+        """Recount everything from the sequences' slots. Raises IntegrityError with the equation that failed."""
+        tables = [self.slots(sequence) for sequence in self.sequences]
+        for sequence, table in zip(self.sequences, tables, strict=True):
+            _equal(f"{sequence}: slots", len(table), "tokens", sequence.num_tokens)
+            _equal(f"{sequence}: distinct slots", len(np.unique(table)), "slots", len(table))
+            if sequence.num_tokens > sequence.capacity:
+                raise IntegrityError(f"{sequence}: tokens({sequence.num_tokens}) > held({sequence.capacity})")
+        slots = np.concatenate(tables) if tables else np.empty(0, np.int64)
+        if len(slots) and (slots.min() < 0 or slots.max() >= self.num_slots):
+            raise IntegrityError(f"slots {slots.min()}..{slots.max()} are not inside 0..{self.num_slots - 1}")
+        distinct = np.unique(slots)
+        if not self.can_fork:
+            _equal("distinct slots of all sequences", len(distinct), "slots of all sequences", len(slots))
+        _equal("token states", self.num_tokens, "distinct slots", len(distinct))
+        for refused in (False, True):
+            usage = self.usage(refused)
+            _equal("token_states + reserved + internal + external + free", usage.total, "capacity", self.num_slots)
+            for name in ("token_states", "reserved", "internal", "external", "free"):
+                if getattr(usage, name) < 0:
+                    raise IntegrityError(f"{name}({getattr(usage, name)}) < 0 in {usage}")
+        self.check_books()
+
+    def check_books(self) -> None:
+        """Compare a policy's own books; called by `check_integrity`."""
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """(field, complaint) for contradictions within the fields of a configuration."""
+        return ()
+
+
+def _equal(left: str, left_value: int, right: str, right_value: int) -> None:
+    if left_value != right_value:
+        raise IntegrityError(f"{left}({left_value}) != {right}({right_value})")

@@ -1,0 +1,236 @@
+"""Paged KV memory: fixed blocks, block tables, sharing by reference count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.allocators.base import Admission, Allocator, Capacity, allocator
+from sim.block_pool import BlockPool
+from sim.errors import IntegrityError
+from sim.registry import Bounds, NonNegativeInt, PositiveInt
+from sim.request import Request, Sequence
+
+
+@allocator("paged")
+class PagedAllocator(Allocator):
+    """Blocks of `block_size` slots handed out on demand, shared on fork, copied on write.
+
+    The rules are those of vLLM V0 (`block_manager_v1.py`, 0.4.2; Kwon et al., SOSP 2023): a watermark of
+    blocks stays free at admission and at swap-in, running sequences may use it; a token may be appended while
+    every running branch could be given a block; swapping moves a shared block once. Only internal
+    fragmentation occurs: fewer than `block_size` slots a sequence.
+
+    Fields:
+        block_size: KV slots per block.
+        watermark: Share of the blocks that an admission leaves free, so that running sequences can grow.
+        num_host_blocks: Blocks of the host pool that swapped requests move to; by default as many as the
+            device has, the bound that the paper gives.
+    """
+
+    can_fork = True
+    can_swap = True
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        block_size: PositiveInt = 16,
+        watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.01,
+        num_host_blocks: NonNegativeInt | None = None,
+    ) -> None:
+        super().__init__(capacity)
+        num_blocks = capacity.num_slots // block_size if capacity.num_blocks is None else capacity.num_blocks
+        if capacity.num_blocks is not None:
+            self.num_slots = num_blocks * block_size
+        self.block_size = block_size
+        self.watermark_blocks = int(watermark * num_blocks)
+        self.pool = BlockPool(num_blocks)
+        self.host_pool = BlockPool(num_blocks if num_host_blocks is None else num_host_blocks, "host")
+        self._remainder = self.num_slots - num_blocks * block_size  # too short for a block
+
+    def num_external(self, head_refused: bool) -> int:
+        """The slots behind the last whole block."""
+        return self._remainder
+
+    def admission(self, request: Request, num_tokens: int) -> Admission:
+        """Room for all of the prompt beside the watermark."""
+        return self._fits(-(-num_tokens // self.block_size), self.pool.num_blocks - self.watermark_blocks)
+
+    def _fits(self, needed: int, largest: int) -> Admission:
+        if needed > largest:
+            return Admission.NEVER
+        return Admission.OK if len(self.pool.free) - needed >= self.watermark_blocks else Admission.LATER
+
+    def refusal(self, request: Request, num_tokens: int) -> str:
+        """Blocks needed against blocks there."""
+        needed = -(-num_tokens // self.block_size)
+        return (
+            f"{num_tokens} tokens need {needed} blocks of {self.block_size} slots, "
+            f"the pool has {self.pool.num_blocks} and keeps {self.watermark_blocks} as watermark"
+        )
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """Append the blocks that the table lacks."""
+        table = sequence.block_table
+        table += self.pool.take(-(-num_tokens // self.block_size) - len(table))
+        return len(table) * self.block_size
+
+    def release(self, sequence: Sequence) -> None:
+        """Drop the table's references, first block first."""
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+
+    def grow(self, sequences: Iterable[Sequence]) -> None:
+        """One more block for each of these sequences."""
+        size = self.block_size
+        sequences = list(sequences)
+        blocks = self.pool.take(len(sequences))
+        for sequence, block in zip(sequences, blocks, strict=True):
+            sequence.block_table.append(block)
+            sequence.capacity = capacity = sequence.capacity + size
+            if capacity > sequence.final_tokens:
+                self.num_internal += capacity - sequence.final_tokens
+        self.num_held += len(blocks) * size
+
+    @property
+    def headroom(self) -> int:
+        """Free blocks."""
+        return len(self.pool.free)
+
+    def can_append(self, request: Request) -> bool:
+        """V0's heuristic: a free block for every running branch, whether it needs one or not."""
+        return len(self.pool.free) >= len(request.sequences)
+
+    def append(self, sequence: Sequence) -> int:
+        """A new block if the last is full, a copy of the last if others share it, else nothing."""
+        tokens = sequence.num_tokens
+        if tokens >= sequence.capacity:
+            self.grow((sequence,))
+            return 0
+        shared = sequence.block_table[-1]
+        if self.pool.references[shared] == 1:
+            return 0
+        size = self.block_size
+        (own,) = self.pool.take()
+        if self.probe is not None:
+            self.probe.copy(shared, own)
+        sequence.block_table[-1] = own
+        self.pool.release((shared,))
+        self.num_held += size
+        self.num_tokens += tokens % size
+        self.num_internal += max(0, sequence.capacity - sequence.final_tokens)
+        return 1
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Share every block of the parent; needs no memory."""
+        self.pool.share(parent.block_table)
+        child.block_table = parent.block_table.copy()
+        child.capacity = parent.capacity
+        child.origin = parent.num_tokens
+        self.sequences.add(child)
+
+    def free(self, sequence: Sequence) -> None:
+        """Drop the sequence's references; only blocks that nobody else holds leave the books."""
+        siblings = [other for other in sequence.request.sequences if other is not sequence and other.block_table]
+        if not siblings or not self.pool.extra_references:
+            super().free(sequence)
+            return
+        self._book([*siblings, sequence], -1)
+        self._book(siblings, 1)
+        self.release(sequence)
+        self.sequences.discard(sequence)
+        sequence.capacity = 0
+
+    def retire(self, request: Request) -> None:
+        """The branches are done: every slot that they hold is internal waste from now on."""
+        self._book(request.sequences, -1)
+        for sequence in request.sequences:
+            sequence.origin = sequence.final_tokens = 0
+        self._book(request.sequences, 1)
+
+    def _book(self, sequences: Iterable[Sequence], sign: int) -> None:
+        """Enter (1) or strike (-1) the distinct blocks that branches of one request hold."""
+        size = self.block_size
+        seen: set[int] = set()
+        for sequence in sequences:
+            tokens, final = sequence.num_tokens, sequence.final_tokens
+            entered_last = sequence.capacity >= final
+            for index, block in enumerate(sequence.block_table):
+                if block not in seen:
+                    seen.add(block)
+                    start = index * size
+                    self.num_held += sign * size
+                    self.num_tokens += sign * min(size, max(0, tokens - start))
+                    if entered_last:
+                        self.num_internal += sign * (size - min(size, max(0, final - start)))
+
+    # Swapping
+
+    def can_swap_out(self, request: Request) -> bool:
+        """Host room for the distinct blocks of the request."""
+        return len(self._distinct(request)) <= self.host_pool.num_free
+
+    def swap_out(self, request: Request) -> int:
+        """Move the distinct blocks to the host; sharing is kept there."""
+        self._book(request.sequences, -1)
+        self.sequences.difference_update(request.sequences)
+        return self._move(request, self.pool, self.host_pool)
+
+    def swap_in_admission(self, request: Request) -> Admission:
+        """Room for the distinct blocks and one fresh block a branch, beside the watermark."""
+        return self._fits(len(self._distinct(request)) + len(request.sequences), self.pool.num_blocks)
+
+    def swap_in(self, request: Request) -> int:
+        """Move the distinct blocks back to the device, to other places."""
+        moved = self._move(request, self.host_pool, self.pool)
+        self._book(request.sequences, 1)
+        self.sequences.update(request.sequences)
+        return moved
+
+    @staticmethod
+    def _distinct(request: Request) -> list[int]:
+        return list(dict.fromkeys(block for sequence in request.sequences for block in sequence.block_table))
+
+    def _move(self, request: Request, source: BlockPool, target: BlockPool) -> int:
+        distinct = self._distinct(request)
+        places = dict(zip(distinct, target.take(len(distinct)), strict=True))
+        if self.probe is not None:
+            self.probe.swap(target.tier, list(places.items()))
+        taken: set[int] = set()
+        for sequence in request.sequences:
+            moved = [places[block] for block in sequence.block_table]
+            target.share([block for block in moved if block in taken])
+            taken.update(moved)
+            source.release(sequence.block_table)
+            sequence.block_table = moved
+        return len(distinct)
+
+    # Where tokens live
+
+    def slots(self, sequence: Sequence) -> NDArray[np.int64]:
+        """Block table times block size plus offset, shape [num_tokens]."""
+        table = np.asarray(sequence.block_table, dtype=np.int64)
+        slots = table[:, None] * self.block_size + np.arange(self.block_size)
+        return slots.reshape(-1)[: sequence.num_tokens]
+
+    @property
+    def blocks_saved(self) -> int:
+        """References beyond the first of every device block."""
+        return self.pool.extra_references
+
+    def check_books(self) -> None:
+        """Reference counts against tables, and the counters against a recount of the blocks."""
+        self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
+        counters = self.num_tokens, self.num_held, self.num_internal
+        self.num_tokens = self.num_held = self.num_internal = 0
+        for request in {sequence.request for sequence in self.sequences}:
+            self._book([sequence for sequence in request.sequences if sequence in self.sequences], 1)
+        recount = self.num_tokens, self.num_held, self.num_internal
+        self.num_tokens, self.num_held, self.num_internal = counters
+        for name, kept, counted in zip(("tokens", "held", "internal"), counters, recount, strict=True):
+            if kept != counted:
+                raise IntegrityError(f"{name}({kept}) != recount over the block tables({counted})")

@@ -1,0 +1,109 @@
+"""The block pool: equal blocks of KV slots with reference counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sim.errors import IntegrityError
+from sim.probe import Probe
+
+
+class OutOfBlocks(RuntimeError):  # noqa: N818
+    """The pool holds fewer free blocks than were asked for; nothing was taken."""
+
+
+class BlockPool:
+    """`num_blocks` equal blocks, each free or held by one or more references.
+
+    The free list is a stack as in vLLM V0 (`block_manager_v1.py`): blocks are taken from its end, and freed
+    blocks go back there. `extra_references` counts the references beyond the first of every block, which is
+    the number of blocks that sharing saves.
+    """
+
+    __slots__ = ("extra_references", "free", "num_blocks", "probe", "references", "tier")
+
+    def __init__(self, num_blocks: int, tier: str = "device") -> None:
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks must be at least 0, got {num_blocks}")
+        self.num_blocks = num_blocks
+        self.tier = tier
+        self.free = list(range(num_blocks))
+        self.references = [0] * num_blocks
+        self.extra_references = 0
+        self.probe: Probe | None = None
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken now."""
+        return len(self.free)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds."""
+        return self.num_blocks - len(self.free)
+
+    def take(self, count: int = 1) -> list[int]:
+        """Hand out `count` free blocks. Raises OutOfBlocks and takes none if there are fewer."""
+        free = self.free
+        if count > len(free):
+            raise OutOfBlocks(f"asked for {count} blocks, {len(free)} of {self.num_blocks} are free")
+        if count == 0:
+            return []
+        blocks = free[: -count - 1 : -1]
+        del free[-count:]
+        references = self.references
+        for block in blocks:
+            references[block] = 1
+        if self.probe is not None:
+            self.probe.take(self.tier, blocks)
+        return blocks
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add a reference to each of these held blocks. Raises ValueError for a free one."""
+        references = self.references
+        for block in blocks:
+            if references[block] == 0:
+                raise ValueError(f"block {block} is free and cannot be shared")
+            references[block] += 1
+        self.extra_references += len(blocks)
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop a reference to each block; those without any are free again. Raises ValueError on a double free."""
+        references = self.references
+        free = self.free
+        before = len(free)
+        for block in blocks:
+            count = references[block]
+            if count == 1:
+                references[block] = 0
+                free.append(block)
+            elif count > 1:
+                references[block] = count - 1
+                self.extra_references -= 1
+            else:
+                raise ValueError(f"double free of block {block}")
+        if self.probe is not None and len(free) > before:
+            self.probe.free(self.tier, free[before:])
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Compare the counts with the tables that hold the blocks. Raises IntegrityError with the equation."""
+        counted = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                counted[block] += 1
+        for block, (count, references) in enumerate(zip(counted, self.references, strict=True)):
+            if count != references:
+                raise IntegrityError(
+                    f"{self.tier} block {block}: references({references}) != tables holding it({count})"
+                )
+        used = sum(1 for count in counted if count)
+        if len(set(self.free)) != len(self.free):
+            raise IntegrityError(f"{self.tier} pool: distinct free({len(set(self.free))}) != free({len(self.free)})")
+        if used + len(self.free) != self.num_blocks:
+            raise IntegrityError(
+                f"{self.tier} pool: used({used}) + free({len(self.free)}) != total({self.num_blocks})"
+            )
+        if sum(counted) - used != self.extra_references:
+            raise IntegrityError(
+                f"{self.tier} pool: references({sum(counted)}) - used({used}) != extra({self.extra_references})"
+            )

@@ -1,0 +1,114 @@
+"""The decode set: all sequences that gain one token a step, moved as one group.
+
+A decode step adds a token to every member, so the set keeps a clock instead of walking its members: a
+member's length is derived from the clock, the total context is a counter, and what will happen to a member
+(its last token, the token for which it holds no slot) stands in a calendar by clock tick. A step costs what
+changes in it, whatever the size of the set.
+"""
+
+from __future__ import annotations
+
+import heapq
+from operator import attrgetter
+
+from sim.request import NEVER, Sequence
+from sim.units import FOREVER
+
+arrival_order = attrgetter("order")
+
+
+class DecodeSet:
+    """Sequences that decode together, with a calendar of their finishes and of their growth.
+
+    `clock` counts decode steps; `size` members hold `context` tokens in all. Tick t is the step after which
+    the clock reads t: a member grows at the tick whose token exceeds its slots and finishes at the tick of
+    its last token.
+    """
+
+    __slots__ = ("_finish_ticks", "clock", "context", "copy_pending", "finishes", "growths", "size")
+
+    def __init__(self) -> None:
+        self.clock = 0
+        self.size = 0
+        self.context = 0
+        self.finishes: dict[int, list[Sequence]] = {}
+        self.growths: dict[int, list[Sequence]] = {}
+        self.copy_pending: list[Sequence] = []  # forked: the last block may be shared
+        self._finish_ticks: list[int] = []  # heap of the keys of `finishes`
+
+    def join(self, sequence: Sequence) -> None:
+        """Let a sequence whose prompt is computed take part from the next tick on."""
+        clock = self.clock
+        tokens = sequence.origin
+        self.size += 1
+        self.context += tokens
+        sequence.origin = origin = tokens - clock
+        sequence.decodes = self
+        sequence.finish_tick = tick = sequence.final_tokens - origin
+        finishing = self.finishes.get(tick)
+        if finishing is None:
+            self.finishes[tick] = [sequence]
+            heapq.heappush(self._finish_ticks, tick)
+        else:
+            finishing.append(sequence)
+        if sequence.capacity < sequence.final_tokens:
+            self.await_growth(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take a member out before it is done."""
+        tokens = sequence.origin + self.clock
+        self.finishes[sequence.finish_tick].remove(sequence)
+        if sequence.grow_tick != NEVER:
+            self.growths[sequence.grow_tick].remove(sequence)
+        if self.copy_pending and sequence in self.copy_pending:
+            self.copy_pending.remove(sequence)
+        self._forget(sequence, tokens)
+
+    def _forget(self, sequence: Sequence, tokens: int) -> None:
+        self.size -= 1
+        self.context -= tokens
+        sequence.origin = tokens
+        sequence.decodes = None
+        sequence.finish_tick = NEVER
+        sequence.grow_tick = NEVER
+
+    def await_growth(self, sequence: Sequence) -> None:
+        """Note the tick at which a member needs a slot that it does not hold."""
+        if sequence.capacity >= sequence.final_tokens:
+            sequence.grow_tick = NEVER
+            return
+        sequence.grow_tick = tick = sequence.capacity + 1 - sequence.origin
+        growing = self.growths.get(tick)
+        if growing is None:
+            self.growths[tick] = [sequence]
+        else:
+            growing.append(sequence)
+
+    def take_growing(self, tick: int) -> list[Sequence] | None:
+        """Members that outgrow their slots at this tick in order of arrival, off the calendar."""
+        growing = self.growths.pop(tick, None)
+        if growing is not None and len(growing) > 1:
+            growing.sort(key=arrival_order)
+        return growing
+
+    def advance(self, steps: int = 1) -> None:
+        """Give every member `steps` more tokens."""
+        self.clock += steps
+        self.context += steps * self.size
+
+    @property
+    def next_finish(self) -> int:
+        """The next tick at which a member may be done; FOREVER if the set is empty."""
+        return self._finish_ticks[0] if self._finish_ticks else FOREVER
+
+    def take_finished(self) -> list[Sequence]:
+        """Members whose last token came with this tick, in order of arrival; they are out of the set."""
+        if not self._finish_ticks or self._finish_ticks[0] != self.clock:
+            return []
+        heapq.heappop(self._finish_ticks)
+        finished = self.finishes.pop(self.clock)
+        if len(finished) > 1:
+            finished.sort(key=arrival_order)
+        for sequence in finished:
+            self._forget(sequence, sequence.final_tokens)
+        return finished

@@ -1,0 +1,348 @@
+"""The engine: a SimPy process that plans a step, sleeps while it runs, and commits it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Generator
+from itertools import accumulate
+from typing import Any
+
+import simpy
+
+from sim.beams import BeamSearch, fork
+from sim.decode_set import arrival_order
+from sim.errors import Stalled
+from sim.probe import Probe
+from sim.recorder import Recorder
+from sim.request import NEVER, Request, Sequence
+from sim.schedulers.base import Scheduler
+from sim.step import Step
+from sim.timing.base import StepTime
+from sim.timing.transfers import Transfers
+from sim.units import FOREVER
+
+LONGEST_STRETCH = 4096
+"""Steps committed at once at most; where a stretch ends makes no difference."""
+
+AFTER_ARRIVALS = 2
+"""SimPy priority of the end of a step: what arrives at that instant is there when the next step is planned."""
+
+
+class Engine:
+    """One replica: plan, sleep, commit, as long as there is work.
+
+    Where nothing can change between steps, a whole stretch of them is slept through and committed at once:
+    no sequence finishes in it, no request arrives that could be admitted, and free memory covers all growth.
+    The result is the same to the last bit as with one step at a time.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        scheduler: Scheduler,
+        timing: StepTime,
+        transfers: Transfers,
+        recorder: Recorder,
+        *,
+        max_model_len: int,
+        beams: BeamSearch | None = None,
+        probe: Probe | None = None,
+        on_done: Callable[[Request], None] | None = None,
+    ) -> None:
+        self.env = env
+        self.scheduler = scheduler
+        self.allocator = scheduler.allocator
+        self.timing = timing
+        self.transfers = transfers
+        self.recorder = recorder
+        self.max_model_len = max_model_len
+        self.beams = beams
+        self.probe = probe
+        self.on_done = on_done
+        self.next_arrival = FOREVER  # kept by the source of requests
+        self.num_steps = 0
+        self.num_live = 0
+        self.preemptions = 0
+        self.copied_blocks = 0
+        self.swapped_out_blocks = 0
+        self.swapped_in_blocks = 0
+        self._idle: simpy.Event | None = None
+        self._arrived: list[int] = []  # arrival times since the last commit
+        recorder.num_slots = self.allocator.num_slots
+        if probe is not None:
+            probe.start(self.allocator)
+        self.process = env.process(self._run())
+
+    def submit(self, request: Request) -> None:
+        """Take a request in now; one that the model's length cannot serve is refused at once."""
+        now = self.env.now
+        request.arrival_time = now
+        self.recorder.last_arrival = now
+        self.num_live += 1
+        if request.prompt_tokens > self.max_model_len:
+            request.status = "rejected"
+            request.reason = f"prompt of {request.prompt_tokens} tokens exceeds max_model_len {self.max_model_len}"
+            self._done(request)
+            return
+        room = self.max_model_len - request.prompt_tokens
+        if request.output_tokens > room:
+            request.output_tokens = room or 1
+        self.scheduler.add(request)
+        if self._idle is not None:
+            self._idle.succeed()
+            self._idle = None
+        else:
+            self._arrived.append(now)
+
+    def _run(self) -> Generator[simpy.Event, Any, None]:
+        env = self.env
+        while True:
+            self._arrived.clear()
+            step = self._plan()
+            start = env.now
+            if step is None:
+                self._idle = simpy.Event(env)
+                yield self._idle
+                if env.now > start:
+                    self.record_pause(start)
+                continue
+            tokens = self.allocator.num_tokens
+            end, steps = self._begin(step, start)
+            pause = simpy.Event(env)
+            pause._ok = True
+            pause._value = None
+            env.schedule(pause, AFTER_ARRIVALS, end - start)
+            yield pause
+            self._record(step, start, steps, tokens)
+            self._commit(step, end)
+            self.num_steps += steps
+
+    def record_pause(self, start: int) -> None:
+        """Note that the engine stood still since `start`."""
+        allocator = self.allocator
+        recorder = self.recorder
+        recorder.durations.append(self.env.now - start)
+        recorder.held.append(allocator.num_held)
+        recorder.internal.append(allocator.num_internal)
+        recorder.external.append(allocator.num_external(head_refused=False))
+        recorder.stretch(start, 1, 0, 0, 0, 0, allocator.num_tokens, 0, 0)
+
+    def _plan(self) -> Step | None:
+        """The next step that computes something, or None if there is nothing to do."""
+        scheduler = self.scheduler
+        while True:
+            step = scheduler.plan(self.env.now)
+            if step.rejected:
+                for request in step.rejected:
+                    self._done(request)
+            if step.preempted:
+                self.preemptions += len(step.preempted)
+            if step.chunks or step.num_decodes:
+                return step
+            if not step.rejected and not step.preempted:
+                if scheduler.num_waiting or scheduler.running:
+                    raise Stalled(self._complaint())
+                return None
+
+    def _complaint(self) -> str:
+        scheduler = self.scheduler
+        request = next(iter([*scheduler.waiting, *scheduler.swapped, *scheduler.running]))
+        usage = self.allocator.usage()
+        return (
+            f"nothing can proceed at {self.env.now / 1e9:.6f} s: {request} is {request.status} and needs slots for "
+            f"{request.prefill_tokens} tokens; running {len(scheduler.running)}, waiting {len(scheduler.waiting)}, "
+            f"swapped {len(scheduler.swapped)}, memory {usage}"
+        )
+
+    def _begin(self, step: Step, start: int) -> tuple[int, int]:
+        """Note the step, and as many after it as can be foreseen; (end of the last, their number)."""
+        allocator = self.allocator
+        recorder = self.recorder
+        seconds = self.timing.seconds(step)
+        if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
+            seconds += self.transfers.seconds(step)
+            self.copied_blocks += step.copied_blocks
+            self.swapped_out_blocks += step.swapped_out_blocks
+            self.swapped_in_blocks += step.swapped_in_blocks
+        duration = round(seconds * 1e9) or 1
+        held = allocator.num_held
+        internal = allocator.num_internal
+        external = allocator.num_external(self.scheduler.head_refused)
+        recorder.durations.append(duration)
+        recorder.held.append(held)
+        recorder.internal.append(internal)
+        recorder.external.append(external)
+        if self.probe is not None:
+            if self.num_steps >= self.probe.next_sample:
+                self._sample(start)
+        end = start + duration
+        if step.chunks:
+            return end, 1
+        limit = self._foreseen()
+        if limit < 1:
+            return end, 1
+        horizon = self.next_arrival if self.scheduler.open_to_arrivals else FOREVER
+        if end >= horizon:
+            return end, 1
+        return self._extend(end, limit, horizon, held, internal, external)
+
+    def _foreseen(self) -> int:
+        """Steps after the one planned in which no sequence finishes or forks and the scheduler stays quiet."""
+        decodes = self.scheduler.decodes
+        limit = decodes.next_finish - decodes.clock
+        if self.beams is not None:
+            limit = min(limit, self.beams.next_turnover - decodes.clock)
+        if self.probe is not None:
+            limit = min(limit, self.probe.next_sample - self.num_steps - 1)
+        if limit > 0:
+            limit = min(limit, self.scheduler.quiet_for(self.env.now))
+        if limit > 0 and not self.scheduler.safe_ticks(0):
+            return 0
+        return limit
+
+    def _extend(
+        self, end: int, limit: int, horizon: int, held: int, internal: int, external: int
+    ) -> tuple[int, int]:
+        """Commit decode steps ahead: their times first, then the growth in each while memory is safe."""
+        scheduler = self.scheduler
+        decodes = scheduler.decodes
+        recorder = self.recorder
+        durations = self._durations(end, limit, horizon)
+        count = len(durations)
+        growths = decodes.growths
+        if growths:
+            allocator = self.allocator
+            tick = decodes.clock
+            for index in range(count):
+                tick += 1
+                growing = growths.get(tick)
+                if growing is not None:
+                    if not scheduler.safe_ticks(len(growing)):
+                        count = index
+                        durations = durations[:index]
+                        break
+                    scheduler.grow_tick(tick)
+                    held = allocator.num_held
+                    internal = allocator.num_internal
+                    external = allocator.num_external(scheduler.head_refused)
+                recorder.held.append(held)
+                recorder.internal.append(internal)
+                recorder.external.append(external)
+        else:
+            recorder.held.extend([held] * count)
+            recorder.internal.extend([internal] * count)
+            recorder.external.extend([external] * count)
+        recorder.durations.extend(durations)
+        decodes.advance(count)
+        self.allocator.num_tokens += count * decodes.size
+        return end + sum(durations), count + 1
+
+    def _durations(self, end: int, limit: int, horizon: int) -> list[int]:
+        """Times (ns) of at most `limit` further decode steps, up to the first that ends at the horizon or past it."""
+        decodes = self.scheduler.decodes
+        size = decodes.size
+        context = decodes.context
+        seconds = self.timing.decode_seconds
+        if self.timing.context_free:
+            duration = round(seconds(size, context) * 1e9) or 1
+            return [duration] * min(limit, LONGEST_STRETCH, -((end - horizon) // duration))
+        durations = []
+        for _ in range(min(limit, LONGEST_STRETCH)):
+            context += size
+            duration = round(seconds(size, context) * 1e9) or 1
+            durations.append(duration)
+            end += duration
+            if end >= horizon:
+                break
+        return durations
+
+    def _record(self, step: Step, start: int, steps: int, tokens: int) -> None:
+        """Hand the stretch to the recorder, in parts that begin where requests joined the queue."""
+        scheduler = self.scheduler
+        recorder = self.recorder
+        arrived = self._arrived
+        running = len(scheduler.running)
+        waiting = scheduler.num_waiting - len(arrived)
+        decodes = step.num_decodes
+        saved = self.allocator.blocks_saved
+        if steps > 1 and arrived:
+            starts = list(accumulate(recorder.durations[-steps:-1], initial=start))
+            begin = 0
+            for number, instant in enumerate(arrived):
+                index = bisect_left(starts, instant)
+                if begin < index < steps:
+                    at = tokens + begin * decodes
+                    recorder.stretch(
+                        starts[begin], index - begin, 0, decodes, running, waiting + number, at, decodes, saved
+                    )
+                    begin = index
+                elif index >= steps:
+                    number -= 1
+                    break
+            waiting += number + 1
+            start = starts[begin]
+            steps -= begin
+            tokens += begin * decodes
+        recorder.stretch(
+            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, decodes, saved
+        )
+
+    def _sample(self, now: int) -> None:
+        """Show the probe all that is live."""
+        probe = self.probe
+        assert probe is not None
+        live = sorted(self.allocator.sequences, key=arrival_order)
+        for sequence in live:
+            probe.write(sequence)
+        probe.sample(self.num_steps, now, live)
+
+    def _commit(self, step: Step, end: int) -> None:
+        """Hand out the tokens of the last step: computed prompts start to decode, finished sequences leave."""
+        decodes = self.scheduler.decodes
+        for sequence, begin, tokens in step.chunks:
+            request = sequence.request
+            if begin + tokens < request.prefill_tokens:
+                continue
+            if request.first_token_time == NEVER:
+                request.first_token_time = end
+                if request.width > 1:
+                    self._fork(sequence, end)
+                    continue
+            if sequence.origin < sequence.final_tokens:
+                decodes.join(sequence)
+            else:
+                self._complete(sequence, end)
+        if step.num_decodes:
+            for sequence in decodes.take_finished():
+                self._complete(sequence, end)
+            if self.beams is not None:
+                self.beams.turn_over(self.scheduler)
+
+    def _fork(self, parent: Sequence, end: int) -> None:
+        """The prompt is computed: go on with one branch for each sample or beam."""
+        request = parent.request
+        decodes = self.scheduler.decodes
+        for _ in range(1, request.width):
+            request.sequences.append(fork(self.allocator, parent))
+        if parent.origin == parent.final_tokens:
+            for sequence in list(request.sequences):
+                self._complete(sequence, end)
+            return
+        for sequence in request.sequences:
+            decodes.join(sequence)
+        decodes.copy_pending += request.sequences
+        if self.beams is not None and request.beam_width > 1:
+            self.beams.start(request, decodes)
+
+    def _complete(self, sequence: Sequence, end: int) -> None:
+        if self.scheduler.complete(sequence):
+            request = sequence.request
+            request.status = "finished"
+            request.finish_time = end
+            self._done(request)
+
+    def _done(self, request: Request) -> None:
+        self.num_live -= 1
+        self.recorder.request(request)
+        if self.on_done is not None:
+            self.on_done(request)

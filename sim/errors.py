@@ -1,0 +1,15 @@
+"""Errors that speak to the user."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The user's mistake: the command line prints the message alone and exits with code 2."""
+
+
+class Stalled(RuntimeError):  # noqa: N818
+    """Nothing can proceed any more; the message says which request needs what."""
+
+
+class IntegrityError(RuntimeError):
+    """An allocator's books do not add up; the message names the equation that failed."""

@@ -1,0 +1,179 @@
+"""The recorder: append-only columns of requests, steps and memory, and exact sums over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.request import NEVER, Request
+from sim.summary import LatencyTally, MemoryTally
+
+Columns = dict[str, NDArray[Any]]
+Sink = Callable[[str, Columns], None]
+Ints = NDArray[np.int64]
+
+CHUNK = 1 << 15
+"""Rows kept before they are turned into columns and handed on: what bounds the recorder's memory."""
+
+REQUEST_COLUMNS = (
+    "request_id", "arrival_time", "prompt_tokens", "output_tokens", "status", "reason",
+    "first_scheduled_time", "first_token_time", "finish_time", "preemptions", "cached_tokens",
+)  # fmt: skip
+
+
+class Recorder:
+    """Takes what happens in stretches, hands it on in columns.
+
+    `sink(table, columns)` gets chunks of the tables `requests`, `steps` and `memory` that are switched on, in
+    order of time; times in seconds, memory in slots. The sums behind the summary are kept whatever is
+    switched on, in whole numbers, so that they do not depend on chunks or stretches.
+    """
+
+    def __init__(
+        self, sink: Sink | None = None, *, requests: bool = True, steps: bool = True, memory: bool = True
+    ) -> None:
+        self._sink = sink
+        self._wanted = {"requests": requests, "steps": steps, "memory": memory}
+        self.latencies = LatencyTally()
+        self.memory = MemoryTally()
+        self.num_slots = 0
+        self.num_steps = 0
+        self.last_arrival = 0
+        self._requests: list[tuple[Any, ...]] = []
+        # One row a stretch of steps: start, steps, prefill tokens, decoding sequences, running and waiting
+        # requests, token states in the first step and more per step, blocks saved by sharing.
+        self._stretches: list[tuple[int, ...]] = []
+        self._covered = 0  # steps in them
+        # One entry a step.
+        self.durations: list[int] = []
+        self.held: list[int] = []
+        self.internal: list[int] = []
+        self.external: list[int] = []
+
+    def request(self, request: Request) -> None:
+        """A request is over."""
+        self._requests.append(
+            (
+                request.id,
+                request.arrival_time,
+                request.prompt_tokens,
+                request.output_tokens,
+                request.width,
+                request.status,
+                request.reason,
+                request.first_scheduled_time,
+                request.first_token_time,
+                request.finish_time,
+                request.preemptions,
+                request.cached_tokens,
+            )
+        )
+        if len(self._requests) >= CHUNK:
+            self._flush_requests()
+
+    def stretch(
+        self,
+        start: int,
+        steps: int,
+        prefill_tokens: int,
+        decode_seqs: int,
+        running: int,
+        waiting: int,
+        tokens: int,
+        tokens_per_step: int,
+        saved_blocks: int,
+    ) -> None:
+        """Steps that differ only in what was appended to the columns of single steps beforehand.
+
+        A stretch that neither prefills nor decodes is a pause of the engine: it shows in the memory only.
+        """
+        self._stretches.append(
+            (start, steps, prefill_tokens, decode_seqs, running, waiting, tokens, tokens_per_step, saved_blocks)
+        )
+        self._covered += steps
+        if self._covered >= CHUNK and self._covered == len(self.durations):
+            self._flush_stretches()
+
+    def close(self) -> None:
+        """Hand on what is left."""
+        self._flush_requests()
+        self._flush_stretches()
+
+    def _emit(self, table: str, columns: Columns) -> None:
+        if self._sink is not None and self._wanted[table]:
+            self._sink(table, columns)
+
+    def _flush_requests(self) -> None:
+        if not self._requests:
+            return
+        (ids, arrival, prompt, output, width, status, reason, scheduled, first, finish, preemptions, cached) = zip(
+            *self._requests, strict=True
+        )
+        self._requests = []
+        times = {
+            "arrival_time": np.array(arrival, np.int64),
+            "first_scheduled_time": np.array(scheduled, np.int64),
+            "first_token_time": np.array(first, np.int64),
+            "finish_time": np.array(finish, np.int64),
+        }
+        outputs = np.array(output, np.int64)
+        widths = np.array(width, np.int64)
+        self.latencies.add(times, outputs, widths, np.array(prompt, np.int64), np.array(cached, np.int64))
+        columns: Columns = {
+            "request_id": np.array(ids, np.int64),
+            "prompt_tokens": np.array(prompt, np.int64),
+            "output_tokens": outputs * widths,
+            "status": np.array(status, object),
+            "reason": np.array(reason, object),
+            "preemptions": np.array(preemptions, np.int64),
+            "cached_tokens": np.array(cached, np.int64),
+        }
+        for name, values in times.items():
+            columns[name] = np.where(values == NEVER, np.nan, values / 1e9)
+        self._emit("requests", {name: columns[name] for name in REQUEST_COLUMNS})
+
+    def _flush_stretches(self) -> None:
+        if not self._stretches:
+            return
+        rows: Ints = np.array(self._stretches, np.int64)
+        durations, held, internal, external = (
+            np.array(column, np.int64) for column in (self.durations, self.held, self.internal, self.external)
+        )
+        self._stretches = []
+        self._covered = 0
+        for column in (self.durations, self.held, self.internal, self.external):
+            column.clear()
+        steps = rows[:, 1]
+        first = np.repeat(np.cumsum(steps) - steps, steps)  # index of each step's first in its stretch
+        starts, _, prefill, decodes, running, waiting, tokens, slope, saved = np.repeat(rows, steps, axis=0).T
+        elapsed = np.cumsum(durations) - durations
+        starts = starts + (elapsed - elapsed[first])
+        tokens = tokens + (np.arange(len(first)) - first) * slope
+        parts = {
+            "token_states": tokens,
+            "reserved": held - tokens - internal,
+            "internal": internal,
+            "external": external,
+            "free": self.num_slots - held - external,
+        }
+        self.memory.add(starts, durations, parts, running, waiting, saved, held, self.last_arrival)
+        busy = (prefill > 0) | (decodes > 0)
+        self.num_steps += int(busy.sum())
+        times = starts / 1e9
+        if busy.all():
+            busy = slice(None)
+        self._emit(
+            "steps",
+            {
+                "time": times[busy],
+                "duration": durations[busy] / 1e9,
+                "prefill_tokens": prefill[busy],
+                "decode_seqs": decodes[busy],
+                "running": running[busy],
+                "waiting": waiting[busy],
+            },
+        )
+        self._emit("memory", {"time": times, **parts})

@@ -1,0 +1,106 @@
+"""Requests, and the sequences that they become while they live."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from sim.decode_set import DecodeSet
+
+Status = Literal["waiting", "running", "swapped", "finished", "rejected"]
+
+NEVER = -1
+"""A time or tick that has not come."""
+
+
+class Sequence:
+    """One branch of a request while it lives.
+
+    `num_tokens` counts tokens whose K and V have a slot; the last sampled token gets its slot with the next
+    step, so a branch of P prompt and O output tokens ends with `final_tokens` = P + O - 1 of them.
+    """
+
+    __slots__ = (
+        "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "grow_tick", "order",
+        "origin", "request",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
+        self.request = request
+        self.branch = branch
+        self.order = request.id << 32 | branch  # first come, first served, parents before their forks
+        self.final_tokens = final_tokens
+        self.capacity = 0  # slots held; kept by the allocator
+        self.block_table: list[int] = []  # kept by allocators that hand out blocks
+        # Kept by the decode set: while a sequence decodes, its length is its origin plus the set's clock.
+        self.decodes: DecodeSet | None = None
+        self.origin = num_tokens
+        self.finish_tick = NEVER
+        self.grow_tick = NEVER
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have a KV slot now (the token of the step in flight included)."""
+        return self.origin if self.decodes is None else self.origin + self.decodes.clock
+
+    def __repr__(self) -> str:
+        return f"sequence {self.request.id}.{self.branch}"
+
+
+class Request:
+    """What a client asked for, and what became of it.
+
+    Times are integer nanoseconds (`NEVER` until they come). `output_tokens` is the true output of each
+    branch; policies that could not know it must not read it. `n` parallel samples or `beam_width` beams
+    share the prompt. `content` names the prompt's content: equal leading ids mean equal leading tokens
+    (`content_grain` tokens an id, the last one possibly partial); None is content of its own.
+    """
+
+    __slots__ = (
+        "arrival_time", "beam_width", "cached_tokens", "content", "content_grain", "finish_time",
+        "first_scheduled_time", "first_token_time", "id", "n", "next_branch", "output_tokens",
+        "preemptions", "prefill_tokens", "priority", "prompt_tokens", "reason", "sequences", "status", "tenant",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        id: int,  # noqa: A002
+        arrival_time: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        n: int = 1,
+        beam_width: int = 1,
+        content: tuple[int, ...] | None = None,
+        content_grain: int = 0,
+        priority: int = 0,
+        tenant: int = 0,
+    ) -> None:
+        self.id = id
+        self.arrival_time = arrival_time
+        self.prompt_tokens = prompt_tokens
+        self.prefill_tokens = prompt_tokens  # grows by the generated tokens after a recompute
+        self.output_tokens = output_tokens
+        self.n = n
+        self.beam_width = beam_width
+        self.content = content
+        self.content_grain = content_grain
+        self.priority = priority
+        self.tenant = tenant
+        self.status: Status = "waiting"
+        self.reason = ""
+        self.sequences: list[Sequence] = []
+        self.next_branch = 1
+        self.first_scheduled_time = NEVER
+        self.first_token_time = NEVER
+        self.finish_time = NEVER
+        self.preemptions = 0
+        self.cached_tokens = 0
+
+    @property
+    def width(self) -> int:
+        """Branches that run side by side: samples or beams."""
+        return self.n if self.n > self.beam_width else self.beam_width
+
+    def __repr__(self) -> str:
+        return f"request {self.id}"

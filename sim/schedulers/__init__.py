@@ -1,0 +1,9 @@
+"""Schedulers: who runs in the next step. Importing the package registers the built-in ones."""
+
+from sim.schedulers.base import Scheduler, scheduler
+from sim.schedulers.orca import Orca
+from sim.schedulers.static import Static
+from sim.schedulers.victims import victim
+from sim.schedulers.vllm_v0 import VllmV0
+
+__all__ = ["Orca", "Scheduler", "Static", "VllmV0", "scheduler", "victim"]

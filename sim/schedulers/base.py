@@ -1,0 +1,294 @@
+"""What a scheduler is: who runs in the next step, who is admitted, who gives way."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from sim.allocators.base import Admission, Allocator
+from sim.decode_set import DecodeSet, arrival_order
+from sim.registry import Registry
+from sim.request import Request, Sequence
+from sim.schedulers.victims import victim
+from sim.step import Step
+from sim.units import FOREVER
+
+scheduler: Registry[type[Scheduler]] = Registry("scheduler")
+
+Preemption = Literal["auto", "recompute", "swap"]
+_victims = victim  # `victim` is also the name of a parameter
+
+
+class Scheduler(ABC):
+    """Keeper of the queues, over one allocator.
+
+    A policy implements `plan`. It may call what stands below it here: `admit`, `grow`, `preempt`, `swap_in`,
+    `reject`; the engine tells it of computed prompts and finished sequences. Its first parameter is the
+    allocator; the keyword-only ones are its YAML fields.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        *,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        preemption: Preemption = "auto",
+        victim: str = "latest",
+    ) -> None:
+        self.allocator = allocator
+        self.max_num_seqs = FOREVER if max_num_seqs is None else max_num_seqs
+        self.max_num_batched_tokens = FOREVER if max_num_batched_tokens is None else max_num_batched_tokens
+        self.preemption = preemption
+        self.decodes = DecodeSet()
+        self.waiting: deque[Request] = deque()
+        self.running: dict[Request, None] = {}
+        self.swapped: dict[Request, None] = {}
+        self.num_seqs = 0  # branches that running requests have or will fork
+        self.head_refused = False  # the head of the queue waits for memory
+        self.recomputed_tokens = 0
+        self._choose_victim = _victims[victim]
+        self._widest = 1
+
+    # What a policy decides
+
+    @abstractmethod
+    def plan(self, now: int) -> Step:
+        """What the step that starts now (ns) does; slots for its tokens are taken when it returns."""
+
+    def quiet_for(self, now: int) -> int:
+        """Decode steps for which `plan` would only grow the decode set again.
+
+        Counted from a plan that only grew it, and as long as memory suffices, no sequence finishes and no
+        request arrives that could be admitted. A policy that depends on time or counts its own steps keeps
+        this default of none.
+        """
+        return 0
+
+    @property
+    def open_to_arrivals(self) -> bool:
+        """Whether a request that arrives now would be looked at by the next plan."""
+        return True
+
+    # What policies share
+
+    def add(self, request: Request) -> None:
+        """Queue a request that arrived."""
+        self.waiting.append(request)
+        if request.width > self._widest:
+            self._widest = request.width
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are in and not running: queued or swapped out."""
+        return len(self.waiting) + len(self.swapped)
+
+    def head_admission(self, step: Step) -> Admission:
+        """What the allocator says of the head of the queue; a head that can never run is rejected and gone."""
+        request = self.waiting[0]
+        tokens = request.prefill_tokens
+        admission = self.allocator.admission(request, tokens)
+        if admission is Admission.LATER:
+            self.head_refused = True
+        elif admission is Admission.NEVER:
+            self.reject(self.waiting.popleft(), self.allocator.refusal(request, tokens), step)
+        elif request.width > self.max_num_seqs:
+            reason = f"{request.width} samples or beams exceed max_num_seqs, {self.max_num_seqs}"
+            self.reject(self.waiting.popleft(), reason, step)
+            admission = Admission.NEVER
+        return admission
+
+    @property
+    def full(self) -> bool:
+        """Whether the head of the queue would exceed max_num_seqs."""
+        return self.num_seqs + self.waiting[0].width > self.max_num_seqs
+
+    def admit_in_order(self, step: Step, now: int) -> None:
+        """Admit from the head of the queue until memory, sequences or prompt tokens are used up."""
+        batched = 0
+        while self.waiting:
+            tokens = self.waiting[0].prefill_tokens
+            admission = self.head_admission(step)
+            if admission is Admission.NEVER:
+                continue
+            over = batched and batched + tokens > self.max_num_batched_tokens
+            if admission is Admission.LATER or over or self.full:
+                return
+            batched += tokens
+            self.admit(self.waiting.popleft(), step, now)
+
+    def admit(self, request: Request, step: Step, now: int) -> None:
+        """Give a queued request its slots and its whole prompt to this step."""
+        tokens = request.prefill_tokens
+        if request.sequences:
+            sequence = request.sequences[0]
+            self.recomputed_tokens += tokens - 1
+        else:
+            sequence = Sequence(request, 0, 0, request.prompt_tokens + request.output_tokens - 1)
+            request.sequences.append(sequence)
+            request.first_scheduled_time = now
+        self.allocator.admit(sequence, tokens)
+        request.status = "running"
+        self.running[request] = None
+        self.num_seqs += request.width
+        step.chunks.append((sequence, 0, tokens))
+
+    def grow(self, step: Step) -> None:
+        """Give every decoding sequence a slot for its next token and put them into the step.
+
+        While a request cannot have its slots, another one is preempted, in the end the request itself.
+        """
+        decodes = self.decodes
+        if not decodes.size:
+            return
+        allocator = self.allocator
+        tick = decodes.clock + 1
+        growing = decodes.growths.get(tick, ())
+        pending = decodes.copy_pending
+        if allocator.headroom - len(growing) - len(pending) < self._widest:
+            self._grow_one_by_one(step)
+        elif pending:
+            for sequence in sorted({*growing, *pending}, key=arrival_order):
+                step.copied_blocks += allocator.append(sequence)
+            decodes.copy_pending = []
+            self._note_grown(tick)
+        elif growing:
+            self.grow_tick(tick)
+        decodes.advance()
+        allocator.num_tokens += decodes.size
+        step.num_decodes = decodes.size
+        step.decode_context = decodes.context
+
+    def grow_tick(self, tick: int) -> None:
+        """Give one more slot to each sequence that needs one at this tick; there must be headroom for all."""
+        decodes = self.decodes
+        growing = decodes.take_growing(tick)
+        if growing:
+            self.allocator.grow(growing)
+            for sequence in growing:
+                decodes.await_growth(sequence)
+
+    def safe_ticks(self, count: int) -> bool:
+        """Whether `count` sequences can outgrow their slots without any refusal."""
+        return self.allocator.headroom - count >= self._widest
+
+    def _grow_one_by_one(self, step: Step) -> None:
+        """In order of arrival, as vLLM V0 does where blocks are short."""
+        allocator, decodes = self.allocator, self.decodes
+        tick = decodes.clock + 1
+        queue = sorted([request for request in self.running if request.sequences[0].decodes], key=_arrival)
+        index = 0
+        while index < len(queue):
+            request = queue[index]
+            index += 1
+            while not allocator.can_append(request):
+                candidates = queue[index:]
+                chosen = self._choose_victim(candidates) if candidates else request
+                self.preempt(chosen, step)
+                if chosen is request:
+                    break
+                queue.remove(chosen)
+            else:
+                for sequence in request.sequences:
+                    step.copied_blocks += allocator.append(sequence)
+        decodes.copy_pending = []
+        self._note_grown(tick)
+
+    def _note_grown(self, tick: int) -> None:
+        for sequence in self.decodes.growths.pop(tick, ()):
+            self.decodes.await_growth(sequence)
+
+    def preempt(self, request: Request, step: Step) -> None:
+        """Take a running request's memory: move it to the host, or drop it and compute it again later.
+
+        `auto` follows vLLM V0: a single sequence is recomputed, a group is swapped. A single sequence that
+        the host has no room for is recomputed too; a group in that place can only be given up.
+        """
+        allocator, decodes = self.allocator, self.decodes
+        single = len(request.sequences) == 1
+        for sequence in request.sequences:
+            if allocator.probe is not None:
+                allocator.probe.write(sequence)
+            decodes.leave(sequence)
+        wants_swap = self.preemption == "swap" or not single
+        if wants_swap and allocator.can_swap_out(request):
+            step.swapped_out_blocks += allocator.swap_out(request)
+            request.status = "swapped"
+            self.swapped[request] = None
+        elif single:
+            (sequence,) = request.sequences
+            request.prefill_tokens = sequence.num_tokens + 1
+            self.release(sequence)
+            request.status = "waiting"
+            self.waiting.appendleft(request)
+        else:
+            for sequence in request.sequences:
+                self.release(sequence)
+            self.reject(request, "preempted as a group, and the host pool has no room for its blocks", step)
+        del self.running[request]
+        self.num_seqs -= request.width
+        request.preemptions += 1
+        step.preempted.append(request)
+
+    def swap_in(self, step: Step) -> None:
+        """Bring swapped requests back in order of arrival while they fit; they decode in this very step."""
+        allocator = self.allocator
+        for request in sorted(self.swapped, key=_arrival):
+            admission = allocator.swap_in_admission(request)
+            if admission is Admission.LATER or self.num_seqs + request.width > self.max_num_seqs:
+                break
+            del self.swapped[request]
+            if admission is Admission.NEVER:
+                self.reject(request, "swapped out, and larger than the pool by now", step)
+                continue
+            step.swapped_in_blocks += allocator.swap_in(request)
+            request.status = "running"
+            self.running[request] = None
+            self.num_seqs += request.width
+            for sequence in request.sequences:
+                step.copied_blocks += allocator.append(sequence)
+                self._rejoin(sequence)
+            allocator.num_tokens += len(request.sequences)
+            step.num_decodes += len(request.sequences)
+            step.decode_context = self.decodes.context
+
+    def _rejoin(self, sequence: Sequence) -> None:
+        """Join the tick in flight: the sequence's new token belongs to it."""
+        sequence.origin += 1
+        self.decodes.join(sequence)
+
+    def reject(self, request: Request, reason: str, step: Step) -> None:
+        """Give a request up for good."""
+        request.status = "rejected"
+        request.reason = reason
+        step.rejected.append(request)
+
+    def complete(self, sequence: Sequence) -> bool:
+        """A sequence has its last token: free it; true if its request is done with it."""
+        request = sequence.request
+        self.release(sequence)
+        siblings = request.sequences
+        if len(siblings) > 1:
+            siblings.remove(sequence)
+            return False
+        del self.running[request]
+        self.num_seqs -= request.width
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Free what a sequence that does not decode holds."""
+        if self.allocator.probe is not None:
+            self.allocator.probe.write(sequence)
+            self.allocator.probe.end(sequence)
+        self.allocator.free(sequence)
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """(field, complaint) for contradictions within the fields of a configuration."""
+        return ()
+
+
+def _arrival(request: Request) -> int:
+    return request.id

@@ -1,0 +1,128 @@
+"""A simulation: one workload through one engine, from the first arrival to the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import simpy
+
+from sim.beams import BeamSearch
+from sim.engine import Engine
+from sim.errors import Stalled
+from sim.probe import Probe
+from sim.recorder import Recorder
+from sim.request import Request
+from sim.schedulers.base import Scheduler
+from sim.source import ClosedLoop, open_loop
+from sim.timing.base import StepTime
+from sim.timing.transfers import Transfers
+
+Summary = dict[str, float]
+
+PROGRESS_EVERY = 500
+
+
+class Workload(Protocol):
+    """Where requests come from: in order of arrival, ids from 0, made one at a time."""
+
+    @property
+    def clients(self) -> int | None:
+        """Clients of a closed loop, whose requests carry no arrival time; None in an open one."""
+
+    @property
+    def think_time(self) -> int:
+        """Time (ns) between a client's answer and its next request."""
+
+    @property
+    def beams(self) -> tuple[float, int]:
+        """Turnover of beams, and the seed of its draws."""
+
+    def requests(self) -> Iterator[Request]:
+        """The requests."""
+
+
+def simulate(
+    workload: Workload,
+    *,
+    scheduler: Scheduler,
+    timing: StepTime,
+    transfers: Transfers,
+    recorder: Recorder,
+    max_model_len: int,
+    probe: Probe | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Summary:
+    """Run a workload to its end; the figures of the summary.
+
+    `progress` is called now and then with the number of requests that are over. Raises Stalled if nothing can
+    proceed before all requests are over.
+    """
+    env = simpy.Environment(initial_time=0)
+    over = 0
+    clients = workload.clients
+    loop = None
+    if clients is not None:
+        loop = ClosedLoop(env, workload.requests(), clients=clients, think_time=workload.think_time)
+
+    def on_done(request: Request) -> None:
+        nonlocal over
+        over += 1
+        if progress is not None and over % PROGRESS_EVERY == 0:
+            progress(over)
+        if loop is not None:
+            loop.done(request)
+
+    turnover, seed = workload.beams
+    engine = Engine(
+        env,
+        scheduler,
+        timing,
+        transfers,
+        recorder,
+        max_model_len=max_model_len,
+        beams=BeamSearch(turnover, seed),
+        probe=probe,
+        on_done=on_done,
+    )
+    if loop is not None:
+        loop.attach(engine)
+    else:
+        env.process(open_loop(env, engine, workload.requests()))
+    env.run()
+    if engine.num_live:
+        raise Stalled(f"{engine.num_live} requests never came to an end")
+    engine.record_pause(env.now)
+    recorder.close()
+    if progress is not None:
+        progress(over)
+    return summarize(engine, recorder)
+
+
+def summarize(engine: Engine, recorder: Recorder) -> Summary:
+    """The figures of a finished run; shares and mean_running over the loaded period."""
+    requests, memory = recorder.latencies, recorder.memory
+    duration = memory.end / 1e9
+    unshared = memory.held + memory.saved * engine.allocator.block_size
+    prompts = requests.admitted_prompt_tokens
+    averages = memory.averages()
+    shares = {name: averages.pop(name) for name in list(averages) if name.endswith("_share")}
+    return {
+        "duration_s": duration,
+        "steps": recorder.num_steps,
+        "requests_finished": requests.finished,
+        "requests_rejected": requests.rejected,
+        "request_throughput": requests.finished / duration if duration else 0.0,
+        "output_token_throughput": requests.output_tokens / duration if duration else 0.0,
+        **requests.statistics(),
+        **averages,
+        "preemptions": engine.preemptions,
+        "recomputed_tokens": engine.scheduler.recomputed_tokens,
+        "swapped_out_blocks": engine.swapped_out_blocks,
+        "swapped_in_blocks": engine.swapped_in_blocks,
+        "copied_blocks": engine.copied_blocks,
+        "prefix_hit_tokens": requests.hit_tokens,
+        "prefix_hit_rate": requests.hit_tokens / prompts if prompts else 0.0,
+        "blocks_saved_share": memory.saved * engine.allocator.block_size / unshared if unshared else 0.0,
+        **shares,
+    }

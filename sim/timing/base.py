@@ -1,0 +1,37 @@
+"""What a timing model is: seconds for a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from sim.registry import Registry
+from sim.step import Step
+
+timing: Registry[type[StepTime]] = Registry("timing")
+
+
+class StepTime(ABC):
+    """Seconds that the device takes for a step's computation, moves of blocks aside.
+
+    Only + - * /, min, max and table look-ups are used, so that a step costs the same to the bit wherever and
+    however it is computed. Its first parameters are the model and the device, or None where the experiment
+    names none; the keyword-only ones are its YAML fields.
+    """
+
+    context_free: ClassVar[bool] = False
+    """True if a decode step's time depends on the number of sequences only."""
+
+    @abstractmethod
+    def seconds(self, step: Step) -> float:
+        """Seconds of any step."""
+
+    @abstractmethod
+    def decode_seconds(self, num_decodes: int, context: int) -> float:
+        """Seconds of a step that only decodes: `num_decodes` sequences over `context` tokens in all."""
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """(field, complaint) for contradictions within the fields of a configuration."""
+        return ()

@@ -1,0 +1,70 @@
+"""Step times from a model's shape and a device's figures."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from sim.errors import UserError
+from sim.hardware import Device, Model
+from sim.registry import Bounds, NonNegativeFloat
+from sim.step import Step
+from sim.timing.base import StepTime, timing
+
+Efficiency = Annotated[float, Bounds(gt=0, le=1)]
+
+
+@timing("roofline")
+class Roofline(StepTime):
+    """Per operator the larger of compute and memory time, plus a constant per step.
+
+    Two operators (Williams et al., CACM 2009, applied as in the cost models of Vidur and of the engines'
+    papers): the linear layers do 2 FLOPs per active weight and token and read the weights once a step (of a
+    mixture of experts at most the active weights per token); attention does 4 FLOPs per query head, head
+    dimension, layer and (query, key) pair and reads the K and V of every context once. Tensor parallel
+    devices share both evenly; their communication is part of the step overhead.
+
+    Fields:
+        step_overhead_ms: Time per step beside the operators: scheduling, launches, sampling, communication.
+        compute_efficiency: Share of the datasheet's FLOP/s that the linear layers and attention reach.
+        memory_efficiency: Share of the datasheet's memory bandwidth that they reach.
+    """
+
+    def __init__(
+        self,
+        model: Model | None,
+        device: Device | None,
+        *,
+        step_overhead_ms: NonNegativeFloat = 5.0,
+        compute_efficiency: Efficiency = 0.7,
+        memory_efficiency: Efficiency = 0.9,
+    ) -> None:
+        if model is None or device is None:
+            missing = "model" if model is None else "device"
+            raise UserError(f"timing roofline needs a {missing}: name one, for example opt-13b on a100-40gb")
+        self.overhead = step_overhead_ms / 1e3
+        flops = device.flops_per_s * device.count * compute_efficiency
+        bandwidth = device.memory_bytes_per_s * device.count * memory_efficiency
+        self.linear_per_token = 2.0 * model.active_params / flops
+        self.weights = model.weight_bytes / bandwidth
+        self.active_weights = model.active_params * model.bytes_per_value / bandwidth
+        self.pair = 4.0 * model.num_layers * model.num_heads * model.head_dim / flops
+        self.kv_token = model.kv_bytes_per_token / bandwidth
+
+    def seconds(self, step: Step) -> float:
+        """One fused step of prompts and decodes."""
+        tokens = step.num_decodes
+        pairs = context = step.decode_context if step.num_decodes else 0
+        for _, start, chunk in step.chunks:
+            tokens += chunk
+            pairs += chunk * start + chunk * (chunk + 1) // 2
+            context += start + chunk
+        return self._fused(tokens, pairs, context)
+
+    def decode_seconds(self, num_decodes: int, context: int) -> float:
+        """One token for each sequence."""
+        return self._fused(num_decodes, context, context)
+
+    def _fused(self, tokens: int, pairs: int, context: int) -> float:
+        linear = max(self.linear_per_token * tokens, min(self.weights, self.active_weights * tokens))
+        attention = max(self.pair * pairs, self.kv_token * context)
+        return self.overhead + linear + attention

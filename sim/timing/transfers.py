@@ -1,0 +1,49 @@
+"""Time for moving blocks: swaps over the host link, copies on the device."""
+
+from __future__ import annotations
+
+from sim.hardware import Device, Model
+from sim.registry import NonNegativeFloat, PositiveFloat, PositiveInt
+from sim.step import Step
+
+
+class Transfers:
+    """Seconds for the blocks that a step moves: copies times latency, plus bytes over bandwidth.
+
+    A block is moved in pieces, K and V of every layer by themselves, and a small copy costs a few
+    microseconds whatever its size, which is why swapping small blocks is slow (Kwon et al., SOSP 2023,
+    section 7.3). The engine waits for swaps, as vLLM V0 does.
+
+    Fields:
+        host_bandwidth_gb_per_s: Bandwidth of the host link, each direction; by default 0.75 of the
+            datasheet's, which is what large copies reach on PCIe.
+        copy_latency_us: Fixed cost of one copy between device and host.
+        copies_per_block: Copies that moving one block takes; by default two per layer.
+    """
+
+    def __init__(
+        self,
+        model: Model | None,
+        device: Device | None,
+        block_size: int,
+        *,
+        host_bandwidth_gb_per_s: PositiveFloat | None = None,
+        copy_latency_us: NonNegativeFloat = 8.0,
+        copies_per_block: PositiveInt | None = None,
+    ) -> None:
+        bytes_per_block = model.kv_bytes_per_token * block_size if model is not None else 0
+        if copies_per_block is None:
+            copies_per_block = 2 * model.num_layers if model is not None else 1
+        if host_bandwidth_gb_per_s is not None:
+            host_bandwidth = host_bandwidth_gb_per_s * 1e9
+        else:
+            host_bandwidth = 0.75 * device.host_bytes_per_s * device.count if device is not None else 25e9
+        self.swap_block = copies_per_block * copy_latency_us / 1e6 + bytes_per_block / host_bandwidth
+        # Read and written once on the device.
+        device_bandwidth = device.memory_bytes_per_s * device.count if device is not None else 1e12
+        self.copy_block = 2 * bytes_per_block / device_bandwidth
+
+    def seconds(self, step: Step) -> float:
+        """Seconds that a step spends on moving blocks."""
+        swapped = step.swapped_out_blocks + step.swapped_in_blocks
+        return self.swap_block * swapped + self.copy_block * step.copied_blocks
