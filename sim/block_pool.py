@@ -67,23 +67,30 @@ class BlockPool:
             references[block] += 1
         self.extra_references += len(blocks)
 
-    def release(self, blocks: Iterable[int]) -> None:
+    def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each block; those without any are free again. Raises ValueError on a double free."""
         references = self.references
         free = self.free
         before = len(free)
-        for block in blocks:
-            count = references[block]
-            if count == 1:
+        if not self.extra_references and 0 not in [references[block] for block in blocks]:
+            for block in blocks:
                 references[block] = 0
-                free.append(block)
-            elif count > 1:
-                references[block] = count - 1
-                self.extra_references -= 1
-            else:
-                raise ValueError(f"double free of block {block}")
+            free += blocks
+        else:
+            for block in blocks:
+                self._release_one(block)
         if self.probe is not None and len(free) > before:
             self.probe.free(self.tier, free[before:])
+
+    def _release_one(self, block: int) -> None:
+        count = self.references[block]
+        if count == 0:
+            raise ValueError(f"double free of block {block}")
+        self.references[block] = count - 1
+        if count == 1:
+            self.free.append(block)
+        else:
+            self.extra_references -= 1
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare the counts with the tables that hold the blocks. Raises IntegrityError with the equation."""

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import heapq
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from sim.request import NEVER, Sequence
 from sim.units import FOREVER
+
+if TYPE_CHECKING:
+    from sim.allocators.base import Allocator
 
 arrival_order = attrgetter("order")
 
@@ -58,8 +62,8 @@ class DecodeSet:
         """Take a member out before it is done."""
         tokens = sequence.origin + self.clock
         self.finishes[sequence.finish_tick].remove(sequence)
-        if sequence.grow_tick != NEVER:
-            self.growths[sequence.grow_tick].remove(sequence)
+        if sequence.capacity < sequence.final_tokens:
+            self.growths[sequence.capacity + 1 - sequence.origin].remove(sequence)
         if self.copy_pending and sequence in self.copy_pending:
             self.copy_pending.remove(sequence)
         self._forget(sequence, tokens)
@@ -70,26 +74,73 @@ class DecodeSet:
         sequence.origin = tokens
         sequence.decodes = None
         sequence.finish_tick = NEVER
-        sequence.grow_tick = NEVER
 
     def await_growth(self, sequence: Sequence) -> None:
         """Note the tick at which a member needs a slot that it does not hold."""
-        if sequence.capacity >= sequence.final_tokens:
-            sequence.grow_tick = NEVER
-            return
-        sequence.grow_tick = tick = sequence.capacity + 1 - sequence.origin
+        tick = sequence.capacity + 1 - sequence.origin
         growing = self.growths.get(tick)
         if growing is None:
             self.growths[tick] = [sequence]
         else:
             growing.append(sequence)
 
-    def take_growing(self, tick: int) -> list[Sequence] | None:
-        """Members that outgrow their slots at this tick in order of arrival, off the calendar."""
-        growing = self.growths.pop(tick, None)
-        if growing is not None and len(growing) > 1:
+    def grow_next(self, allocator: Allocator) -> None:
+        """Give the members that need a slot at the next tick theirs, in order of arrival."""
+        tick = self.clock + 1
+        growing = self.growths.pop(tick)
+        if len(growing) > 1:
             growing.sort(key=arrival_order)
-        return growing
+        allocator.grow([(tick, growing)])
+        self.note_grown(tick, growing, allocator.growth)
+
+    def grow(self, allocator: Allocator, ticks: int, spare: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """Give members the slots that they need in the next ticks, in order of arrival within a tick.
+
+        Stops before the first tick that would leave fewer than `spare` members' worth of headroom. Returns
+        the number of ticks served, and (tick, slots held, internal waste) after each that grew any.
+        """
+        growths = self.growths
+        spare = allocator.headroom - spare
+        tick = first = self.clock + 1
+        stop = first + ticks
+        books: list[tuple[int, int, int]] = []
+        window = allocator.growth or 1  # what grows in it does not grow again in it
+        while tick < stop:
+            batches = []
+            for tick in range(tick, min(stop, tick + window)):  # noqa: B020
+                growing = growths.get(tick)
+                if growing is not None:
+                    spare -= len(growing)
+                    if spare < 0:
+                        stop = tick
+                        break
+                    del growths[tick]
+                    if len(growing) > 1:
+                        growing.sort(key=arrival_order)
+                    batches.append((tick, growing))
+            tick += 1
+            if batches:
+                books += allocator.grow(batches)
+                for grown_at, grown in batches:
+                    self.note_grown(grown_at, grown, allocator.growth)
+        return stop - first, books
+
+    def note_grown(self, tick: int, grown: list[Sequence], step: int | None) -> None:
+        """Put members that grew at this tick back on the calendar, those that need no more slots excepted.
+
+        `step` is the number of slots that each of them gained, None if they differ.
+        """
+        if step is None:
+            for sequence in grown:
+                if sequence.capacity < sequence.final_tokens:
+                    self.await_growth(sequence)
+            return
+        growing = self.growths.get(tick + step)
+        if growing is None:
+            if grown:
+                self.growths[tick + step] = grown
+        else:
+            growing += grown
 
     def advance(self, steps: int = 1) -> None:
         """Give every member `steps` more tokens."""

@@ -33,7 +33,8 @@ class Engine:
 
     Where nothing can change between steps, a whole stretch of them is slept through and committed at once:
     no sequence finishes in it, no request arrives that could be admitted, and free memory covers all growth.
-    The result is the same to the last bit as with one step at a time.
+    The result is the same to the last bit as with one step at a time. While nothing else is due on the
+    calendar before a step ends, the engine goes on without a detour over it.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Engine:
         self.beams = beams
         self.probe = probe
         self.on_done = on_done
+        self.now = env.now  # ahead of env.now where nothing else was due in between
         self.next_arrival = FOREVER  # kept by the source of requests
         self.num_steps = 0
         self.num_live = 0
@@ -99,20 +101,23 @@ class Engine:
         while True:
             self._arrived.clear()
             step = self._plan()
-            start = env.now
+            start = self.now
             if step is None:
                 self._idle = simpy.Event(env)
                 yield self._idle
-                if env.now > start:
+                self.now = env.now
+                if self.now > start:
                     self.record_pause(start)
                 continue
             tokens = self.allocator.num_tokens
             end, steps = self._begin(step, start)
-            pause = simpy.Event(env)
-            pause._ok = True
-            pause._value = None
-            env.schedule(pause, AFTER_ARRIVALS, end - start)
-            yield pause
+            if env.peek() <= end:
+                pause = simpy.Event(env)
+                pause._ok = True
+                pause._value = None
+                env.schedule(pause, AFTER_ARRIVALS, end - env.now)
+                yield pause
+            self.now = end
             self._record(step, start, steps, tokens)
             self._commit(step, end)
             self.num_steps += steps
@@ -121,23 +126,22 @@ class Engine:
         """Note that the engine stood still since `start`."""
         allocator = self.allocator
         recorder = self.recorder
-        recorder.durations.append(self.env.now - start)
-        recorder.held.append(allocator.num_held)
-        recorder.internal.append(allocator.num_internal)
-        recorder.external.append(allocator.num_external(head_refused=False))
+        external = allocator.num_external(head_refused=False)
+        recorder.usage.append((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
+        recorder.durations.append(self.now - start)
         recorder.stretch(start, 1, 0, 0, 0, 0, allocator.num_tokens, 0, 0)
 
     def _plan(self) -> Step | None:
         """The next step that computes something, or None if there is nothing to do."""
         scheduler = self.scheduler
         while True:
-            step = scheduler.plan(self.env.now)
+            step = scheduler.plan(self.now)
             if step.rejected:
                 for request in step.rejected:
                     self._done(request)
             if step.preempted:
                 self.preemptions += len(step.preempted)
-            if step.chunks or step.num_decodes:
+            if not step.empty:
                 return step
             if not step.rejected and not step.preempted:
                 if scheduler.num_waiting or scheduler.running:
@@ -149,13 +153,14 @@ class Engine:
         request = next(iter([*scheduler.waiting, *scheduler.swapped, *scheduler.running]))
         usage = self.allocator.usage()
         return (
-            f"nothing can proceed at {self.env.now / 1e9:.6f} s: {request} is {request.status} and needs slots for "
+            f"nothing can proceed at {self.now / 1e9:.6f} s: {request} is {request.status} and needs slots for "
             f"{request.prefill_tokens} tokens; running {len(scheduler.running)}, waiting {len(scheduler.waiting)}, "
             f"swapped {len(scheduler.swapped)}, memory {usage}"
         )
 
     def _begin(self, step: Step, start: int) -> tuple[int, int]:
         """Note the step, and as many after it as can be foreseen; (end of the last, their number)."""
+        scheduler = self.scheduler
         allocator = self.allocator
         recorder = self.recorder
         seconds = self.timing.seconds(step)
@@ -165,76 +170,55 @@ class Engine:
             self.swapped_out_blocks += step.swapped_out_blocks
             self.swapped_in_blocks += step.swapped_in_blocks
         duration = round(seconds * 1e9) or 1
-        held = allocator.num_held
-        internal = allocator.num_internal
-        external = allocator.num_external(self.scheduler.head_refused)
+        external = allocator.num_external(scheduler.head_refused)
+        recorder.usage.append((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
         recorder.durations.append(duration)
-        recorder.held.append(held)
-        recorder.internal.append(internal)
-        recorder.external.append(external)
-        if self.probe is not None:
-            if self.num_steps >= self.probe.next_sample:
-                self._sample(start)
+        if self.probe is not None and self.num_steps >= self.probe.next_sample:
+            self._sample(start)
         end = start + duration
-        if step.chunks:
+        if step.chunks or step.preempted or step.rejected or step.swapped_in_blocks:
+            return end, 1  # the next plan may find the queues and the memory changed
+        horizon = self.next_arrival if scheduler.open_to_arrivals else FOREVER
+        if end >= horizon:
             return end, 1
         limit = self._foreseen()
         if limit < 1:
             return end, 1
-        horizon = self.next_arrival if self.scheduler.open_to_arrivals else FOREVER
-        if end >= horizon:
-            return end, 1
-        return self._extend(end, limit, horizon, held, internal, external)
+        return self._extend(end, limit, horizon)
 
     def _foreseen(self) -> int:
         """Steps after the one planned in which no sequence finishes or forks and the scheduler stays quiet."""
-        decodes = self.scheduler.decodes
+        scheduler = self.scheduler
+        decodes = scheduler.decodes
         limit = decodes.next_finish - decodes.clock
+        if limit < 1 or not scheduler.safe:
+            return 0
         if self.beams is not None:
             limit = min(limit, self.beams.next_turnover - decodes.clock)
         if self.probe is not None:
             limit = min(limit, self.probe.next_sample - self.num_steps - 1)
-        if limit > 0:
-            limit = min(limit, self.scheduler.quiet_for(self.env.now))
-        if limit > 0 and not self.scheduler.safe_ticks(0):
-            return 0
-        return limit
+        quiet = scheduler.quiet_for(self.now)
+        return quiet if quiet < limit else limit
 
-    def _extend(
-        self, end: int, limit: int, horizon: int, held: int, internal: int, external: int
-    ) -> tuple[int, int]:
+    def _extend(self, end: int, limit: int, horizon: int) -> tuple[int, int]:
         """Commit decode steps ahead: their times first, then the growth in each while memory is safe."""
         scheduler = self.scheduler
-        decodes = scheduler.decodes
+        allocator = self.allocator
         recorder = self.recorder
+        decodes = scheduler.decodes
         durations = self._durations(end, limit, horizon)
         count = len(durations)
-        growths = decodes.growths
-        if growths:
-            allocator = self.allocator
-            tick = decodes.clock
-            for index in range(count):
-                tick += 1
-                growing = growths.get(tick)
-                if growing is not None:
-                    if not scheduler.safe_ticks(len(growing)):
-                        count = index
-                        durations = durations[:index]
-                        break
-                    scheduler.grow_tick(tick)
-                    held = allocator.num_held
-                    internal = allocator.num_internal
-                    external = allocator.num_external(scheduler.head_refused)
-                recorder.held.append(held)
-                recorder.internal.append(internal)
-                recorder.external.append(external)
-        else:
-            recorder.held.extend([held] * count)
-            recorder.internal.extend([internal] * count)
-            recorder.external.extend([external] * count)
-        recorder.durations.extend(durations)
+        if decodes.growths:
+            count, books = scheduler.grow_ahead(count)
+            if count < len(durations):
+                del durations[count:]
+            external = allocator.num_external(scheduler.head_refused)
+            offset = len(recorder.durations) - decodes.clock - 1
+            for tick, held, internal in books:
+                recorder.usage.append((tick + offset, held, internal, external))
+        recorder.durations += durations
         decodes.advance(count)
-        self.allocator.num_tokens += count * decodes.size
+        allocator.num_tokens += count * decodes.size
         return end + sum(durations), count + 1
 
     def _durations(self, end: int, limit: int, horizon: int) -> list[int]:
@@ -268,18 +252,15 @@ class Engine:
         if steps > 1 and arrived:
             starts = list(accumulate(recorder.durations[-steps:-1], initial=start))
             begin = 0
-            for number, instant in enumerate(arrived):
+            for instant in arrived:
                 index = bisect_left(starts, instant)
-                if begin < index < steps:
-                    at = tokens + begin * decodes
-                    recorder.stretch(
-                        starts[begin], index - begin, 0, decodes, running, waiting + number, at, decodes, saved
-                    )
-                    begin = index
-                elif index >= steps:
-                    number -= 1
+                if index == steps:
                     break
-            waiting += number + 1
+                if index > begin:
+                    at = tokens + begin * decodes
+                    recorder.stretch(starts[begin], index - begin, 0, decodes, running, waiting, at, decodes, saved)
+                    begin = index
+                waiting += 1
             start = starts[begin]
             steps -= begin
             tokens += begin * decodes

@@ -49,9 +49,8 @@ class Recorder:
         self._covered = 0  # steps in them
         # One entry a step.
         self.durations: list[int] = []
-        self.held: list[int] = []
-        self.internal: list[int] = []
-        self.external: list[int] = []
+        # Whenever it changes: entry of `durations` from which it holds, slots held, internal, external.
+        self.usage: list[tuple[int, int, int, int]] = []
 
     def request(self, request: Request) -> None:
         """A request is over."""
@@ -139,13 +138,14 @@ class Recorder:
         if not self._stretches:
             return
         rows: Ints = np.array(self._stretches, np.int64)
-        durations, held, internal, external = (
-            np.array(column, np.int64) for column in (self.durations, self.held, self.internal, self.external)
-        )
+        durations = np.array(self.durations, np.int64)
+        usage: Ints = np.array(self.usage, np.int64)
+        lasting = np.diff(usage[:, 0], append=len(durations))
+        held, internal, external = np.repeat(usage[:, 1:], lasting, axis=0).T
         self._stretches = []
         self._covered = 0
-        for column in (self.durations, self.held, self.internal, self.external):
-            column.clear()
+        self.durations.clear()
+        self.usage.clear()
         steps = rows[:, 1]
         first = np.repeat(np.cumsum(steps) - steps, steps)  # index of each step's first in its stretch
         starts, _, prefill, decodes, running, waiting, tokens, slope, saved = np.repeat(rows, steps, axis=0).T

@@ -21,8 +21,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "grow_tick", "order",
-        "origin", "request",
+        "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "order", "origin",
+        "request",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
@@ -36,7 +36,6 @@ class Sequence:
         self.decodes: DecodeSet | None = None
         self.origin = num_tokens
         self.finish_tick = NEVER
-        self.grow_tick = NEVER
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +59,7 @@ class Request:
         "arrival_time", "beam_width", "cached_tokens", "content", "content_grain", "finish_time",
         "first_scheduled_time", "first_token_time", "id", "n", "next_branch", "output_tokens",
         "preemptions", "prefill_tokens", "priority", "prompt_tokens", "reason", "sequences", "status", "tenant",
+        "width",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +83,7 @@ class Request:
         self.output_tokens = output_tokens
         self.n = n
         self.beam_width = beam_width
+        self.width = n if n > beam_width else beam_width  # branches that run side by side
         self.content = content
         self.content_grain = content_grain
         self.priority = priority
@@ -96,11 +97,6 @@ class Request:
         self.finish_time = NEVER
         self.preemptions = 0
         self.cached_tokens = 0
-
-    @property
-    def width(self) -> int:
-        """Branches that run side by side: samples or beams."""
-        return self.n if self.n > self.beam_width else self.beam_width
 
     def __repr__(self) -> str:
         return f"request {self.id}"

@@ -35,8 +35,8 @@ class Workload(Protocol):
         """Time (ns) between a client's answer and its next request."""
 
     @property
-    def beams(self) -> tuple[float, int]:
-        """Turnover of beams, and the seed of its draws."""
+    def beams(self) -> tuple[float, int] | None:
+        """Turnover of beams and the seed of its draws; None without beam search."""
 
     def requests(self) -> Iterator[Request]:
         """The requests."""
@@ -73,7 +73,7 @@ def simulate(
         if loop is not None:
             loop.done(request)
 
-    turnover, seed = workload.beams
+    beams = None if workload.beams is None else BeamSearch(*workload.beams)
     engine = Engine(
         env,
         scheduler,
@@ -81,7 +81,7 @@ def simulate(
         transfers,
         recorder,
         max_model_len=max_model_len,
-        beams=BeamSearch(turnover, seed),
+        beams=beams,
         probe=probe,
         on_done=on_done,
     )
@@ -92,7 +92,7 @@ def simulate(
     env.run()
     if engine.num_live:
         raise Stalled(f"{engine.num_live} requests never came to an end")
-    engine.record_pause(env.now)
+    engine.record_pause(engine.now)
     recorder.close()
     if progress is not None:
         progress(over)

@@ -54,7 +54,8 @@ class ClosedLoop:
 
     def done(self, request: Request) -> None:
         """A request is over: its client thinks, then sends the next."""
-        heapq.heappush(self._due, self.env.now + self.think_time)
+        assert self._engine is not None
+        heapq.heappush(self._due, self._engine.now + self.think_time)
         self._send_due()
         if self._wake is not None and self._due:
             self._wake.succeed()
@@ -67,7 +68,8 @@ class ClosedLoop:
         if self._sending:
             return
         self._sending = True
-        while self._due and self._due[0] <= self.env.now:
+        now = max(engine.now, self.env.now)
+        while self._due and self._due[0] <= now:
             request = next(self.requests, None)
             if request is None:
                 self._due.clear()

@@ -8,19 +8,21 @@ from sim.request import Request, Sequence
 class Step:
     """What one engine step does.
 
-    `chunks` are (sequence, start, tokens): prompt tokens start .. start + tokens are computed. `num_decodes`
+    `chunks` are (sequence, start, tokens): prompt tokens start .. start + tokens are computed, in all
+    `num_prefill_tokens`. `num_decodes`
     sequences gain one token each and attend over `decode_context` tokens in all, the new ones included.
     `copied_blocks`, `swapped_out_blocks`, `swapped_in_blocks` are moved before it; `preempted` and `rejected`
     are requests that the plan sent back or gave up.
     """
 
     __slots__ = (
-        "chunks", "copied_blocks", "decode_context", "num_decodes", "preempted", "rejected",
-        "swapped_in_blocks", "swapped_out_blocks",
+        "chunks", "copied_blocks", "decode_context", "num_decodes", "num_prefill_tokens", "preempted",
+        "rejected", "swapped_in_blocks", "swapped_out_blocks",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.chunks: list[tuple[Sequence, int, int]] = []
+        self.num_prefill_tokens = 0
         self.num_decodes = 0
         self.decode_context = 0
         self.copied_blocks = 0
@@ -28,11 +30,6 @@ class Step:
         self.swapped_in_blocks = 0
         self.preempted: list[Request] = []
         self.rejected: list[Request] = []
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Prompt tokens computed in this step."""
-        return sum([tokens for _, _, tokens in self.chunks])
 
     @property
     def empty(self) -> bool:

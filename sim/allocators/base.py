@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -77,6 +77,8 @@ class Allocator(ABC):
 
     can_fork: ClassVar[bool] = False
     can_swap: ClassVar[bool] = False
+    growth: int | None = None
+    """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
     block_size: int = 1
     probe: Probe | None = None
 
@@ -139,19 +141,31 @@ class Allocator(ABC):
             self.num_internal += held - sequence.final_tokens
         self.sequences.add(sequence)
 
-    def grow(self, sequences: Iterable[Sequence]) -> None:
-        """Give each of these sequences, whose slots are all filled, room for one more token."""
-        for sequence in sequences:
-            before = sequence.capacity
-            sequence.capacity = held = self.reserve(sequence, before + 1)
-            self.num_held += held - before
-            if held > sequence.final_tokens:
-                self.num_internal += held - max(before, sequence.final_tokens)
+    def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
+        """Give each sequence, whose slots are all filled, room for one more token; batch by batch.
+
+        A batch is a tick and the sequences that grow at it. Those that will need no more are taken off the
+        list. Returns (tick, slots held, internal waste) after each batch.
+        """
+        books = []
+        for tick, sequences in batches:
+            for sequence in sequences:
+                self._grow_one(sequence)
+            sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
+            books.append((tick, self.num_held, self.num_internal))
+        return books
+
+    def _grow_one(self, sequence: Sequence) -> None:
+        before = sequence.capacity
+        sequence.capacity = held = self.reserve(sequence, before + 1)
+        self.num_held += held - before
+        if held > sequence.final_tokens:
+            self.num_internal += held - max(before, sequence.final_tokens)
 
     def append(self, sequence: Sequence) -> int:
         """Make sure that the next token of the sequence has a slot of its own; the number of blocks copied."""
         if sequence.num_tokens >= sequence.capacity:
-            self.grow((sequence,))
+            self._grow_one(sequence)
         return 0
 
     def free(self, sequence: Sequence) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated
 
 import numpy as np
@@ -46,7 +46,7 @@ class PagedAllocator(Allocator):
         num_blocks = capacity.num_slots // block_size if capacity.num_blocks is None else capacity.num_blocks
         if capacity.num_blocks is not None:
             self.num_slots = num_blocks * block_size
-        self.block_size = block_size
+        self.block_size = self.growth = block_size
         self.watermark_blocks = int(watermark * num_blocks)
         self.pool = BlockPool(num_blocks)
         self.host_pool = BlockPool(num_blocks if num_host_blocks is None else num_host_blocks, "host")
@@ -58,7 +58,10 @@ class PagedAllocator(Allocator):
 
     def admission(self, request: Request, num_tokens: int) -> Admission:
         """Room for all of the prompt beside the watermark."""
-        return self._fits(-(-num_tokens // self.block_size), self.pool.num_blocks - self.watermark_blocks)
+        needed = -(-num_tokens // self.block_size)
+        if len(self.pool.free) - needed >= self.watermark_blocks:
+            return Admission.OK
+        return self._fits(needed, self.pool.num_blocks - self.watermark_blocks)
 
     def _fits(self, needed: int, largest: int) -> Admission:
         if needed > largest:
@@ -84,17 +87,29 @@ class PagedAllocator(Allocator):
         self.pool.release(sequence.block_table)
         sequence.block_table = []
 
-    def grow(self, sequences: Iterable[Sequence]) -> None:
-        """One more block for each of these sequences."""
+    def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
+        """One more block for each sequence of each batch."""
         size = self.block_size
-        sequences = list(sequences)
-        blocks = self.pool.take(len(sequences))
-        for sequence, block in zip(sequences, blocks, strict=True):
-            sequence.block_table.append(block)
-            sequence.capacity = capacity = sequence.capacity + size
-            if capacity > sequence.final_tokens:
-                self.num_internal += capacity - sequence.final_tokens
-        self.num_held += len(blocks) * size
+        held, internal = self.num_held, self.num_internal
+        needed = 0
+        for _, sequences in batches:
+            needed += len(sequences)
+        blocks = iter(self.pool.take(needed))
+        books = []
+        for tick, sequences in batches:
+            unfinished = len(sequences)
+            held += unfinished * size
+            for sequence in sequences:
+                sequence.block_table.append(next(blocks))
+                sequence.capacity = capacity = sequence.capacity + size
+                if capacity >= sequence.final_tokens:
+                    internal += capacity - sequence.final_tokens
+                    unfinished -= 1
+            if unfinished < len(sequences):
+                sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
+            books.append((tick, held, internal))
+        self.num_held, self.num_internal = held, internal
+        return books
 
     @property
     def headroom(self) -> int:
@@ -109,7 +124,7 @@ class PagedAllocator(Allocator):
         """A new block if the last is full, a copy of the last if others share it, else nothing."""
         tokens = sequence.num_tokens
         if tokens >= sequence.capacity:
-            self.grow((sequence,))
+            self._grow_one(sequence)
             return 0
         shared = sequence.block_table[-1]
         if self.pool.references[shared] == 1:
@@ -135,10 +150,10 @@ class PagedAllocator(Allocator):
 
     def free(self, sequence: Sequence) -> None:
         """Drop the sequence's references; only blocks that nobody else holds leave the books."""
-        siblings = [other for other in sequence.request.sequences if other is not sequence and other.block_table]
-        if not siblings or not self.pool.extra_references:
+        if not self.pool.extra_references:
             super().free(sequence)
             return
+        siblings = [other for other in sequence.request.sequences if other is not sequence and other.block_table]
         self._book([*siblings, sequence], -1)
         self._book(siblings, 1)
         self.release(sequence)

@@ -134,6 +134,7 @@ class Scheduler(ABC):
         self.running[request] = None
         self.num_seqs += request.width
         step.chunks.append((sequence, 0, tokens))
+        step.num_prefill_tokens += tokens
 
     def grow(self, step: Step) -> None:
         """Give every decoding sequence a slot for its next token and put them into the step.
@@ -155,24 +156,22 @@ class Scheduler(ABC):
             decodes.copy_pending = []
             self._note_grown(tick)
         elif growing:
-            self.grow_tick(tick)
+            decodes.grow_next(allocator)
+        if not decodes.size:
+            return
         decodes.advance()
         allocator.num_tokens += decodes.size
         step.num_decodes = decodes.size
         step.decode_context = decodes.context
 
-    def grow_tick(self, tick: int) -> None:
-        """Give one more slot to each sequence that needs one at this tick; there must be headroom for all."""
-        decodes = self.decodes
-        growing = decodes.take_growing(tick)
-        if growing:
-            self.allocator.grow(growing)
-            for sequence in growing:
-                decodes.await_growth(sequence)
+    def grow_ahead(self, ticks: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """Grow the decode set through further ticks while nobody could be refused (see `DecodeSet.grow`)."""
+        return self.decodes.grow(self.allocator, ticks, self._widest)
 
-    def safe_ticks(self, count: int) -> bool:
-        """Whether `count` sequences can outgrow their slots without any refusal."""
-        return self.allocator.headroom - count >= self._widest
+    @property
+    def safe(self) -> bool:
+        """Whether every running request could be given more slots now."""
+        return self.allocator.headroom >= self._widest
 
     def _grow_one_by_one(self, step: Step) -> None:
         """In order of arrival, as vLLM V0 does where blocks are short."""
@@ -197,8 +196,7 @@ class Scheduler(ABC):
         self._note_grown(tick)
 
     def _note_grown(self, tick: int) -> None:
-        for sequence in self.decodes.growths.pop(tick, ()):
-            self.decodes.await_growth(sequence)
+        self.decodes.note_grown(tick, self.decodes.growths.pop(tick, []), None)
 
     def preempt(self, request: Request, step: Step) -> None:
         """Take a running request's memory: move it to the host, or drop it and compute it again later.
@@ -269,9 +267,8 @@ class Scheduler(ABC):
         """A sequence has its last token: free it; true if its request is done with it."""
         request = sequence.request
         self.release(sequence)
-        siblings = request.sequences
-        if len(siblings) > 1:
-            siblings.remove(sequence)
+        request.sequences.remove(sequence)
+        if request.sequences:
             return False
         del self.running[request]
         self.num_seqs -= request.width

@@ -61,7 +61,7 @@ class Static(Scheduler):
     def complete(self, sequence: Sequence) -> bool:
         """Keep the slots until the batch is done."""
         request = sequence.request
-        if any(branch.decodes is not None for branch in request.sequences):
+        if request not in self.running or any(branch.decodes is not None for branch in request.sequences):
             return False
         del self.running[request]
         self.num_seqs -= request.width
@@ -73,6 +73,7 @@ class Static(Scheduler):
         for request in self._done:
             for sequence in request.sequences:
                 self.release(sequence)
+            request.sequences.clear()
         self._done.clear()
 
     def quiet_for(self, now: int) -> int:

@@ -1,0 +1,196 @@
+"""The naive stepper: one step at a time, every sequence looked at in every step. The oracle of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sim.beams import BeamSearch, fork
+from sim.decode_set import arrival_order
+from sim.errors import Stalled
+from sim.request import NEVER, Request, Sequence
+from sim.units import FOREVER
+
+
+class NaiveDecodeSet:
+    """A decode set without a calendar: it walks its members."""
+
+    def __init__(self) -> None:
+        self.clock = 0
+        self.members: list[Sequence] = []
+        self.copy_pending: list[Sequence] = []
+        self.growths: dict[int, list[Sequence]] = {}
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    @property
+    def context(self) -> int:
+        return sum(sequence.num_tokens for sequence in self.members)
+
+    def join(self, sequence: Sequence) -> None:
+        sequence.origin -= self.clock
+        sequence.decodes = self
+        self.members.append(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        self.members.remove(sequence)
+        tokens = sequence.num_tokens
+        sequence.decodes = None
+        sequence.origin = tokens
+        if sequence in self.copy_pending:
+            self.copy_pending.remove(sequence)
+
+    def note_grown(self, tick, grown, step) -> None:
+        assert not grown
+
+    def advance(self, steps: int = 1) -> None:
+        assert steps == 1
+        self.clock += 1
+
+    def take_finished(self) -> list[Sequence]:
+        done = sorted((s for s in self.members if s.num_tokens == s.final_tokens), key=arrival_order)
+        for sequence in done:
+            self.leave(sequence)
+        return done
+
+
+@dataclass
+class Outcome:
+    requests: list[tuple] = field(default_factory=list)
+    steps: list[tuple] = field(default_factory=list)
+    memory: list[tuple] = field(default_factory=list)
+    counters: dict = field(default_factory=dict)
+    saved: int = 0
+    held: int = 0
+
+    def loaded(self, last_arrival: int, end: int) -> tuple[int, int]:
+        """The loaded period, straight from its definition."""
+        refused = [(start, start + duration) for start, duration, *_, waiting in self.memory if waiting]
+        if refused:
+            return refused[0][0], refused[-1][1]
+        first = min((row[5] for row in self.requests if row[5] != NEVER), default=None)
+        if first is None:  # nobody was ever admitted
+            return 0, 0
+        return (first, last_arrival) if last_arrival > first else (first, end)
+
+    def averages(self, last_arrival: int) -> dict[str, float]:
+        end = self.memory[-1][0] + self.memory[-1][1]
+        begin, until = self.loaded(last_arrival, end)
+        sums = [0] * 6
+        time = 0
+        for start, duration, *parts, _ in self.memory:
+            weight = max(0, min(start + duration, until) - max(start, begin))
+            time += weight
+            for index, part in enumerate(parts):
+                sums[index] += part * weight
+        names = ("token_states", "reserved", "internal", "external", "free")
+        total = sum(sums[:5])
+        shares = {f"{name}_share": value / total if total else None for name, value in zip(names, sums[:5])}
+        return {"mean_running": sums[5] / time if time else None, **shares}
+
+
+def run_naively(requests: list[Request], scheduler, timing, transfers, max_model_len: int, beams=None) -> Outcome:
+    """Serve the requests (in order of arrival), checking the allocator's books before every step."""
+    scheduler.decodes = NaiveDecodeSet()
+    scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
+    scheduler.add = scheduler.waiting.append
+    allocator = scheduler.allocator
+    search = None if beams is None else BeamSearch(*beams)
+    outcome = Outcome()
+    counters = dict.fromkeys(("preemptions", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks"), 0)
+    coming = list(requests)
+    now = 0
+
+    def over(request: Request) -> None:
+        outcome.requests.append(
+            (
+                request.id, request.arrival_time, request.prompt_tokens, request.output_tokens * request.width,
+                request.status, request.first_scheduled_time, request.first_token_time, request.finish_time,
+                request.preemptions, request.reason,
+            )
+        )  # fmt: skip
+
+    def complete(sequence: Sequence) -> None:
+        if scheduler.complete(sequence):
+            sequence.request.status = "finished"
+            sequence.request.finish_time = now
+            over(sequence.request)
+
+    def note(start: int, duration: int, running: int, waiting: int, refused: bool) -> None:
+        usage = allocator.usage(refused)
+        parts = (usage.token_states, usage.reserved, usage.internal, usage.external, usage.free)
+        outcome.memory.append((start, duration, *parts, running, waiting))
+        outcome.saved += allocator.blocks_saved * duration
+        outcome.held += allocator.num_held * duration
+
+    def arrive() -> None:
+        while coming and coming[0].arrival_time <= now:
+            request = coming.pop(0)
+            if request.prompt_tokens > max_model_len:
+                request.status = "rejected"
+                request.reason = f"prompt of {request.prompt_tokens} tokens exceeds max_model_len {max_model_len}"
+                over(request)
+                continue
+            request.output_tokens = min(request.output_tokens, max(1, max_model_len - request.prompt_tokens))
+            scheduler.add(request)
+
+    while True:
+        arrive()
+        step = scheduler.plan(now)
+        allocator.check_integrity()
+        for request in step.rejected:
+            over(request)
+        counters["preemptions"] += len(step.preempted)
+        if step.empty:
+            if step.rejected or step.preempted:
+                continue
+            if scheduler.num_waiting or scheduler.running:
+                raise Stalled("naive")
+            idle_from = now
+            while coming and not scheduler.waiting:
+                now = coming[0].arrival_time
+                arrive()
+            if not scheduler.waiting:
+                note(idle_from, 0, 0, 0, False)
+                break
+            if now > idle_from:
+                note(idle_from, now - idle_from, 0, 0, False)
+            continue
+        seconds = timing.seconds(step)
+        if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
+            seconds += transfers.seconds(step)
+        for name in ("copied_blocks", "swapped_out_blocks", "swapped_in_blocks"):
+            counters[name] += getattr(step, name)
+        duration = max(1, round(seconds * 1e9))
+        running, waiting = len(scheduler.running), scheduler.num_waiting
+        prefill = sum(tokens for _, _, tokens in step.chunks)
+        assert step.num_decodes in (0, scheduler.decodes.size)
+        outcome.steps.append((now, duration, prefill, step.num_decodes, running, waiting))
+        note(now, duration, running, waiting, scheduler.head_refused)
+        now += duration
+        for sequence, begin, tokens in step.chunks:
+            request = sequence.request
+            assert begin + tokens == request.prefill_tokens
+            branches = [sequence]
+            if request.first_token_time == NEVER:
+                request.first_token_time = now
+                branches += [fork(allocator, sequence) for _ in range(1, request.width)]
+                request.sequences[:] = branches
+            done = sequence.origin == sequence.final_tokens
+            for branch in branches:
+                if done:
+                    complete(branch)
+                else:
+                    scheduler.decodes.join(branch)
+            if len(branches) > 1 and not done:
+                scheduler.decodes.copy_pending += branches
+                if search is not None and request.beam_width > 1:
+                    search.start(request, scheduler.decodes)
+        if step.num_decodes:
+            for sequence in scheduler.decodes.take_finished():
+                complete(sequence)
+            if search is not None:
+                search.turn_over(scheduler)
+    outcome.counters = counters
+    return outcome

@@ -1,0 +1,156 @@
+"""The engine against the naive stepper: equal to the last bit for every allocator and scheduler."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim import Capacity, Device, Model, Recorder, Request, Transfers, allocator, scheduler, simulate, timing
+from tests.sim.naive import run_naively
+
+MODEL = Model(
+    name="tiny", num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, num_params=1e6,
+    active_params=1e6, max_model_len=64,
+)  # fmt: skip
+DEVICE = Device(name="d", flops_per_s=1e12, memory_bytes_per_s=1e10, memory_bytes=1e9, host_bytes_per_s=1e9)
+
+ALLOCATORS = {
+    "contiguous max": ("contiguous", {}),
+    "contiguous pow2": ("contiguous", {"reserve": "pow2"}),
+    "contiguous oracle first fit": ("contiguous", {"reserve": "oracle", "placement": "first_fit"}),
+    "contiguous oracle best fit": ("contiguous", {"reserve": "oracle", "placement": "best_fit"}),
+    "paged 1": ("paged", {"block_size": 1, "watermark": 0.05}),
+    "paged 4": ("paged", {"block_size": 4}),
+    "paged 16 no watermark": ("paged", {"block_size": 16, "watermark": 0.0}),
+    "paged 4 little host": ("paged", {"block_size": 4, "num_host_blocks": 6}),
+}
+TIMINGS = {
+    "fixed": timing["fixed"](None, None, prefill_ms=7.0, decode_ms=3.0),
+    "linear": timing["linear"](None, None),
+    "roofline": timing["roofline"](MODEL, DEVICE, step_overhead_ms=0.01),
+}
+
+
+class Given:
+    """A workload of requests that a test made."""
+
+    def __init__(self, rows, beams=None):
+        self.rows = rows
+        self.clients = None
+        self.think_time = 0
+        self.beams = beams
+
+    def requests(self):
+        at = 0
+        for number, (gap, prompt, output, width, beam) in enumerate(self.rows):
+            at += gap
+            if beam:
+                yield Request(number, at, prompt, output, beam_width=width)
+            else:
+                yield Request(number, at, prompt, output, n=width)
+
+
+def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
+    kind, allocator_fields = ALLOCATORS[allocator_name]
+    memory = allocator[kind](Capacity(num_slots=slots, max_model_len=64), **allocator_fields)
+    return memory, scheduler[scheduler_kind](memory, **fields)
+
+
+def both(workload: Given, allocator_name: str, scheduler_kind: str, clock: str, slots: int, **fields):
+    tables = {"requests": [], "steps": [], "memory": []}
+    recorder = Recorder(lambda table, columns: tables[table].append(columns))
+    memory, policy = build(allocator_name, scheduler_kind, slots, **fields)
+    transfers = Transfers(MODEL, DEVICE, memory.block_size)
+    summary = simulate(
+        workload, scheduler=policy, timing=TIMINGS[clock], transfers=transfers, recorder=recorder, max_model_len=64
+    )
+    memory.check_integrity()
+    assert memory.usage().token_states == memory.usage().reserved == memory.usage().internal == 0
+    joined = {
+        table: {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]} if chunks else {}
+        for table, chunks in tables.items()
+    }
+    _, policy = build(allocator_name, scheduler_kind, slots, **fields)
+    naive = run_naively(list(workload.requests()), policy, TIMINGS[clock], transfers, 64, workload.beams)
+    return summary, joined, naive
+
+
+def assert_equal(summary, tables, naive, recomputed=None) -> None:
+    requests = tables["requests"]
+    names = ("arrival_time", "first_scheduled_time", "first_token_time", "finish_time")
+    as_ns = {name: [-1 if np.isnan(t) else round(t * 1e9) for t in requests[name]] for name in names}
+    rows = list(
+        zip(
+            requests["request_id"], as_ns["arrival_time"], requests["prompt_tokens"], requests["output_tokens"],
+            requests["status"], as_ns["first_scheduled_time"], as_ns["first_token_time"], as_ns["finish_time"],
+            requests["preemptions"], requests["reason"],
+        )
+    )  # fmt: skip
+    assert sorted(rows) == sorted(naive.requests)
+    steps = tables["steps"]
+    if naive.steps:
+        for column, values in zip(
+            ("time", "duration", "prefill_tokens", "decode_seqs", "running", "waiting"), zip(*naive.steps), strict=True
+        ):
+            expected = np.array(values) / 1e9 if column in ("time", "duration") else np.array(values)
+            np.testing.assert_array_equal(steps[column], expected, err_msg=column)
+    assert summary["steps"] == len(naive.steps)
+    for column, values in zip(
+        ("time", None, "token_states", "reserved", "internal", "external", "free"), zip(*naive.memory)
+    ):
+        if column is not None:
+            expected = np.array(values) / 1e9 if column == "time" else np.array(values)
+            np.testing.assert_array_equal(tables["memory"][column], expected, err_msg=column)
+    for name, value in naive.counters.items():
+        assert summary[name] == value, name
+    last_arrival = max(row[1] for row in naive.requests)
+    for name, value in naive.averages(last_arrival).items():
+        if value is None:
+            assert np.isnan(summary[name])
+        else:
+            assert summary[name] == value, name
+    assert summary["requests_finished"] + summary["requests_rejected"] == len(naive.requests)
+
+
+MS = 1_000_000
+single = st.tuples(
+    st.sampled_from([0, 0, 1, MS, 3 * MS, 10 * MS, 37 * MS, 400 * MS]),
+    st.integers(1, 70), st.integers(1, 60), st.just(1), st.just(False),
+)  # fmt: skip
+group = st.tuples(
+    st.sampled_from([0, 1, 3 * MS, 37 * MS, 400 * MS]), st.integers(1, 40), st.integers(1, 40), st.integers(1, 4),
+    st.booleans(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
+@pytest.mark.parametrize("allocator_name", ALLOCATORS)
+@settings(max_examples=25)
+@given(
+    rows=st.lists(single, min_size=1, max_size=14),
+    slots=st.sampled_from([64, 96, 150, 400]),
+    clock=st.sampled_from(list(TIMINGS)),
+    max_num_seqs=st.sampled_from([1, 3, 32]),
+    preemption=st.sampled_from(["auto", "recompute", "swap"]),
+    victim=st.sampled_from(["latest", "earliest", "fewest_slots"]),
+)
+def test_single_sequences(scheduler_kind, allocator_name, rows, slots, clock, max_num_seqs, preemption, victim):
+    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": victim}
+    assert_equal(*both(Given(rows), allocator_name, scheduler_kind, clock, slots, **fields))
+
+
+@pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
+@pytest.mark.parametrize("allocator_name", ["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"])
+@settings(max_examples=40)
+@given(
+    rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
+    slots=st.sampled_from([96, 150, 400]),
+    clock=st.sampled_from(["fixed", "roofline"]),
+    preemption=st.sampled_from(["auto", "swap"]),
+    turnover=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, turnover):
+    workload = Given(rows, beams=(turnover, 1))
+    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, preemption=preemption))
