@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import simpy
+from simpy.events import EventPriority
 
 from sim.beams import BeamSearch, fork
 from sim.decode_set import arrival_order
@@ -24,7 +25,7 @@ from sim.units import FOREVER
 LONGEST_STRETCH = 4096
 """Steps committed at once at most; where a stretch ends makes no difference."""
 
-AFTER_ARRIVALS = 2
+AFTER_ARRIVALS = EventPriority(2)
 """SimPy priority of the end of a step: what arrives at that instant is there when the next step is planned."""
 
 
@@ -60,7 +61,7 @@ class Engine:
         self.beams = beams
         self.probe = probe
         self.on_done = on_done
-        self.now = env.now  # ahead of env.now where nothing else was due in between
+        self.now = 0  # ahead of env.now where nothing else was due in between
         self.next_arrival = FOREVER  # kept by the source of requests
         self.num_steps = 0
         self.num_live = 0
@@ -77,7 +78,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Take a request in now; one that the model's length cannot serve is refused at once."""
-        now = self.env.now
+        now = int(self.env.now)
         request.arrival_time = now
         self.recorder.last_arrival = now
         self.num_live += 1
@@ -105,7 +106,7 @@ class Engine:
             if step is None:
                 self._idle = simpy.Event(env)
                 yield self._idle
-                self.now = env.now
+                self.now = int(env.now)
                 if self.now > start:
                     self.record_pause(start)
                 continue

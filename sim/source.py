@@ -41,7 +41,7 @@ class ClosedLoop:
         self.env = env
         self.requests: Iterator[Request] = iter(requests)
         self.think_time = think_time
-        self._due = [0] * clients  # heap of the instants at which a client sends
+        self._due: list[int] = [0] * clients  # heap of the instants at which a client sends
         self._engine: Engine | None = None
         self._wake: simpy.Event | None = None
         self._sending = False
@@ -68,7 +68,7 @@ class ClosedLoop:
         if self._sending:
             return
         self._sending = True
-        now = max(engine.now, self.env.now)
+        now = max(engine.now, int(self.env.now))
         while self._due and self._due[0] <= now:
             request = next(self.requests, None)
             if request is None:

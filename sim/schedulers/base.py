@@ -5,20 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from sim.allocators.base import Admission, Allocator
 from sim.decode_set import DecodeSet, arrival_order
 from sim.registry import Registry
 from sim.request import Request, Sequence
-from sim.schedulers.victims import victim
+from sim.schedulers.victims import Victim, latest
+from sim.schedulers.victims import victim as victims
 from sim.step import Step
 from sim.units import FOREVER
 
 scheduler: Registry[type[Scheduler]] = Registry("scheduler")
 
 Preemption = Literal["auto", "recompute", "swap"]
-_victims = victim  # `victim` is also the name of a parameter
 
 
 class Scheduler(ABC):
@@ -36,7 +36,7 @@ class Scheduler(ABC):
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         preemption: Preemption = "auto",
-        victim: str = "latest",
+        victim: Annotated[Victim, victims] = latest,
     ) -> None:
         self.allocator = allocator
         self.max_num_seqs = FOREVER if max_num_seqs is None else max_num_seqs
@@ -49,7 +49,7 @@ class Scheduler(ABC):
         self.num_seqs = 0  # branches that running requests have or will fork
         self.head_refused = False  # the head of the queue waits for memory
         self.recomputed_tokens = 0
-        self._choose_victim = _victims[victim]
+        self._choose_victim = victim
         self._widest = 1
 
     # What a policy decides

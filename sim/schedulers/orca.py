@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from sim.allocators.base import Admission, Allocator
 from sim.registry import PositiveInt
 from sim.schedulers.base import Preemption, Scheduler, scheduler
+from sim.schedulers.victims import Victim, latest
+from sim.schedulers.victims import victim as victims
 from sim.step import Step
 from sim.units import FOREVER
 
@@ -31,7 +35,7 @@ class Orca(Scheduler):
         max_num_seqs: PositiveInt = 256,
         max_num_batched_tokens: PositiveInt | None = None,
         preemption: Preemption = "auto",
-        victim: str = "latest",
+        victim: Annotated[Victim, victims] = latest,
     ) -> None:
         super().__init__(
             allocator,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from sim.allocators.base import Allocator
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
 from sim.schedulers.base import Preemption, Scheduler, scheduler
+from sim.schedulers.victims import Victim, latest
+from sim.schedulers.victims import victim as victims
 from sim.step import Step
 from sim.units import FOREVER
 
@@ -32,7 +36,7 @@ class Static(Scheduler):
         max_num_seqs: PositiveInt = 32,
         max_num_batched_tokens: PositiveInt | None = None,
         preemption: Preemption = "auto",
-        victim: str = "latest",
+        victim: Annotated[Victim, victims] = latest,
     ) -> None:
         super().__init__(
             allocator,

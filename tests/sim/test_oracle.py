@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import Capacity, Device, Model, Recorder, Request, Transfers, allocator, scheduler, simulate, timing
+from sim import Capacity, Device, Model, Recorder, Request, Transfers, allocator, scheduler, simulate, timing, victim
 from tests.sim.naive import run_naively
 
 MODEL = Model(
@@ -55,6 +55,8 @@ class Given:
 def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
     kind, allocator_fields = ALLOCATORS[allocator_name]
     memory = allocator[kind](Capacity(num_slots=slots, max_model_len=64), **allocator_fields)
+    if "victim" in fields:
+        fields["victim"] = victim[fields["victim"]]
     return memory, scheduler[scheduler_kind](memory, **fields)
 
 
@@ -134,10 +136,10 @@ group = st.tuples(
     clock=st.sampled_from(list(TIMINGS)),
     max_num_seqs=st.sampled_from([1, 3, 32]),
     preemption=st.sampled_from(["auto", "recompute", "swap"]),
-    victim=st.sampled_from(["latest", "earliest", "fewest_slots"]),
+    who=st.sampled_from(["latest", "earliest", "fewest_slots"]),
 )
-def test_single_sequences(scheduler_kind, allocator_name, rows, slots, clock, max_num_seqs, preemption, victim):
-    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": victim}
+def test_single_sequences(scheduler_kind, allocator_name, rows, slots, clock, max_num_seqs, preemption, who):
+    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": who}
     assert_equal(*both(Given(rows), allocator_name, scheduler_kind, clock, slots, **fields))
 
 
