@@ -72,13 +72,16 @@ class BlockPool:
         references = self.references
         free = self.free
         before = len(free)
-        if not self.extra_references and 0 not in [references[block] for block in blocks]:
-            for block in blocks:
-                references[block] = 0
-            free += blocks
+        for index, block in enumerate(blocks):
+            if references[block] != 1:  # shared, or an error: undo, and look at each
+                for undone in blocks[:index]:
+                    references[undone] = 1
+                for each in blocks:
+                    self._release_one(each)
+                break
+            references[block] = 0
         else:
-            for block in blocks:
-                self._release_one(block)
+            free += blocks
         if self.probe is not None and len(free) > before:
             self.probe.free(self.tier, free[before:])
 

@@ -99,8 +99,10 @@ class Engine:
 
     def _run(self) -> Generator[simpy.Event, Any, None]:
         env = self.env
+        arrived = self._arrived
         while True:
-            self._arrived.clear()
+            if arrived:
+                arrived.clear()
             step = self._plan()
             start = self.now
             if step is None:
@@ -128,7 +130,7 @@ class Engine:
         allocator = self.allocator
         recorder = self.recorder
         external = allocator.num_external(head_refused=False)
-        recorder.usage.append((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
+        recorder.usage.extend((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
         recorder.durations.append(self.now - start)
         recorder.stretch(start, 1, 0, 0, 0, 0, allocator.num_tokens, 0, 0)
 
@@ -142,7 +144,7 @@ class Engine:
                     self._done(request)
             if step.preempted:
                 self.preemptions += len(step.preempted)
-            if not step.empty:
+            if step.chunks or step.num_decodes:
                 return step
             if not step.rejected and not step.preempted:
                 if scheduler.num_waiting or scheduler.running:
@@ -172,7 +174,7 @@ class Engine:
             self.swapped_in_blocks += step.swapped_in_blocks
         duration = round(seconds * 1e9) or 1
         external = allocator.num_external(scheduler.head_refused)
-        recorder.usage.append((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
+        recorder.usage.extend((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
         recorder.durations.append(duration)
         if self.probe is not None and self.num_steps >= self.probe.next_sample:
             self._sample(start)
@@ -192,8 +194,10 @@ class Engine:
         scheduler = self.scheduler
         decodes = scheduler.decodes
         limit = decodes.next_finish - decodes.clock
-        if limit < 1 or not scheduler.safe:
+        if limit < 1 or scheduler.tight:
             return 0
+        if decodes.growths and self.allocator.growth is None:
+            limit = 1  # any growth may change any part of the usage
         if self.beams is not None:
             limit = min(limit, self.beams.next_turnover - decodes.clock)
         if self.probe is not None:
@@ -216,8 +220,8 @@ class Engine:
             external = allocator.num_external(scheduler.head_refused)
             offset = len(recorder.durations) - decodes.clock - 1
             for tick, held, internal in books:
-                recorder.usage.append((tick + offset, held, internal, external))
-        recorder.durations += durations
+                recorder.usage.extend((tick + offset, held, internal, external))
+        recorder.durations.extend(durations)
         decodes.advance(count)
         allocator.num_tokens += count * decodes.size
         return end + sum(durations), count + 1

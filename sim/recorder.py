@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -45,12 +46,12 @@ class Recorder:
         self._requests: list[tuple[Any, ...]] = []
         # One row a stretch of steps: start, steps, prefill tokens, decoding sequences, running and waiting
         # requests, token states in the first step and more per step, blocks saved by sharing.
-        self._stretches: list[tuple[int, ...]] = []
+        self._stretches = array("q")
         self._covered = 0  # steps in them
         # One entry a step.
-        self.durations: list[int] = []
+        self.durations = array("q")
         # Whenever it changes: entry of `durations` from which it holds, slots held, internal, external.
-        self.usage: list[tuple[int, int, int, int]] = []
+        self.usage = array("q")
 
     def request(self, request: Request) -> None:
         """A request is over."""
@@ -89,7 +90,7 @@ class Recorder:
 
         A stretch that neither prefills nor decodes is a pause of the engine: it shows in the memory only.
         """
-        self._stretches.append(
+        self._stretches.extend(
             (start, steps, prefill_tokens, decode_seqs, running, waiting, tokens, tokens_per_step, saved_blocks)
         )
         self._covered += steps
@@ -137,15 +138,14 @@ class Recorder:
     def _flush_stretches(self) -> None:
         if not self._stretches:
             return
-        rows: Ints = np.array(self._stretches, np.int64)
-        durations = np.array(self.durations, np.int64)
-        usage: Ints = np.array(self.usage, np.int64)
+        rows: Ints = np.array(self._stretches).reshape(-1, 9)
+        durations: Ints = np.array(self.durations)
+        usage: Ints = np.array(self.usage).reshape(-1, 4)
         lasting = np.diff(usage[:, 0], append=len(durations))
         held, internal, external = np.repeat(usage[:, 1:], lasting, axis=0).T
-        self._stretches = []
         self._covered = 0
-        self.durations.clear()
-        self.usage.clear()
+        for column in (self._stretches, self.durations, self.usage):
+            del column[:]
         steps = rows[:, 1]
         first = np.repeat(np.cumsum(steps) - steps, steps)  # index of each step's first in its stretch
         starts, _, prefill, decodes, running, waiting, tokens, slope, saved = np.repeat(rows, steps, axis=0).T

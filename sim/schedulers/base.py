@@ -48,6 +48,7 @@ class Scheduler(ABC):
         self.swapped: dict[Request, None] = {}
         self.num_seqs = 0  # branches that running requests have or will fork
         self.head_refused = False  # the head of the queue waits for memory
+        self.tight = False  # the last growth may have come too close to a refusal to foresee the next
         self.recomputed_tokens = 0
         self._choose_victim = victim
         self._widest = 1
@@ -148,7 +149,8 @@ class Scheduler(ABC):
         tick = decodes.clock + 1
         growing = decodes.growths.get(tick, ())
         pending = decodes.copy_pending
-        if allocator.headroom - len(growing) - len(pending) < self._widest:
+        self.tight = allocator.headroom - len(growing) - len(pending) < self._widest
+        if self.tight:
             self._grow_one_by_one(step)
         elif pending:
             for sequence in sorted({*growing, *pending}, key=arrival_order):
@@ -167,11 +169,6 @@ class Scheduler(ABC):
     def grow_ahead(self, ticks: int) -> tuple[int, list[tuple[int, int, int]]]:
         """Grow the decode set through further ticks while nobody could be refused (see `DecodeSet.grow`)."""
         return self.decodes.grow(self.allocator, ticks, self._widest)
-
-    @property
-    def safe(self) -> bool:
-        """Whether every running request could be given more slots now."""
-        return self.allocator.headroom >= self._widest
 
     def _grow_one_by_one(self, step: Step) -> None:
         """In order of arrival, as vLLM V0 does where blocks are short."""

@@ -1,0 +1,276 @@
+"""Workloads: the requests of a run, made one after the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from sim.errors import UserError
+from sim.registry import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Registry
+from sim.request import Request
+from sim.units import FOREVER, to_ns
+from workloads.arrivals import CHUNK, ArrivalProcess, Instants, arrivals
+from workloads.csv_traces import Csv
+from workloads.lengths import LengthSampler, lengths
+from workloads.streams import Streams
+from workloads.traces import TraceFormat, TraceRows, trace_format
+
+workload: Registry[type[Workload]] = Registry("workload")
+
+
+class Sampling:
+    """How many branches a request runs: parallel samples, or the beams of a beam search.
+
+    Raises UserError if both are asked for.
+
+    Fields:
+        n: Samples of each request, which share its prompt.
+        beam_width: Beams of each request.
+        beam_turnover: Chance that a beam dies in a step and a copy of another takes its place.
+    """
+
+    __slots__ = ("beam_turnover", "beam_width", "n")
+
+    def __init__(
+        self, *, n: PositiveInt = 1, beam_width: PositiveInt = 1, beam_turnover: Fraction = 0.1
+    ) -> None:
+        if n > 1 and beam_width > 1:
+            raise UserError(
+                f"n and beam_width exclude each other: got {n} and {beam_width}, expected one to be 1"
+            )
+        self.n = n
+        self.beam_width = beam_width
+        self.beam_turnover = beam_turnover
+
+
+_ONE_BRANCH = Sampling()
+_CSV = Csv()
+
+
+class Workload(ABC):
+    """Where requests come from, as the simulator sees it.
+
+    Its first parameters are the random streams and the longest sequence that the engine serves; the
+    keyword-only ones are its YAML fields.
+    """
+
+    num_requests: int | None = None
+    """Requests in all; None if nobody has counted them."""
+    clients: int | None = None
+    """Clients of a closed loop, whose requests carry no arrival time; None in an open one."""
+    think_time: int = 0
+    """Time (ns) between a client's answer and its next request."""
+    sampling: Sampling = _ONE_BRANCH
+    beams: tuple[float, int] | None = None
+    """Turnover of beams and the seed of its draws; None without beam search."""
+
+    @abstractmethod
+    def requests(self) -> Iterator[Request]:
+        """The requests in order of arrival, ids from 0, made as they are asked for; the same every time."""
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """(field, complaint) for options of a configuration that have no meaning beside the others."""
+        sampling = config["workload"].get("sampling") or {}
+        if sampling.get("beam_width", 1) == 1:
+            yield "workload.sampling.beam_turnover", "has no meaning without beams, beam_width above 1"
+
+
+@workload("synthetic")
+class Synthetic(Workload):
+    """Requests of an arrival process and a length distribution.
+
+    The first are the same however many there are.
+
+    Fields:
+        num_requests: Requests in all.
+        arrivals: When they come.
+        lengths: How long prompts and outputs are.
+        sampling: Parallel samples or beams.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        max_model_len: int,
+        *,
+        num_requests: PositiveInt,
+        arrivals: Annotated[ArrivalProcess, arrivals],
+        lengths: Annotated[LengthSampler, lengths],
+        sampling: Sampling = _ONE_BRANCH,
+    ) -> None:
+        self.streams = streams
+        self.max_model_len = max_model_len
+        self.num_requests: int = num_requests
+        self.arrivals = arrivals
+        self.lengths = lengths
+        self.clients = arrivals.clients
+        self.think_time = arrivals.think_time
+        self.sampling = sampling
+        self.beams = _beams(streams, sampling)
+
+    def requests(self) -> Iterator[Request]:
+        """The requests. Raises UserError if arrivals are so rare that the clock cannot tell the last one."""
+        return chain.from_iterable(self._chunks())
+
+    def _chunks(self) -> Iterator[Iterator[Request]]:
+        make = _maker(self.sampling)
+        times = _regular(self.arrivals.times(self.streams("arrivals")), CHUNK)
+        lengths_rng = self.streams("lengths")
+        for first in range(0, self.num_requests, CHUNK):
+            ids = range(first, min(first + CHUNK, self.num_requests))
+            instants = next(times)[: len(ids)]
+            if instants[-1] >= FOREVER:
+                raise UserError(
+                    f"arrivals: got request {first + int(np.argmax(instants >= FOREVER))} after more than "
+                    f"{FOREVER / 365.25 / 86400e9:.0f} years, expected a higher rate"
+                )
+            # Always a whole chunk, so that num_requests does not change what is drawn.
+            prompts, outputs = self.lengths.sample(lengths_rng, CHUNK, self.max_model_len)
+            yield map(make, ids, instants.tolist(), prompts.tolist(), outputs.tolist())
+
+
+@workload("trace")
+class Trace(Workload):
+    """Requests recorded on a real system, replayed from a file that is never all in memory.
+
+    Times count from the trace's own zero; in formats whose clock shows a date or the time of day, from the
+    first request. With `start_s` they count from there.
+
+    Fields:
+        path: File of the trace, plain or gzipped.
+        format: How the file is written.
+        time_scale: Factor on all times: 2 halves the request rate.
+        rate: Scale times so that the replayed requests arrive at this mean rate per second (their number less
+            one, over the time from the first to the last); instead of time_scale.
+        start_s: Leave out what arrives before, in the trace's time.
+        window_s: Leave out what arrives this much or more after start_s, in the trace's time.
+        num_requests: Stop after so many requests.
+        sampling: Parallel samples or beams.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        max_model_len: int,
+        *,
+        path: Path,
+        format: Annotated[TraceFormat, trace_format] = _CSV,  # noqa: A002
+        time_scale: PositiveFloat = 1.0,
+        rate: PositiveFloat | None = None,
+        start_s: NonNegativeFloat = 0.0,
+        window_s: PositiveFloat | None = None,
+        num_requests: PositiveInt | None = None,
+        sampling: Sampling = _ONE_BRANCH,
+    ) -> None:
+        if rate is not None and time_scale != 1.0:
+            raise UserError(f"rate and time_scale exclude each other: got {rate:g} and {time_scale:g}")
+        self.path = path
+        self.format = trace_format[format]() if isinstance(format, str) else format
+        self.start = to_ns(start_s)
+        self.window = FOREVER if window_s is None else to_ns(window_s)
+        self.limit = num_requests
+        self.sampling = sampling
+        self.beams = _beams(streams, sampling)
+        if rate is None:
+            self.factor = time_scale
+            next(self.format.read(path), None)  # a file that cannot be read is told of before anything runs
+        else:
+            self.num_requests, self.factor = self._scaled_to(rate)
+
+    def requests(self) -> Iterator[Request]:
+        """The requests. Raises UserError for a wrong row, with `file:line`, and for an empty window."""
+        return chain.from_iterable(self._chunks())
+
+    def _chunks(self) -> Iterator[Iterator[Request]]:
+        make = _maker(self.sampling)
+        first = 0
+        for rows in self._window():
+            times = rows.arrival_time
+            if self.factor != 1.0:
+                times = np.rint(times * self.factor).astype(np.int64)
+            yield _made(make, first, rows.at(times), self.format.content_grain)
+            first += len(rows)
+
+    def _window(self) -> Iterator[TraceRows]:
+        """The rows to replay, times since the start of the window."""
+        left = FOREVER if self.limit is None else self.limit
+        origin: int | None = None
+        last = 0
+        empty = True
+        for rows in self.format.read(self.path):
+            if origin is None:
+                origin = self.start + (int(rows.arrival_time[0]) if self.format.absolute else 0)
+            rows = rows.at(rows.arrival_time - origin)
+            begin, end = np.searchsorted(rows.arrival_time, (0, self.window)).tolist()
+            last = int(rows.arrival_time[-1])
+            if begin < end:
+                empty = False
+                yield rows.part(begin, min(end, begin + left))
+                left -= end - begin
+            if left <= 0 or end < len(rows):
+                break
+        if empty:
+            end_s = "" if self.window == FOREVER else f" and before {(self.start + self.window) / 1e9:g} s"
+            raise UserError(
+                f"{self.path}: got no request from {self.start / 1e9:g} s on{end_s}, expected start_s and "
+                f"window_s to hold some; the last one looked at arrives at {(self.start + last) / 1e9:g} s"
+            )
+
+    def _scaled_to(self, rate: float) -> tuple[int, float]:
+        """The number of requests to replay, and the factor on times that gives them this rate."""
+        count, first, last = 0, 0, 0
+        for rows in self._window():
+            if not count:
+                first = int(rows.arrival_time[0])
+            count += len(rows)
+            last = int(rows.arrival_time[-1])
+        if last == first:
+            raise UserError(
+                f"rate: got {count} requests of {self.path} at one instant, expected some time between them"
+            )
+        return count, (count - 1) / rate * 1e9 / (last - first)
+
+
+def _regular(chunks: Iterator[Instants], size: int) -> Iterator[Instants]:
+    """The same instants in chunks of one size."""
+    held: list[Instants] = []
+    count = 0
+    for chunk in chunks:
+        held.append(chunk)
+        count += len(chunk)
+        if count >= size:
+            joined = np.concatenate(held)
+            whole = count - count % size
+            yield from np.split(joined[:whole], range(size, whole, size))
+            held, count = [joined[whole:]], count - whole
+
+
+def _maker(sampling: Sampling) -> Callable[..., Request]:
+    """What makes a request of id, arrival time (ns), prompt tokens and output tokens."""
+    if sampling.n == 1 and sampling.beam_width == 1:
+        return Request
+    return partial(Request, n=sampling.n, beam_width=sampling.beam_width)
+
+
+def _made(make: Callable[..., Request], first: int, rows: TraceRows, grain: int) -> Iterator[Request]:
+    columns = (rows.arrival_time.tolist(), rows.prompt_tokens.tolist(), rows.output_tokens.tolist())
+    ids = range(first, first + len(rows))
+    if rows.content is None:
+        return map(make, ids, *columns)
+    return (
+        make(id_, time, prompt, output, content=content, content_grain=grain)
+        for id_, time, prompt, output, content in zip(ids, *columns, rows.content, strict=True)
+    )
+
+
+def _beams(streams: Streams, sampling: Sampling) -> tuple[float, int] | None:
+    if sampling.beam_width == 1:
+        return None
+    return sampling.beam_turnover, int(streams("sampling").integers(1 << 62))
