@@ -111,4 +111,6 @@ class BeamSearch:
             child = fork(scheduler.allocator, parent)
             request.sequences.append(child)
             decodes.join(child)
-            decodes.copy_pending += [sequence for sequence in (parent, child) if sequence not in decodes.copy_pending]
+            decodes.copy_pending += [
+                sequence for sequence in (parent, child) if sequence not in decodes.copy_pending
+            ]

@@ -8,7 +8,7 @@ from sim.errors import IntegrityError
 from sim.probe import Probe
 
 
-class OutOfBlocks(RuntimeError):  # noqa: N818
+class OutOfBlocks(RuntimeError):
     """The pool holds fewer free blocks than were asked for; nothing was taken."""
 
 
@@ -108,7 +108,9 @@ class BlockPool:
                 )
         used = sum(1 for count in counted if count)
         if len(set(self.free)) != len(self.free):
-            raise IntegrityError(f"{self.tier} pool: distinct free({len(set(self.free))}) != free({len(self.free)})")
+            raise IntegrityError(
+                f"{self.tier} pool: distinct free({len(set(self.free))}) != free({len(self.free)})"
+            )
         if used + len(self.free) != self.num_blocks:
             raise IntegrityError(
                 f"{self.tier} pool: used({used}) + free({len(self.free)}) != total({self.num_blocks})"

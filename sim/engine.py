@@ -84,7 +84,9 @@ class Engine:
         self.num_live += 1
         if request.prompt_tokens > self.max_model_len:
             request.status = "rejected"
-            request.reason = f"prompt of {request.prompt_tokens} tokens exceeds max_model_len {self.max_model_len}"
+            request.reason = (
+                f"prompt of {request.prompt_tokens} tokens exceeds max_model_len {self.max_model_len}"
+            )
             self._done(request)
             return
         room = self.max_model_len - request.prompt_tokens
@@ -263,7 +265,9 @@ class Engine:
                     break
                 if index > begin:
                     at = tokens + begin * decodes
-                    recorder.stretch(starts[begin], index - begin, 0, decodes, running, waiting, at, decodes, saved)
+                    recorder.stretch(
+                        starts[begin], index - begin, 0, decodes, running, waiting, at, decodes, saved
+                    )
                     begin = index
                 waiting += 1
             start = starts[begin]

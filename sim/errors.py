@@ -7,7 +7,7 @@ class UserError(Exception):
     """The user's mistake: the command line prints the message alone and exits with code 2."""
 
 
-class Stalled(RuntimeError):  # noqa: N818
+class Stalled(RuntimeError):
     """Nothing can proceed any more; the message says which request needs what."""
 
 

@@ -91,7 +91,17 @@ class Recorder:
         A stretch that neither prefills nor decodes is a pause of the engine: it shows in the memory only.
         """
         self._stretches.extend(
-            (start, steps, prefill_tokens, decode_seqs, running, waiting, tokens, tokens_per_step, saved_blocks)
+            (
+                start,
+                steps,
+                prefill_tokens,
+                decode_seqs,
+                running,
+                waiting,
+                tokens,
+                tokens_per_step,
+                saved_blocks,
+            )
         )
         self._covered += steps
         if self._covered >= CHUNK and self._covered == len(self.durations):
@@ -109,9 +119,20 @@ class Recorder:
     def _flush_requests(self) -> None:
         if not self._requests:
             return
-        (ids, arrival, prompt, output, width, status, reason, scheduled, first, finish, preemptions, cached) = zip(
-            *self._requests, strict=True
-        )
+        (
+            ids,
+            arrival,
+            prompt,
+            output,
+            width,
+            status,
+            reason,
+            scheduled,
+            first,
+            finish,
+            preemptions,
+            cached,
+        ) = zip(*self._requests, strict=True)
         self._requests = []
         times = {
             "arrival_time": np.array(arrival, np.int64),

@@ -63,7 +63,9 @@ class LatencyTally:
             for percent, value in zip((50, 90, 99), np.percentile(values, (50, 90, 99)), strict=True):
                 figures[f"{name}_p{percent}_s"] = float(value)
         normalized = self._samples["normalized"]
-        figures["normalized_latency_mean_s"] = float(np.frombuffer(normalized).mean()) if normalized else math.nan
+        figures["normalized_latency_mean_s"] = (
+            float(np.frombuffer(normalized).mean()) if normalized else math.nan
+        )
         return figures
 
 
@@ -117,16 +119,25 @@ class MemoryTally:
             self._arriving.add(columns, starts, ends)
 
     def averages(self) -> dict[str, float]:
-        """Shares of the capacity and the mean batch over the loaded period; shares add up to 1."""
+        """Over the loaded period: its length, the mean batch, shares of the capacity and of what is held."""
         period = self._arriving if self._refused.begin is None else self._refused
         sums = period.closed if period.closed[-1] else period.pending
         *parts, running, time = sums
         total = sum(parts)
+        held = sum(parts[:3])
         return {
+            "loaded_s": time / 1e9,
             "mean_running": running / time if time else math.nan,
             "max_running": self.max_running,
             "max_waiting": self.max_waiting,
-            **{f"{name}_share": part / total if total else math.nan for name, part in zip(PARTS, parts, strict=True)},
+            **{
+                f"{name}_share": part / total if total else math.nan
+                for name, part in zip(PARTS, parts, strict=True)
+            },
+            **{
+                f"allocated_{name}_share": part / held if held else math.nan
+                for name, part in zip(PARTS[:3], parts, strict=False)
+            },
         }
 
 
@@ -167,5 +178,7 @@ def exact_dot(values: Ints, weights: Ints) -> int:
         half = (weights >> shift) & 0x7FFFFFFF
         if half.any():
             products = values * half
-            total += (int((products >> 32).sum()) << 32 + shift) + (int((products & 0xFFFFFFFF).sum()) << shift)
+            total += (int((products >> 32).sum()) << 32 + shift) + (
+                int((products & 0xFFFFFFFF).sum()) << shift
+            )
     return total

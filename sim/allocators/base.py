@@ -241,13 +241,18 @@ class Allocator(ABC):
         _equal("token states", self.num_tokens, "distinct slots", len(distinct))
         for refused in (False, True):
             usage = self.usage(refused)
-            _equal("token_states + reserved + internal + external + free", usage.total, "capacity", self.num_slots)
+            _equal(
+                "token_states + reserved + internal + external + free",
+                usage.total,
+                "capacity",
+                self.num_slots,
+            )
             for name in ("token_states", "reserved", "internal", "external", "free"):
                 if getattr(usage, name) < 0:
                     raise IntegrityError(f"{name}({getattr(usage, name)}) < 0 in {usage}")
         self.check_books()
 
-    def check_books(self) -> None:
+    def check_books(self) -> None:  # noqa: B027 - most have no more books than those here
         """Compare a policy's own books; called by `check_integrity`."""
 
     @classmethod

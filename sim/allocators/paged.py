@@ -106,7 +106,9 @@ class PagedAllocator(Allocator):
                     internal += capacity - sequence.final_tokens
                     unfinished -= 1
             if unfinished < len(sequences):
-                sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
+                sequences[:] = [
+                    sequence for sequence in sequences if sequence.capacity < sequence.final_tokens
+                ]
             books.append((tick, held, internal))
         self.num_held, self.num_internal = held, internal
         return books
@@ -153,7 +155,9 @@ class PagedAllocator(Allocator):
         if not self.pool.extra_references:
             super().free(sequence)
             return
-        siblings = [other for other in sequence.request.sequences if other is not sequence and other.block_table]
+        siblings = [
+            other for other in sequence.request.sequences if other is not sequence and other.block_table
+        ]
         self._book([*siblings, sequence], -1)
         self._book(siblings, 1)
         self.release(sequence)

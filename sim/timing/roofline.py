@@ -25,8 +25,9 @@ class Roofline(StepTime):
 
     Fields:
         step_overhead_ms: Time per step beside the operators: scheduling, launches, sampling, communication.
-        compute_efficiency: Share of the datasheet's FLOP/s that the linear layers and attention reach.
-        memory_efficiency: Share of the datasheet's memory bandwidth that they reach.
+        compute_efficiency: Share of the datasheet's FLOP/s that the linear layers and attention reach; the
+            default is the datasheet's bound.
+        memory_efficiency: Share of the datasheet's memory bandwidth that they reach; likewise.
     """
 
     def __init__(
@@ -35,8 +36,8 @@ class Roofline(StepTime):
         device: Device | None,
         *,
         step_overhead_ms: NonNegativeFloat = 5.0,
-        compute_efficiency: Efficiency = 0.7,
-        memory_efficiency: Efficiency = 0.9,
+        compute_efficiency: Efficiency = 1.0,
+        memory_efficiency: Efficiency = 1.0,
     ) -> None:
         if model is None or device is None:
             missing = "model" if model is None else "device"

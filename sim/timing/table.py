@@ -52,7 +52,9 @@ class Table(StepTime):
         self.overhead = step_overhead_ms / 1e3
         self.linear = _Curve({key[0]: value for key, value in _read(tables, *LINEAR).items()})
         self.decode = _Surface(_read(tables, *DECODE))
-        self.prefill = _Curve({key[1]: value for key, value in _read(tables, *PREFILL).items() if key[0] == 0})
+        self.prefill = _Curve(
+            {key[1]: value for key, value in _read(tables, *PREFILL).items() if key[0] == 0}
+        )
 
     def seconds(self, step: Step) -> float:
         """Linear layers over all tokens and attention of both kinds."""
@@ -124,7 +126,9 @@ def _read(folder: Path, ending: str, columns: tuple[str, ...]) -> dict[tuple[int
                     entries[tuple(int(part) for part in key)] = float(value)
                 except (IndexError, ValueError):
                     where = f"{paths[0]}:{rows.line_num}"
-                    raise UserError(f"{where}: expected numbers for {', '.join(columns)}, got {row}") from None
+                    raise UserError(
+                        f"{where}: expected numbers for {', '.join(columns)}, got {row}"
+                    ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{paths[0]}: cannot be read: {error}") from None
     if not entries:

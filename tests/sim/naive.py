@@ -86,11 +86,14 @@ class Outcome:
                 sums[index] += part * weight
         names = ("token_states", "reserved", "internal", "external", "free")
         total = sum(sums[:5])
-        shares = {f"{name}_share": value / total if total else None for name, value in zip(names, sums[:5])}
+        parts = zip(names, sums[:5], strict=True)
+        shares = {f"{name}_share": value / total if total else None for name, value in parts}
         return {"mean_running": sums[5] / time if time else None, **shares}
 
 
-def run_naively(requests: list[Request], scheduler, timing, transfers, max_model_len: int, beams=None) -> Outcome:
+def run_naively(
+    requests: list[Request], scheduler, timing, transfers, max_model_len: int, beams=None
+) -> Outcome:
     """Serve the requests (in order of arrival), checking the allocator's books before every step."""
     scheduler.decodes = NaiveDecodeSet()
     scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
@@ -129,7 +132,9 @@ def run_naively(requests: list[Request], scheduler, timing, transfers, max_model
             request = coming.pop(0)
             if request.prompt_tokens > max_model_len:
                 request.status = "rejected"
-                request.reason = f"prompt of {request.prompt_tokens} tokens exceeds max_model_len {max_model_len}"
+                request.reason = (
+                    f"prompt of {request.prompt_tokens} tokens exceeds max_model_len {max_model_len}"
+                )
                 over(request)
                 continue
             request.output_tokens = min(request.output_tokens, max(1, max_model_len - request.prompt_tokens))
@@ -192,5 +197,7 @@ def run_naively(requests: list[Request], scheduler, timing, transfers, max_model
                 complete(sequence)
             if search is not None:
                 search.turn_over(scheduler)
-    outcome.counters = counters
+    outcome.counters = {**counters, "recomputed_tokens": scheduler.recomputed_tokens}
+    saved = outcome.saved * allocator.block_size
+    outcome.counters["blocks_saved_share"] = saved / (outcome.held + saved) if outcome.held else 0.0
     return outcome

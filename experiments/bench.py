@@ -1,0 +1,36 @@
+"""Benchmarks: `kvsim bench`, each a table with ratios."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sim.errors import UserError
+from sim.registry import nearest
+
+
+def run_bench(name: str | None) -> int:
+    """Run one benchmark, or all; 0 if done. Raises UserError for an unknown name."""
+    from experiments.bench_paper import bench_paper
+    from experiments.bench_sim import bench_sim
+
+    benches: dict[str, Callable[[Path], str]] = {"sim": bench_sim, "paper": bench_paper}
+    if name is not None and name not in benches:
+        near = nearest(name, list(benches))
+        hint = f", did you mean {near!r}?" if near else ""
+        raise UserError(f"unknown benchmark: got {name!r}, expected one of {', '.join(benches)}{hint}")
+    for chosen in [name] if name else benches:
+        with tempfile.TemporaryDirectory(prefix="kvsim-bench-") as folder:
+            print(benches[chosen](Path(folder)), flush=True)
+    return 0
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned text: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [title]
+    for row in [header, *rows]:
+        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first, *(cell.rstrip().rjust(len(cell)) for cell in others)]).rstrip())
+    return "\n".join(lines) + "\n"
