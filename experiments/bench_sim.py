@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench import table
+from experiments.bench_peers import RATE as PEER_RATE
+from experiments.bench_peers import REQUESTS as PEER_REQUESTS
+from experiments.bench_peers import aisimulate
 
 CASES = (("batch near 100, 27 requests/s", 27.0), ("batch near 20, 7 requests/s", 7.0))
 REQUESTS = 100_000
@@ -54,7 +57,21 @@ def bench_sim(folder: Path) -> str:
         )
     header = ["case", "batch", "steps", "CPU s", "requests/CPU-s", "steps/CPU-s", "x bare SimPy loop"]
     title = f"whole runs of {REQUESTS:,} requests with default recording, median of {ROUNDS}"
-    return "\n".join([table(title, header, rows), _process_table(folder)])
+    return "\n".join([table(title, header, rows), _peer_table(folder), _process_table(folder)])
+
+
+def _peer_table(folder: Path) -> str:
+    peer = aisimulate(folder)
+    if peer is None:
+        return "AISimulate's engine is not installed (pip install ai-dynamo-runtime): no comparison\n"
+    version, theirs = peer
+    ours = run(folder / "peer", PEER_REQUESTS, PEER_RATE)["cpu_s"]
+    rows = [
+        [name, f"{cpu:.2f}", f"{PEER_REQUESTS / cpu:,.0f}", f"{theirs / cpu:.2f}"]
+        for name, cpu in (("kvsim", ours), (f"AISimulate engine {version}, compiled", theirs))
+    ]
+    title = f"{PEER_REQUESTS:,} requests at {PEER_RATE:g}/s"
+    return table(title, ["simulator", "CPU s", "requests/CPU-s", "speed ratio"], rows)
 
 
 def run(folder: Path, requests: int, rate: float) -> dict[str, Any]:

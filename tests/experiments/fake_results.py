@@ -41,7 +41,9 @@ class Sweep:
 def write_results(directory: Path, sweep: Sweep) -> Path:
     """Fill `directory` with runs.parquet and one folder per run."""
     rows = []
-    zipped = [dict(zip(sweep.zipped, values, strict=True)) for values in zip(*sweep.zipped.values(), strict=True)]
+    zipped = [
+        dict(zip(sweep.zipped, values, strict=True)) for values in zip(*sweep.zipped.values(), strict=True)
+    ]
     crossed = [
         dict(zip(sweep.crossed, values, strict=True)) for values in itertools.product(*sweep.crossed.values())
     ]
@@ -51,7 +53,9 @@ def write_results(directory: Path, sweep: Sweep) -> Path:
         run_id = f"{next(numbers):016x}"
         config = _config(sweep, point)
         summary = write_run(directory / run_id, config, replication, sweep)
-        told = {path: json.dumps(value) if isinstance(value, dict) else value for path, value in point.items()}
+        told = {
+            path: json.dumps(value) if isinstance(value, dict) else value for path, value in point.items()
+        }
         rows.append({"run_id": run_id, "replication": replication, **told, **summary})
     table = pa.Table.from_pylist(rows)
     pq.write_table(table, directory / "runs.parquet")
@@ -122,7 +126,9 @@ def _queue(config: dict[str, Any], replication: int) -> tuple[dict[str, dict[str
     live: list[int] = []
     done = np.zeros(n, dtype=int)
     first = np.zeros((3, n))  # scheduled, first token, finish
-    steps: dict[str, list[float]] = {k: [] for k in ("time", "duration", "prefill_tokens", "decode_seqs", "running", "waiting")}
+    steps: dict[str, list[float]] = {
+        k: [] for k in ("time", "duration", "prefill_tokens", "decode_seqs", "running", "waiting")
+    }
     memory: dict[str, list[float]] = {k: [] for k in ("time", *STATES)}
     while head < n or live:
         if not live and arrival[head] > now:
@@ -144,7 +150,9 @@ def _queue(config: dict[str, Any], replication: int) -> tuple[dict[str, dict[str
         if paged:
             tail = (-size) % block
             will = np.minimum(tail, output[running] - done[running])
-            held = (int(size.sum()), int(will.sum()), int((tail - will).sum()), 0)
+            live_slots = min(int(size.sum()), SLOTS)
+            ahead = min(int(will.sum()), SLOTS - live_slots)
+            held = (live_slots, ahead, min(int((tail - will).sum()), SLOTS - live_slots - ahead), 0)
         else:
             left = output[running] - done[running]
             outside = int((kept - asked[running]).sum()) + (SLOTS - used if waiting else 0)
@@ -152,7 +160,11 @@ def _queue(config: dict[str, Any], replication: int) -> tuple[dict[str, dict[str
         for name, value in zip(STATES, (*held, max(SLOTS - sum(held), 0)), strict=True):
             memory[name].append(value)
         memory["time"].append(now)
-        for name, value in zip(steps, (now, span, int(prompt[running[fresh]].sum()), int((~fresh).sum()), len(live), waiting), strict=True):
+        for name, value in zip(
+            steps,
+            (now, span, int(prompt[running[fresh]].sum()), int((~fresh).sum()), len(live), waiting),
+            strict=True,
+        ):
             steps[name].append(value)
         now += span
         done[running] += 1
@@ -172,7 +184,9 @@ def _queue(config: dict[str, Any], replication: int) -> tuple[dict[str, dict[str
     return {"requests": requests, "steps": steps, "memory": memory}, _summary(requests, steps, memory, now)
 
 
-def _reservations(allocator: dict[str, Any], prompt: np.ndarray, output: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _reservations(
+    allocator: dict[str, Any], prompt: np.ndarray, output: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Slots that each request asks for, and those it takes; paging takes what it needs on average."""
     if allocator["kind"] == "paged":
         return prompt + output, prompt + (0.62 * output).astype(int)
@@ -188,16 +202,25 @@ def _summary(
 ) -> dict[str, Any]:
     waits = np.array(steps["waiting"]) > 0
     time = np.array(memory["time"])
-    low, high = (np.flatnonzero(waits)[[0, -1]] if waits.any() else (0, int(np.searchsorted(time, requests["arrival_time"][-1])) - 1))
+    low, high = (
+        np.flatnonzero(waits)[[0, -1]]
+        if waits.any()
+        else (0, int(np.searchsorted(time, requests["arrival_time"][-1])) - 1)
+    )
     span = np.diff(time)[low : high + 1]
     share = {
-        f"{name}_share": float((np.array(memory[name][low : high + 1]) * span).sum() / span.sum() / SLOTS) for name in STATES
+        f"{name}_share": float((np.array(memory[name][low : high + 1]) * span).sum() / span.sum() / SLOTS)
+        for name in STATES
     }
     e2e = requests["finish_time"] - requests["arrival_time"]
     ttft = requests["first_token_time"] - requests["arrival_time"]
-    tpot = (requests["finish_time"] - requests["first_token_time"]) / np.maximum(requests["output_tokens"] - 1, 1)
+    tpot = (requests["finish_time"] - requests["first_token_time"]) / np.maximum(
+        requests["output_tokens"] - 1, 1
+    )
     spread = {
-        f"{name}_{which}_s": float(np.mean(values) if which == "mean" else np.percentile(values, int(which[1:])))
+        f"{name}_{which}_s": float(
+            np.mean(values) if which == "mean" else np.percentile(values, int(which[1:]))
+        )
         for name, values in (("ttft", ttft), ("tpot", tpot), ("e2e", e2e))
         for which in ("mean", "p50", "p90", "p99")
     }

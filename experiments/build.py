@@ -1,0 +1,193 @@
+"""Building: the settings of a point turned into the objects that a simulation takes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path as File
+from typing import Any
+
+from experiments import hardware
+from experiments.annotations import alternatives, fields_of, registry_in, section_in
+from experiments.experiment import Experiment
+from experiments.mistakes import Mistake, Mistakes, Path
+from sim.allocators import Allocator, Capacity, allocator
+from sim.errors import UserError
+from sim.hardware import Device, Model
+from sim.recorder import Recorder, Sink
+from sim.registry import Registry
+from sim.schedulers import Scheduler, scheduler
+from sim.simulation import simulate
+from sim.timing import StepTime, Transfers, timing
+from workloads.streams import Streams
+from workloads.workload import workload
+
+BLOCK_SIZE = 16
+"""Slots of a block where the allocator knows no blocks."""
+
+
+def run(
+    experiment: Experiment, replication: int, sink: Sink, progress: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Simulate one point; the summary's figures."""
+    model, device = make_hardware(experiment)
+    capacity = make_capacity(experiment, model, device)
+    scheduler = make_scheduler(experiment, make_allocator(experiment, capacity))
+    figures = simulate(
+        make_workload(experiment, capacity, replication),
+        scheduler=scheduler,
+        timing=make_timing(experiment, model, device),
+        transfers=make_transfers(experiment, model, device, scheduler.allocator),
+        recorder=Recorder(sink, **experiment.record),
+        max_model_len=capacity.max_model_len,
+        progress=progress,
+    )
+    return {**figures, "probe_steps": 0, "probe_max_error": None}
+
+
+def capacity_told(experiment: Experiment) -> dict[str, Any]:
+    """What the KV memory of a point comes to, for its manifest."""
+    model, device = make_hardware(experiment)
+    capacity = make_capacity(experiment, model, device)
+    return {
+        "num_slots": capacity.num_slots,
+        "max_model_len": capacity.max_model_len,
+        "kv_bytes_per_token": model.kv_bytes_per_token if model is not None else None,
+    }
+
+
+def make_hardware(experiment: Experiment) -> tuple[Model | None, Device | None]:
+    """The model, and the device with as many others as serve it."""
+    model = _row(hardware.model, experiment.model)
+    device = _row(hardware.device, experiment.device)
+    if device is not None:
+        device = replace(device, count=experiment.tensor_parallel)
+    return model, device
+
+
+def _row(registry: Registry[Any], settings: Mapping[str, Any] | None) -> Any:
+    if settings is None:
+        return None
+    return registry[settings["kind"]](**{key: value for key, value in settings.items() if key != "kind"})
+
+
+def make_capacity(experiment: Experiment, model: Model | None, device: Device | None) -> Capacity:
+    """KV slots: num_blocks wins over kv_memory, kv_memory over memory_utilization. Raises Mistakes."""
+    longest = experiment.max_model_len or (model.max_model_len if model is not None else None)
+    if longest is None:
+        raise _wrong("missing", "max_model_len", expected="an integer >= 1, or a model to take it from")
+    block_size = experiment.allocator.get("block_size", BLOCK_SIZE)
+    if experiment.num_blocks is not None:
+        return Capacity(experiment.num_blocks * block_size, longest, experiment.num_blocks)
+    if model is None:
+        raise _wrong("missing", "num_blocks", expected="an integer >= 1, or a model whose KV size is known")
+    if experiment.kv_memory is not None:
+        available, source = float(experiment.kv_memory), "kv_memory"
+    elif device is not None:
+        available, source = _left_for_kv(experiment, model, device), "device"
+    else:
+        raise _wrong("missing", "kv_memory", expected="a size such as 12 GiB, or num_blocks, or a device")
+    slots = int(available // model.kv_bytes_per_token)
+    if slots < block_size:
+        got = f"{_told(available)} for KV, {slots} slots of {model.kv_bytes_per_token:,} bytes"
+        raise _wrong("too little memory", source, got, f"room for a block of {block_size} slots")
+    return Capacity(slots, longest)
+
+
+def _left_for_kv(experiment: Experiment, model: Model, device: Device) -> float:
+    share = experiment.memory_utilization
+    usable = device.memory_bytes * share * device.count
+    left = usable - model.weight_bytes
+    if left < model.kv_bytes_per_token:
+        devices = math.floor(model.weight_bytes / (device.memory_bytes * share)) + 1
+        raise _wrong(
+            f"{model.name} does not fit on {device.count} x {device.name}",
+            "model",
+            f"{_told(model.weight_bytes)} of weights for {_told(usable)}, "
+            f"{share:g} of {device.count} x {_told(device.memory_bytes)}",
+            f"a larger device, or tensor_parallel of at least {devices}",
+        )
+    return left
+
+
+def make_allocator(experiment: Experiment, capacity: Capacity) -> Allocator:
+    """The allocator over its slots."""
+    made: Allocator = make(allocator, experiment.allocator, ("allocator",), capacity)
+    return made
+
+
+def make_scheduler(experiment: Experiment, over: Allocator) -> Scheduler:
+    """The scheduler over its allocator."""
+    made: Scheduler = make(scheduler, experiment.scheduler, ("scheduler",), over)
+    return made
+
+
+def make_workload(experiment: Experiment, capacity: Capacity, replication: int) -> Any:
+    """The workload; its random streams depend on nothing but seed and replication."""
+    streams = Streams(experiment.seed, replication)
+    return make(workload, experiment.workload, ("workload",), streams, capacity.max_model_len)
+
+
+def make_timing(experiment: Experiment, model: Model | None, device: Device | None) -> StepTime:
+    """The timing model."""
+    made: StepTime = make(timing, experiment.timing, ("timing",), model, device)
+    return made
+
+
+def make_transfers(
+    experiment: Experiment, model: Model | None, device: Device | None, over: Allocator
+) -> Transfers:
+    """The cost of moving blocks."""
+    made: Transfers = construct(
+        Transfers, experiment.transfers, ("transfers",), model, device, over.block_size
+    )
+    return made
+
+
+def make(registry: Registry[Any], settings: Mapping[str, Any], path: Path, *engine: Any) -> Any:
+    """The policy that settings describe, given what the engine hands it."""
+    return construct(registry[settings["kind"]], settings, path, *engine)
+
+
+def construct(policy: Callable[..., Any], settings: Mapping[str, Any], path: Path, *engine: Any) -> Any:
+    """A class with its fields, or a function with its fields bound. Raises Mistakes if it refuses them."""
+    fields = {
+        field.name: _value(field.annotation, settings[field.name], (*path, field.name))
+        for field in fields_of(policy)
+        if field.name in settings
+    }
+    if not inspect.isclass(policy):
+        return functools.partial(policy, **fields) if fields else policy
+    try:
+        return policy(*engine, **fields)
+    except Mistakes:
+        raise
+    except UserError as error:
+        raise Mistakes([Mistake(str(error), path)]) from error
+    except Exception as error:
+        what = f"{policy.__name__} raises {type(error).__name__}: {error}"
+        raise Mistakes([Mistake(what, path)]) from error
+
+
+def _value(annotation: Any, value: Any, path: Path) -> Any:
+    for base, marks in alternatives(annotation):
+        if isinstance(value, str) and base is File:
+            return File(value)
+        if isinstance(value, dict):
+            registry, section = registry_in(base, marks), section_in(base, marks)
+            if registry is not None:
+                return make(registry, value, path)
+            if section is not None:
+                return construct(section, value, path)
+    return value
+
+
+def _wrong(what: str, section: str, got: str = "", expected: str = "") -> Mistakes:
+    return Mistakes([Mistake(what, (section,), got, expected)])
+
+
+def _told(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

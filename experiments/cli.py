@@ -1,0 +1,203 @@
+"""The command line: `kvsim run`, `check`, `list`, `schema`, `plot`, `report`, `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that puts a mistake into one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = Parser(prog="kvsim", description="Simulates how an LLM server manages its KV-cache memory.")
+    top.add_argument("--version", action="store_true", help="print the version and stop")
+    top.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, told: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=told, description=told[:1].upper() + told[1:] + ".")
+        made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        return made
+
+    for name, told in (("run", "run an experiment"), ("check", "check an experiment, every mistake at once")):
+        made = command(name, told)
+        made.add_argument("config", type=Path, metavar="CONFIG", help="the experiment's YAML")
+        made.add_argument(
+            "--set", action="append", default=[], metavar="a.b=v", dest="sets",
+            help="put a YAML value over the experiment's, at every point of a sweep",
+        )  # fmt: skip
+    made = commands.choices["run"]
+    made.add_argument(
+        "--out", type=Path, default=Path("results"), metavar="DIR", help="where results go (results)"
+    )
+    made.add_argument("--jobs", type=_jobs, metavar="N", help="processes that run points (one per core)")
+    made.add_argument("--no-plots", action="store_true", help="draw no plots and write no report")
+    made.add_argument("--no-probe", action="store_true", help="check no steps with real attention")
+    made = command("list", "list policies, models and devices with their fields")
+    made.add_argument("kind", nargs="?", metavar="KIND", help="a sort of policy, or one policy")
+    command("schema", "print the JSON Schema of the YAML")
+    for name, told in (
+        ("plot", "draw the plots of stored results again"),
+        ("report", "write the report again"),
+    ):
+        command(name, told).add_argument(
+            "directory", type=Path, metavar="DIR", help="folder of an experiment"
+        )
+    made = command("bench", "measure the simulator")
+    made.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
+    return top
+
+
+def _jobs(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code."""
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run a command; 0 done, 1 a check or a point failed, 2 the user's mistake."""
+    top = parser()
+    _refuse_unknown_command(top, arguments)
+    options = top.parse_args(arguments)
+    if options.version:
+        from experiments.identity import version
+
+        print(f"kvsim {version()}")
+        return DONE
+    if options.command is None:
+        top.print_help()
+        return MISTAKE
+    try:
+        return _COMMANDS[options.command](options)
+    except KeyboardInterrupt:
+        return _say("interrupted; what is stored stays, the same command goes on from there", INTERRUPTED)
+    except BrokenPipeError:  # kvsim list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        if options.debug:
+            raise
+        from sim.errors import UserError
+
+        if isinstance(error, UserError):
+            return _say(str(error), MISTAKE)
+        return _say(f"kvsim: {type(error).__name__}: {error} (a fault of kvsim; --debug shows where)", FAILED)
+
+
+def _refuse_unknown_command(top: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    word = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if word is None or word in _COMMANDS:
+        return
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, _COMMANDS, n=1, cutoff=0.5)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    top.error(f"unknown command, got {word!r}, expected one of {', '.join(_COMMANDS)}{hint}")
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    from experiments.config import load
+    from experiments.progress import bar
+    from experiments.summary_table import summary_table
+    from experiments.sweep import run_sweep
+
+    plan = load(options.config, options.sets, probe=not options.no_probe)
+    outcome = run_sweep(plan, options.out, options.jobs, bar)
+    if outcome.rows:
+        print(summary_table(outcome.rows, plan.swept))
+    for failure, points in outcome.failures.items():
+        others = f" and {len(points) - 1} more" if len(points) > 1 else ""
+        told = failure.details if options.debug else failure.message
+        _say(f"failed: {points[0]}{others}: {told}", FAILED)
+    stored = f", {outcome.reused} of them stored before" if outcome.reused else ""
+    print(f"{_counted(len(outcome.rows))} in {outcome.folder}{stored}", flush=True)
+    if outcome.rows and not options.no_plots:
+        _draw(outcome.folder)
+    if any(failure.mistake for failure in outcome.failures):
+        return MISTAKE
+    return FAILED if outcome.failures else DONE
+
+
+def _counted(runs: int) -> str:
+    return f"{runs} run{'s' if runs != 1 else ''}"
+
+
+def _draw(folder: Path) -> None:
+    from experiments.plots import draw
+    from experiments.report import write_report
+
+    print(f"plots: {len(draw(folder))} in {folder / 'plots'}")
+    print(f"report: {write_report(folder)}")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from experiments.config import load
+
+    plan = load(options.config, options.sets)
+    print(f"{options.config}: ok, {_counted(len(plan.points) * plan.replications)}")
+    return DONE
+
+
+def _list(options: argparse.Namespace) -> int:
+    from experiments.listing import listing
+
+    print(listing(options.kind))
+    return DONE
+
+
+def _schema(options: argparse.Namespace) -> int:
+    import json
+
+    from experiments.config import experiment_schema
+
+    print(json.dumps(experiment_schema().json_schema(), indent=1))
+    return DONE
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from experiments.plots import draw
+
+    for path in draw(options.directory):
+        print(path)
+    return DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from experiments.report import write_report
+
+    print(write_report(options.directory))
+    return DONE
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from experiments.bench import run_bench
+
+    return run_bench(options.name)
+
+
+_COMMANDS = {
+    "run": _run, "check": _check, "list": _list, "schema": _schema, "plot": _plot, "report": _report,
+    "bench": _bench,
+}  # fmt: skip

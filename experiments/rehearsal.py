@@ -1,0 +1,106 @@
+"""The rehearsal: everything that a point builds is built once before anything runs, to hear what refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments import build
+from experiments.document import Node
+from experiments.experiment import Experiment
+from experiments.mistakes import Mistake, Mistakes, Path
+from sim.allocators import allocator
+from sim.registry import Registry
+from sim.schedulers import scheduler
+from sim.timing import timing
+from workloads.workload import workload
+
+
+class Rehearsal:
+    """Builds points without running them; what several points have in common is built once."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, tuple[Any, list[Mistake]]] = {}
+
+    def mistakes(self, settings: dict[str, Any], written: Node, known: list[Path]) -> list[Mistake]:
+        """What is wrong with a point whose values are of the right form, beside what is known to be.
+
+        An option that has no meaning beside the others is a mistake if the user wrote it (it stands in the
+        document `written`), and ignored as a default.
+        """
+        found = self._refusals(Experiment(**settings))
+        found += [mistake for mistake in _contradictions(settings) if written.get(*mistake.path)]
+        return [
+            mistake
+            for mistake in found  # not those of a section in which something is wrong anyway
+            if not any(mistake.path == path[: len(mistake.path)] for path in known)
+        ]
+
+    def _refusals(self, experiment: Experiment) -> list[Mistake]:
+        found: list[Mistake] = []
+
+        def attempt(make: Callable[..., Any], *needs: Any, key: Any) -> Any:
+            made, mistakes = self._attempt(make, experiment, needs, key)
+            found.extend(mistakes)
+            return made
+
+        memory = [
+            experiment.model, experiment.device, experiment.tensor_parallel, experiment.num_blocks,
+            experiment.kv_memory, experiment.memory_utilization, experiment.max_model_len,
+            experiment.allocator,
+        ]  # fmt: skip
+        model, device = build.make_hardware(experiment)
+        capacity = attempt(build.make_capacity, model, device, key=memory)
+        if capacity is not None:
+            owner = attempt(build.make_allocator, capacity, key=memory)
+            attempt(build.make_workload, capacity, 0, key=[experiment.workload, capacity.max_model_len])
+            if owner is not None:
+                attempt(build.make_scheduler, owner, key=[memory, experiment.scheduler])
+                attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
+        attempt(build.make_timing, model, device, key=[memory[:3], experiment.timing])
+        return found
+
+    def _attempt(
+        self, make: Callable[..., Any], experiment: Experiment, needs: tuple[Any, ...], key: Any
+    ) -> tuple[Any, list[Mistake]]:
+        name = make.__name__ + json.dumps(key)
+        if name not in self._built:
+            try:
+                self._built[name] = make(experiment, *needs), []
+            except Mistakes as error:
+                self._built[name] = None, error.mistakes
+        return self._built[name]
+
+
+def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
+    """Combinations that the policies themselves, or what they can do, rule out."""
+    registries: dict[str, Registry[Any]] = {
+        "allocator": allocator, "scheduler": scheduler, "timing": timing, "workload": workload
+    }  # fmt: skip
+    for section, registry in registries.items():
+        policy = registry[settings[section]["kind"]]
+        try:
+            complaints = list(policy.check(settings)) if hasattr(policy, "check") else []
+        except Exception as error:
+            complaints = [(section, f"{policy.__name__}.check raises {type(error).__name__}: {error}")]
+        for field, complaint in complaints:
+            yield Mistake(complaint, tuple(field.split(".")))
+    owner, name = allocator[settings["allocator"]["kind"]], settings["allocator"]["kind"]
+    sampling = settings["workload"].get("sampling") or {}
+    for field in ("n", "beam_width"):
+        if sampling.get(field, 1) > 1 and not getattr(owner, "can_fork", True):
+            expected = f"1, or an allocator that shares slots ({_those('can_fork')})"
+            yield Mistake(
+                f"allocator {name} cannot fork",
+                ("workload", "sampling", field),
+                str(sampling[field]),
+                expected,
+            )
+    if settings["scheduler"].get("preemption") == "swap" and not getattr(owner, "can_swap", True):
+        expected = f"recompute, or an allocator that swaps ({_those('can_swap')})"
+        yield Mistake(f"allocator {name} cannot swap", ("scheduler", "preemption"), "'swap'", expected)
+
+
+def _those(power: str) -> str:
+    return ", ".join(kind for kind in allocator if getattr(allocator[kind], power, False))

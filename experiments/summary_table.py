@@ -1,0 +1,61 @@
+"""The summary table: a few figures of every run, side by side on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.results import Row
+from experiments.text import aligned
+
+MOST_ROWS = 60
+_FIGURES = {
+    "requests_finished": "finished",
+    "request_throughput": "requests/s",
+    "normalized_latency_mean_s": "s/token",
+    "ttft_mean_s": "TTFT s",
+    "mean_running": "running",
+    "preemptions": "preempted",
+    "token_states_share": "tokens %",
+    "reserved_share": "reserved %",
+    "internal_share": "internal %",
+    "external_share": "external %",
+    "free_share": "free %",
+    "cpu_s": "CPU s",
+}
+
+
+def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
+    """One line a run: what was swept, then the figures that tell most; all figures are in runs.csv."""
+    several = any(row["replication"] for row in rows)
+    settings = [*swept, *(["replication"] if several else [])]
+    figures = [name for name in _FIGURES if name in rows[0]]
+    head = [*settings, *(_FIGURES[name] for name in figures)]
+    body = [
+        [*(_brief(row[name]) for name in settings), *(_figure(name, row[name]) for name in figures)]
+        for row in rows
+    ]
+    numbers = [all(_is_number(row[name]) for row in rows) for name in settings] + [True] * len(figures)
+    lines = aligned([head, *body[:MOST_ROWS]], numbers)
+    more = [f"… {len(rows) - MOST_ROWS} more in runs.csv"] if len(rows) > MOST_ROWS else []
+    return "\n".join([*lines, *more])
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(
+            _brief(inner) if key == "kind" else f"{key}={_brief(inner)}" for key, inner in value.items()
+        )
+    return str(value)
+
+
+def _figure(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name.endswith("_share"):
+        return f"{100 * value:.1f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)

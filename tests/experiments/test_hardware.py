@@ -1,0 +1,84 @@
+"""Models, devices and the KV slots that they leave: the published figures come out of the shipped tables."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from experiments import hardware
+from experiments.build import make_capacity, make_hardware
+from experiments.config import load
+from experiments.experiment import Experiment
+from sim.allocators import Capacity
+from tests.experiments.conftest import SMALL, Write
+
+
+def capacity(write: Write, *sets: str) -> Capacity:
+    (point,) = load(write("x.yaml", SMALL), sets).points
+    experiment = Experiment(**point.settings)
+    return make_capacity(experiment, *make_hardware(experiment))
+
+
+def test_opt_13b_has_15728_slots_in_12_gib(write: Write) -> None:
+    """PagedAttention, table 1: 15.7K slots in 12 GB."""
+    assert capacity(write, "kv_memory=12 GiB") == Capacity(15_728, 2048)
+
+
+def test_the_rest_of_the_device_is_about_the_paper_s_12_gb(write: Write) -> None:
+    left = capacity(write, "kv_memory=null").num_slots * 819_200
+    assert left == pytest.approx(12 * 2**30, rel=0.02)
+
+
+def test_blocks_win_over_memory(write: Write) -> None:
+    assert capacity(write, "num_blocks=100") == Capacity(1600, 2048, 100)
+    assert capacity(write, "num_blocks=100", "allocator.block_size=32") == Capacity(3200, 2048, 100)
+    assert capacity(write, "num_blocks=100", "allocator=contiguous") == Capacity(1600, 2048, 100)
+
+
+def test_several_devices_share_the_weights(write: Write) -> None:
+    """PagedAttention, table 1: OPT-66B on four A100-40GB leaves 21 GB, 9.7K slots."""
+    slots = capacity(write, "model=opt-66b", "kv_memory=null", "tensor_parallel=4").num_slots
+    assert slots == pytest.approx(9_700, rel=0.06)
+
+
+def test_a_shape_inline_and_a_shipped_one_with_a_change(write: Write) -> None:
+    inline = "{num_layers: 2, hidden_size: 64, num_heads: 4, num_params: 1e6, max_model_len: 512}"
+    assert capacity(write, f"model={inline}", "kv_memory=1 MiB") == Capacity(2**20 // (2 * 2 * 64 * 2), 512)
+    assert capacity(write, "model.kv_bytes_per_value=1", "kv_memory=12 GiB").num_slots == 31_457
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_bytes"),
+    [
+        ("opt-13b", 819_200), ("opt-66b", 2_359_296), ("opt-175b", 4_718_592), ("llama-3-8b", 131_072),
+        ("llama-2-70b", 327_680), ("falcon-180b", 163_840), ("deepseek-v3-mla", 70_272),
+    ],
+)  # fmt: skip
+def test_kv_bytes_of_a_token(name: str, kv_bytes: int) -> None:
+    assert hardware.model[name]().kv_bytes_per_token == kv_bytes
+
+
+@pytest.mark.parametrize("table", ["models", "devices"])
+def test_every_row_is_complete_and_says_where_it_comes_from(table: str) -> None:
+    registry = {"models": hardware.model, "devices": hardware.device}[table]
+    path = Path(hardware.__file__).parent / "tables" / f"{table}.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for row in rows for name in (row["name"], *row["aliases"].split())]
+    assert len(names) == len(set(names))
+    for row in rows:
+        assert row["source"]
+        assert None not in row
+        assert registry[row["name"]]().name == row["name"]
+        assert row["source"] in registry.summary(row["name"])
+
+
+def test_against_the_shared_tables(shared: Path) -> None:
+    with (shared / "data" / "models.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            model = hardware.model[row["name"].lower()]()
+            assert model.kv_bytes_per_token == int(row["kv_bytes_per_token_2byte"])
+            assert model.weight_bytes / 1e9 == pytest.approx(float(row["weight_GB_2byte"]), rel=0.01)
+            assert model.max_model_len == int(row["max_position"])

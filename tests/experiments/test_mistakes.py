@@ -1,0 +1,280 @@
+"""What a user reads who writes something wrong: one line a mistake, all at once, exit code 2."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+
+from experiments import hardware
+from experiments.experiment import Experiment
+from experiments.mistakes import listed
+from sim.allocators import allocator
+from sim.schedulers import scheduler
+from tests.experiments.conftest import SMALL, Kvsim, Write
+
+CASES = {
+    # what is written in place of what, and the whole line that answers it
+    "unknown section": (
+        ("kv_memory:", "kv_memroy:"),
+        "x.yaml:4:1: kv_memroy: unknown key, expected one of SECTIONS, did you mean 'kv_memory'?",
+    ),
+    "unknown key of a policy": (
+        ("block_size", "blocksize"),
+        "x.yaml:9:26: allocator.blocksize: unknown key, expected one of kind, block_size, watermark, "
+        "num_host_blocks, did you mean 'block_size'?",
+    ),
+    "unknown key three levels down": (
+        ("prompt: 100", "promt: 100, prompt: 100"),
+        "x.yaml:8:26: workload.lengths.promt: unknown key, expected one of kind, prompt, output, max_prompt, "
+        "max_output, did you mean 'prompt'?",
+    ),
+    "unknown kind": (
+        ("{kind: paged, block_size: 16}", "{kind: pagd, block_size: 16}"),
+        "x.yaml:9:19: allocator.kind: unknown kind, got 'pagd', expected one of ALLOCATORS, "
+        "did you mean 'paged'?",
+    ),
+    "unknown kind by its name alone": (
+        ("{kind: vllm_v0}", "vlm_v0"),
+        "x.yaml:10:12: scheduler: unknown kind, got 'vlm_v0', expected one of SCHEDULERS, "
+        "did you mean 'vllm_v0'?",
+    ),
+    "no kind": (
+        ("{kind: paged, block_size: 16}", "{block_size: 16}"),
+        "x.yaml:9:1: allocator.kind: missing, expected one of ALLOCATORS",
+    ),
+    "missing key": (
+        ("num_requests: 60", ""),
+        "x.yaml:5:1: workload.num_requests: missing, expected an integer >= 1",
+    ),
+    "number as text": (
+        ("block_size: 16", "block_size: '16'"),
+        "x.yaml:9:38: allocator.block_size: wrong type, got '16', expected an integer >= 1",
+    ),
+    "flag for a number": (
+        ("rate: 4.0", "rate: true"),
+        "x.yaml:7:35: workload.arrivals.rate: wrong type, got true, expected a number > 0",
+    ),
+    "fraction for an integer": (
+        ("num_requests: 60", "num_requests: 60.5"),
+        "x.yaml:6:17: workload.num_requests: wrong type, got 60.5, expected an integer >= 1",
+    ),
+    "out of bounds": (
+        ("rate: 4.0", "rate: 0"),
+        "x.yaml:7:35: workload.arrivals.rate: out of bounds, got 0, expected a number > 0",
+    ),
+    "infinity": (
+        ("rate: 4.0", "rate: .inf"),
+        "x.yaml:7:35: workload.arrivals.rate: out of bounds, got inf, expected a number > 0",
+    ),
+    "a list for a mapping": (
+        ("{kind: paged, block_size: 16}", "[paged, 16]"),
+        "x.yaml:9:12: allocator: wrong type, got a list of 2, expected one of ALLOCATORS",
+    ),
+    "not a size": (
+        ("2 GiB", "2 Gigs"),
+        "x.yaml:4:12: kv_memory: not understood, got '2 Gigs', expected a size such as 12 GiB or null",
+    ),
+    "unknown model": (
+        ("opt-13b", "opt13"),
+        "x.yaml:2:8: model: unknown kind, got 'opt13', expected one of MODELS, did you mean 'opt-13b'?",
+    ),
+    "not one of a few words": (
+        ("{kind: paged, block_size: 16}", "{kind: contiguous, reserve: orakle}"),
+        "x.yaml:9:40: allocator.reserve: not allowed, got 'orakle', expected one of max, pow2, oracle, "
+        "did you mean 'oracle'?",
+    ),
+    "duplicate key": (
+        ("device:", "model: opt-66b\ndevice:"),
+        "x.yaml:3:1: model: duplicate key, it already stands in line 2",
+    ),
+    "syntax error": (
+        ("allocator: {", "allocator: ["),
+        "x.yaml:9:40: YAML syntax error, expected ',' or ']', but got '}' while parsing a flow sequence",
+    ),
+    "tab": (
+        ("  num_requests", "\tnum_requests"),
+        "x.yaml:6:1: YAML syntax error, found character '\\t' that cannot start any token "
+        "while scanning for the next token",
+    ),
+    "not a name": (
+        ("name: small", "name: ../small"),
+        "x.yaml:1:7: name: not a name, got '../small', expected letters, digits, and . + - _ inside, "
+        "as it names a folder",
+    ),
+    "a model that does not fit": (
+        ("model: opt-13b\ndevice: a100-40gb\nkv_memory: 2 GiB", "model: opt-66b\ndevice: a100-40gb"),
+        "x.yaml:2:8: model: opt-66b does not fit on 1 x a100-40gb-sxm, got 122.4 GiB of weights for "
+        "36.0 GiB, 0.9 of 1 x 40.0 GiB, expected a larger device, or tensor_parallel of at least 4",
+    ),
+    "too little memory for a block": (
+        ("2 GiB", "4 MiB"),
+        "x.yaml:4:12: kv_memory: too little memory, got 4.0 MiB for KV, 5 slots of 819,200 bytes, "
+        "expected room for a block of 16 slots",
+    ),
+    "nothing says how much memory": (
+        ("model: opt-13b\ndevice: a100-40gb\nkv_memory: 2 GiB", "max_model_len: 512"),
+        "x.yaml:1:1: num_blocks: missing, expected an integer >= 1, or a model whose KV size is known",
+    ),
+    "a trace that is not there": (
+        ("num_requests: 60\n", "kind: trace\n  path: nowhere.csv\n"),
+        "x.yaml:7:9: workload.path: no such file or folder, got 'nowhere.csv'",
+    ),
+    "a path where only a section may stand": (
+        ("allocator:", "allocator.kind: paged\nallocator:"),
+        "x.yaml:9:1: allocator.kind: unknown key, expected one of SECTIONS, did you mean 'allocator'?",
+    ),
+    "both n and beams": (
+        ("  arrivals:", "  sampling: {n: 2, beam_width: 2}\n  arrivals:"),
+        "x.yaml:7:13: workload.sampling: n and beam_width exclude each other: got 2 and 2, "
+        "expected one to be 1",
+    ),
+}
+
+
+def named(line: str) -> str:
+    """The line with the names that are registered by now."""
+    names = {
+        "SECTIONS": list(inspect.signature(Experiment).parameters),
+        "ALLOCATORS": allocator.kinds,
+        "SCHEDULERS": scheduler.kinds,
+        "MODELS": hardware.model.kinds,
+        "FORKING": [kind for kind in allocator if allocator[kind].can_fork],
+        "SWAPPING": [kind for kind in allocator if allocator[kind].can_swap],
+    }
+    for word, known in names.items():
+        line = line.replace(word, listed(known))
+    return line
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_answered_in_one_line(case: str, write: Write, kvsim: Kvsim) -> None:
+    (before, after), line = CASES[case]
+    assert before in SMALL
+    write("x.yaml", SMALL.replace(before, after))
+    said = kvsim("check", "x.yaml")
+    assert (said.code, said.out) == (2, "")
+    assert named(line) in said.lines
+    assert len(said.lines) == 1 or "trace" in case  # a trace has no arrivals and lengths either
+
+
+def test_an_option_without_meaning_is_refused_if_written(write: Write, kvsim: Kvsim) -> None:
+    refused = kvsim(
+        "check", "small.yaml", "--set", "allocator=contiguous", "--set", "workload.sampling={n: 4}"
+    )
+    assert refused.lines == [
+        named(
+            "--set:2:23: workload.sampling.n: allocator contiguous cannot fork, got 4, expected 1, "
+            "or an allocator that shares slots (FORKING)"
+        )
+    ]
+    refused = kvsim(
+        "check", "small.yaml", "--set", "allocator=contiguous", "--set", "scheduler.preemption=swap"
+    )
+    assert refused.lines == [
+        named(
+            "--set:2:22: scheduler.preemption: allocator contiguous cannot swap, got 'swap', "
+            "expected recompute, or an allocator that swaps (SWAPPING)"
+        )
+    ]
+    assert kvsim("check", "small.yaml", "--set", "allocator=contiguous").code == 0
+
+
+def test_all_mistakes_are_told_at_once_in_order_of_place(write: Write, kvsim: Kvsim) -> None:
+    write(
+        "x.yaml",
+        """\
+sead: 1
+seed: -1
+model: opt-66b
+device: a100-40gb
+workload:
+  num_requests: many
+  num_requests: 3
+  arrivals: {kind: poison, rate: 1}
+  lengths: {kind: fixed, prompt: 1, output: 1}
+allocator: {kind: paged, block_size: 0}
+scheduler: {kind: vllm_v0, max_num_seqs: 0.5}
+sweep:
+  zip:
+    timing: [{kind: fixed, decode_ms: -1}, {kind: fixde}]
+    seed: [1, 2, 3]
+  workload.arrivals.rtae: [1, 2]
+  replications: [1]
+plugins: [absent.py]
+""",
+    )
+    said = kvsim("check", "x.yaml", "--set", "record.all=true", "--set", "nothing")
+    places = [line.split(": ")[0] + " " + line.split(": ")[1].split(",")[0] for line in said.lines]
+    assert said.code == 2
+    assert places == [
+        "--set:1:1 record.all",
+        "--set:2:1 not a setting",
+        "x.yaml:1:1 sead",
+        "x.yaml:6:17 workload.num_requests",
+        "x.yaml:7:3 workload.num_requests",
+        "x.yaml:10:38 allocator.block_size",
+        "x.yaml:11:42 scheduler.max_num_seqs",
+        "x.yaml:13:3 sweep.zip",
+        "x.yaml:14:39 timing.decode_ms",
+        "x.yaml:17:3 sweep.replications",
+        "x.yaml:18:11 plugins.0",
+    ]
+
+
+def test_a_misfit_is_told_beside_other_mistakes(write: Write, kvsim: Kvsim) -> None:
+    said = kvsim("check", "small.yaml", "--set", "kv_memory=1 MiB", "--set", "allocator.watermark=2")
+    assert [line.split(",")[0] for line in said.lines] == [
+        "--set:1:11: kv_memory: too little memory",
+        "--set:2:21: allocator.watermark: out of bounds",
+    ]
+
+
+def test_a_file_that_is_no_experiment(write: Write, kvsim: Kvsim) -> None:
+    assert kvsim("check", "smal.yaml").lines == [
+        "smal.yaml: cannot be read: no such file or directory, did you mean 'small.yaml'?"
+    ]
+    assert kvsim("run", ".").lines == [".: cannot be read: is a directory"]
+    write("empty.yaml", "")
+    assert kvsim("check", "empty.yaml").lines == ["empty.yaml:1:1: wrong type, got null, expected a mapping"]
+    Path("binary.yaml").write_bytes(b"\x93NUMPY")
+    assert kvsim("check", "binary.yaml").lines == ["binary.yaml: not a text file, byte 0 is not UTF-8"]
+    write("loop.yaml", "model: &m {custom: *m}\n")
+    assert "loop.yaml:1:12: model.custom: an alias that contains itself" in kvsim("check", "loop.yaml").lines
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(write: Write, kvsim: Kvsim) -> None:
+    write("trace.csv", "").chmod(0)
+    said = kvsim("check", "small.yaml", "--set", "workload={kind: trace, path: trace.csv}")
+    assert said.lines == ["--set:1:30: workload.path: cannot be read: permission denied, got 'trace.csv'"]
+
+
+def test_a_malformed_trace_is_told_by_its_own_line(write: Write, kvsim: Kvsim) -> None:
+    rows = "".join(f"{second},10,5\n" for second in range(3))
+    write("trace.csv", f"arrival_time_s,prompt_tokens,output_tokens\n{rows}3,ten,5\n")
+    said = kvsim("run", "small.yaml", "--no-plots", "--set", "workload={kind: trace, path: trace.csv}")
+    assert said.code == 2
+    assert len(said.lines) == 1
+    assert "trace.csv:5: " in said.err
+    assert not list(Path("results/small").glob("*"))
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_an_output_folder_that_cannot_be_written(out: str, write: Write, kvsim: Kvsim) -> None:
+    write("file", "a file")
+    said = kvsim("run", "small.yaml", "--no-plots", "--out", out)
+    assert said.code == 2
+    assert said.lines == [
+        f"{out}/small: cannot be written: not a directory, expected a folder for results (set --out)"
+    ]
+
+
+def test_a_tables_folder_without_tables(write: Write, kvsim: Kvsim) -> None:
+    Path("tables").mkdir()
+    said = kvsim("check", "small.yaml", "--set", "timing={kind: table, tables: tables}")
+    assert said.code == 2
+    assert said.err.startswith("--set:1:8: timing: ")
+    assert "linear_ops.csv" in said.err
