@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from experiments.text import aligned
 from sim.errors import UserError
 from sim.registry import nearest
 
@@ -27,10 +28,6 @@ def run_bench(name: str | None) -> int:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned text: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [title]
-    for row in [header, *rows]:
-        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([first, *(cell.rstrip().rjust(len(cell)) for cell in others)]).rstrip())
-    return "\n".join(lines) + "\n"
+    """A title over aligned columns, the first to the left, the others to the right."""
+    numbers = [False, *[True] * (len(header) - 1)]
+    return "\n".join([title, *aligned([header, *rows], numbers)]) + "\n"
