@@ -78,7 +78,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Take a request in now; one that the model's length cannot serve is refused at once."""
-        now = int(self.env.now)
+        now = max(self.now, int(self.env.now))
         request.arrival_time = now
         self.recorder.last_arrival = now
         self.num_live += 1
@@ -139,7 +139,7 @@ class Engine:
     def _plan(self) -> Step | None:
         """The next step that computes something, or None if there is nothing to do."""
         scheduler = self.scheduler
-        while True:
+        for _ in range(2 * self.num_live + 1):  # a plan without tokens preempts or rejects somebody
             step = scheduler.plan(self.now)
             if step.rejected:
                 for request in step.rejected:
@@ -149,9 +149,10 @@ class Engine:
             if step.chunks or step.num_decodes:
                 return step
             if not step.rejected and not step.preempted:
-                if scheduler.num_waiting or scheduler.running:
-                    raise Stalled(self._complaint())
-                return None
+                if not scheduler.num_waiting and not scheduler.running:
+                    return None
+                break
+        raise Stalled(self._complaint())
 
     def _complaint(self) -> str:
         scheduler = self.scheduler

@@ -13,3 +13,7 @@ class Stalled(RuntimeError):
 
 class IntegrityError(RuntimeError):
     """An allocator's books do not add up; the message names the equation that failed."""
+
+
+class ProbeError(RuntimeError):
+    """A slot does not hold what the tables say; the message names step, sequence, token and slot."""

@@ -1,4 +1,4 @@
-"""The probe: whoever watches what becomes of the slots, to prove the block tables right."""
+"""Probes: whoever watches what becomes of the slots, to prove the block tables right."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ if TYPE_CHECKING:
     from sim.request import Sequence
 
 
-class Probe(Protocol):
-    """Told of everything that happens to slots, by the block pool and the engine, never by a policy.
+class Witness(Protocol):
+    """Told of everything that happens to slots, as it happens.
 
-    Blocks are numbered per tier (`"device"`, `"host"`); an allocator without blocks speaks of slots as blocks
-    of one. `next_sample` is the index of the next engine step that the probe wants to see.
+    Blocks are numbered per tier (`"device"`, `"host"`). The block pool tells of takes and frees, the base
+    classes and the engine of sequences, and an allocator of the copies and moves that it orders. None of this
+    is believed when the tables are checked.
     """
-
-    next_sample: int
-
-    def start(self, allocator: Allocator) -> None:
-        """A run with this allocator begins; nothing is held."""
 
     def take(self, tier: str, blocks: Ordered[int]) -> None:
         """Blocks are handed out; what they held is gone."""
@@ -29,13 +25,16 @@ class Probe(Protocol):
         """Blocks have no holder left."""
 
     def touch(self, tier: str, blocks: Ordered[int]) -> None:
-        """Cached blocks are handed out again with what they hold."""
+        """Cached blocks are handed out with what they hold, to the sequence that begins next."""
+
+    def begin(self, sequence: Sequence) -> None:
+        """The sequence has its first slots; it writes none of those that were touched for it."""
 
     def write(self, sequence: Sequence) -> None:
         """All tokens of the sequence up to `num_tokens` are written now, before something moves them."""
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """The child starts with the parent's history."""
+        """The child starts with the parent's history, all of it written."""
 
     def copy(self, source: int, target: int) -> None:
         """A device block is copied before a write (copy-on-write)."""
@@ -44,7 +43,22 @@ class Probe(Protocol):
         """Blocks move to `tier`; (source, target) each, the source on the other tier."""
 
     def end(self, sequence: Sequence) -> None:
-        """The sequence is over, or starts again from its prompt; it holds nothing any more."""
+        """The sequence, written up to `num_tokens`, is over or will start again from its prompt."""
+
+
+class Probe(Protocol):
+    """Looks at a run where it wants to. Everything that it finds wrong is a ProbeError.
+
+    `next_sample` is the index of the next engine step that it wants to see.
+    """
+
+    next_sample: int
+
+    def start(self, allocator: Allocator) -> None:
+        """A run with this allocator begins; nothing is held."""
 
     def sample(self, step: int, time: int, sequences: Ordered[Sequence]) -> None:
-        """Engine step `step` runs now on these sequences. Raises if a table does not hold what it should."""
+        """Engine step `step` runs now (ns); these sequences, by arrival, hold slots of the device."""
+
+    def finish(self) -> None:
+        """The run is over: nothing is held any more."""

@@ -55,7 +55,7 @@ class ClosedLoop:
     def done(self, request: Request) -> None:
         """A request is over: its client thinks, then sends the next."""
         assert self._engine is not None
-        heapq.heappush(self._due, self._engine.now + self.think_time)
+        heapq.heappush(self._due, max(self._engine.now, int(self.env.now)) + self.think_time)
         self._send_due()
         if self._wake is not None and self._due:
             self._wake.succeed()

@@ -257,7 +257,7 @@ class Allocator(ABC):
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """(field, complaint) for contradictions within the fields of a configuration."""
+        """(dotted path, complaint) for options of a whole experiment that contradict each other."""
         return ()
 
 

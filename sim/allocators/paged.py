@@ -51,6 +51,7 @@ class PagedAllocator(Allocator):
         self.pool = BlockPool(num_blocks)
         self.host_pool = BlockPool(num_blocks if num_host_blocks is None else num_host_blocks, "host")
         self._remainder = self.num_slots - num_blocks * block_size  # too short for a block
+        self._hosted: set[Sequence] = set()  # swapped out
 
     def num_external(self, head_refused: bool) -> int:
         """The slots behind the last whole block."""
@@ -152,6 +153,11 @@ class PagedAllocator(Allocator):
 
     def free(self, sequence: Sequence) -> None:
         """Drop the sequence's references; only blocks that nobody else holds leave the books."""
+        if sequence in self._hosted:  # the books count the device only
+            self.host_pool.release(sequence.block_table)
+            sequence.block_table = []
+            self._hosted.discard(sequence)
+            return
         if not self.pool.extra_references:
             super().free(sequence)
             return
@@ -197,6 +203,7 @@ class PagedAllocator(Allocator):
         """Move the distinct blocks to the host; sharing is kept there."""
         self._book(request.sequences, -1)
         self.sequences.difference_update(request.sequences)
+        self._hosted.update(request.sequences)
         return self._move(request, self.pool, self.host_pool)
 
     def swap_in_admission(self, request: Request) -> Admission:
@@ -207,6 +214,7 @@ class PagedAllocator(Allocator):
         """Move the distinct blocks back to the device, to other places."""
         moved = self._move(request, self.host_pool, self.pool)
         self._book(request.sequences, 1)
+        self._hosted.difference_update(request.sequences)
         self.sequences.update(request.sequences)
         return moved
 
@@ -244,6 +252,7 @@ class PagedAllocator(Allocator):
     def check_books(self) -> None:
         """Reference counts against tables, and the counters against a recount of the blocks."""
         self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
+        self.host_pool.check_integrity(sequence.block_table for sequence in self._hosted)
         counters = self.num_tokens, self.num_held, self.num_internal
         self.num_tokens = self.num_held = self.num_internal = 0
         for request in {sequence.request for sequence in self.sequences}:

@@ -46,7 +46,7 @@ class Scheduler(ABC):
         self.waiting: deque[Request] = deque()
         self.running: dict[Request, None] = {}
         self.swapped: dict[Request, None] = {}
-        self.num_seqs = 0  # branches that running requests have or will fork
+        self.num_seqs = 0  # branches that running requests have or will fork, those that are done aside
         self.head_refused = False  # the head of the queue waits for memory
         self.tight = False  # the last growth may have come too close to a refusal to foresee the next
         self.recomputed_tokens = 0
@@ -104,7 +104,7 @@ class Scheduler(ABC):
     @property
     def full(self) -> bool:
         """Whether the head of the queue would exceed max_num_seqs."""
-        return self.num_seqs + self.waiting[0].width > self.max_num_seqs
+        return self.num_seqs + _branches(self.waiting[0]) > self.max_num_seqs
 
     def admit_in_order(self, step: Step, now: int) -> None:
         """Admit from the head of the queue until memory, sequences or prompt tokens are used up."""
@@ -123,6 +123,7 @@ class Scheduler(ABC):
     def admit(self, request: Request, step: Step, now: int) -> None:
         """Give a queued request its slots and its whole prompt to this step."""
         tokens = request.prefill_tokens
+        self.num_seqs += _branches(request)
         if request.sequences:
             sequence = request.sequences[0]
             self.recomputed_tokens += tokens - 1
@@ -133,7 +134,6 @@ class Scheduler(ABC):
         self.allocator.admit(sequence, tokens)
         request.status = "running"
         self.running[request] = None
-        self.num_seqs += request.width
         step.chunks.append((sequence, 0, tokens))
         step.num_prefill_tokens += tokens
 
@@ -223,7 +223,7 @@ class Scheduler(ABC):
                 self.release(sequence)
             self.reject(request, "preempted as a group, and the host pool has no room for its blocks", step)
         del self.running[request]
-        self.num_seqs -= request.width
+        self.num_seqs -= len(request.sequences)
         request.preemptions += 1
         step.preempted.append(request)
 
@@ -232,21 +232,29 @@ class Scheduler(ABC):
         allocator = self.allocator
         for request in sorted(self.swapped, key=_arrival):
             admission = allocator.swap_in_admission(request)
-            if admission is Admission.LATER or self.num_seqs + request.width > self.max_num_seqs:
+            if admission is Admission.LATER and not allocator.sequences:
+                admission = Admission.NEVER  # nobody is left to wait for
+            branches = len(request.sequences)
+            over = self.num_seqs + branches > self.max_num_seqs
+            if admission is Admission.LATER or (admission is Admission.OK and over):
                 break
             del self.swapped[request]
             if admission is Admission.NEVER:
+                for sequence in request.sequences:
+                    if allocator.probe is not None:
+                        allocator.probe.end(sequence)
+                    allocator.free(sequence)
                 self.reject(request, "swapped out, and larger than the pool by now", step)
                 continue
             step.swapped_in_blocks += allocator.swap_in(request)
             request.status = "running"
             self.running[request] = None
-            self.num_seqs += request.width
+            self.num_seqs += branches
             for sequence in request.sequences:
                 step.copied_blocks += allocator.append(sequence)
                 self._rejoin(sequence)
-            allocator.num_tokens += len(request.sequences)
-            step.num_decodes += len(request.sequences)
+            allocator.num_tokens += branches
+            step.num_decodes += branches
             step.decode_context = self.decodes.context
 
     def _rejoin(self, sequence: Sequence) -> None:
@@ -265,10 +273,10 @@ class Scheduler(ABC):
         request = sequence.request
         self.release(sequence)
         request.sequences.remove(sequence)
+        self.num_seqs -= 1
         if request.sequences:
             return False
         del self.running[request]
-        self.num_seqs -= request.width
         return True
 
     def release(self, sequence: Sequence) -> None:
@@ -280,9 +288,20 @@ class Scheduler(ABC):
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """(field, complaint) for contradictions within the fields of a configuration."""
-        return ()
+        """(dotted path, complaint) for options of a whole experiment that contradict each other."""
+        preemption = config["scheduler"].get("preemption")
+        sampling = config["workload"].get("sampling") or {}
+        group = max(sampling.get("n", 1), sampling.get("beam_width", 1)) > 1
+        if config["allocator"].get("num_host_blocks") == 0 and (preemption == "swap" or group):
+            who = "groups of sequences are" if group else "preemption is set to swap: requests are"
+            yield "allocator.num_host_blocks", f"{who} swapped when memory runs out, which needs a host pool"
+        if group and preemption == "recompute":
+            yield "scheduler.preemption", "a group of samples or beams cannot be recomputed, it is swapped (auto)"
 
 
 def _arrival(request: Request) -> int:
     return request.id
+
+
+def _branches(request: Request) -> int:
+    return len(request.sequences) or request.width

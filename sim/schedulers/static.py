@@ -68,7 +68,7 @@ class Static(Scheduler):
         if request not in self.running or any(branch.decodes is not None for branch in request.sequences):
             return False
         del self.running[request]
-        self.num_seqs -= request.width
+        self.num_seqs -= len(request.sequences)
         self.allocator.retire(request)
         self._done.append(request)
         return True

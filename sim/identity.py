@@ -1,0 +1,117 @@
+"""Content identities: one number for a token and everything that stands before it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence as Ordered
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.request import Request
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+UNWRITTEN = -1
+"""In the place of an identity: a slot that was handed out and not written since."""
+
+_MASK = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
+_OWN, _CONTENT, _GENERATED = 1, 2, 3  # where a token comes from
+
+
+def mixed(word: int) -> int:
+    """A word with each bit spread over all others: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    word = (word ^ word >> 30) * _FIRST & _MASK
+    word = (word ^ word >> 27) * _SECOND & _MASK
+    return word ^ word >> 31
+
+
+def _mix(words: Words) -> Words:
+    """`mixed` for every word, in place."""
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(_FIRST)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(_SECOND)
+    words ^= words >> np.uint64(31)
+    return words
+
+
+class History:
+    """What the tokens of a sequence are: streams of keys, each from a position on.
+
+    A token's key is the number of a SplitMix64 stream at the token's position. The stream of a prompt is
+    seeded by what the prompt says, chunk by chunk, or by its request where that is not known; the stream of
+    generated tokens by the request and the branch. Up to a fork both branches have the same streams.
+    """
+
+    __slots__ = ("seeds", "starts")
+
+    def __init__(self, starts: list[int], seeds: list[int]) -> None:
+        self.starts = starts
+        self.seeds = seeds
+
+    @classmethod
+    def of(cls, request: Request) -> History:
+        """The history of branch 0."""
+        starts: list[int] = []
+        seeds: list[int] = []
+        covered = 0
+        if request.content:
+            grain = request.content_grain
+            covered = min(len(request.content) * grain, request.prompt_tokens)
+            starts += range(0, covered, grain)
+            words = np.array([name & _MASK for name in request.content[: len(starts)]], np.uint64)
+            seeds += _mix(_mix(words) + np.uint64(_CONTENT)).tolist()
+        if covered < request.prompt_tokens:
+            starts.append(covered)
+            seeds.append(mixed(mixed(request.id) + _OWN & _MASK))
+        starts.append(request.prompt_tokens)
+        seeds.append(_branch_seed(request, 0))
+        return cls(starts, seeds)
+
+    def fork(self, request: Request, branch: int, length: int) -> History:
+        """The history of a branch that goes its own way after `length` tokens."""
+        shared = bisect_left(self.starts, length)
+        return History([*self.starts[:shared], length], [*self.seeds[:shared], _branch_seed(request, branch)])
+
+    def key(self, position: int) -> int:
+        """The key of the token at a position."""
+        seed = self.seeds[bisect_right(self.starts, position) - 1]
+        return mixed(seed + (position + 1) * _STEP & _MASK)
+
+
+def _branch_seed(request: Request, branch: int) -> int:
+    return mixed(mixed(mixed(request.id) + _GENERATED & _MASK) + branch & _MASK)
+
+
+def identity(total: int) -> int:
+    """The identity of a token whose history's keys add up to this."""
+    return total >> 1
+
+
+def identities(histories: Ordered[History], lengths: Ordered[int]) -> tuple[Ints, list[int]]:
+    """Identities along each history up to its length, one history after the other; the sum of keys of each.
+
+    The identity of a token is the sum of all keys up to there, in 63 bits. Keys are as good as random and
+    depend on the position, so that equal sums mean equal histories but for one chance in 2**63; and a sum is
+    the one chain that numpy computes along an array.
+    """
+    long = np.array(lengths, np.int64)
+    parts = np.array([len(history.starts) for history in histories], np.int64)
+    starts = np.array([start for history in histories for start in history.starts], np.int64)
+    seeds = np.array([seed for history in histories for seed in history.seeds], np.uint64)
+    ends = np.append(starts[1:], 0)
+    ends[np.cumsum(parts) - 1] = long
+    limits = np.repeat(long, parts)
+    spans = np.minimum(ends, limits) - np.minimum(starts, limits)
+    first = np.cumsum(long) - long
+    positions = np.arange(1, long.sum() + 1) - np.repeat(first, long)
+    keys = _mix(np.repeat(seeds, spans) + positions.astype(np.uint64) * np.uint64(_STEP))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(keys)])
+    totals = sums[first + long] - sums[first]
+    sums = sums[1:] - np.repeat(sums[first], long)
+    return (sums >> np.uint64(1)).view(np.int64), totals.tolist()
