@@ -18,12 +18,10 @@ from sim.recorder import Recorder
 from sim.request import NEVER, Request, Sequence
 from sim.schedulers.base import Scheduler
 from sim.step import Step
+from sim.stretch import commit_ahead
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 from sim.units import FOREVER
-
-LONGEST_STRETCH = 4096
-"""Steps committed at once at most; where a stretch ends makes no difference."""
 
 AFTER_ARRIVALS = EventPriority(2)
 """SimPy priority of the end of a step: what arrives at that instant is there when the next step is planned."""
@@ -190,7 +188,7 @@ class Engine:
         limit = self._foreseen()
         if limit < 1:
             return end, 1
-        return self._extend(end, limit, horizon)
+        return commit_ahead(scheduler, self.timing, recorder, end, limit, horizon)
 
     def _foreseen(self) -> int:
         """Steps after the one planned in which no sequence finishes or forks and the scheduler stays quiet."""
@@ -207,46 +205,6 @@ class Engine:
             limit = min(limit, self.probe.next_sample - self.num_steps - 1)
         quiet = scheduler.quiet_for(self.now)
         return quiet if quiet < limit else limit
-
-    def _extend(self, end: int, limit: int, horizon: int) -> tuple[int, int]:
-        """Commit decode steps ahead: their times first, then the growth in each while memory is safe."""
-        scheduler = self.scheduler
-        allocator = self.allocator
-        recorder = self.recorder
-        decodes = scheduler.decodes
-        durations = self._durations(end, limit, horizon)
-        count = len(durations)
-        if decodes.growths:
-            count, books = scheduler.grow_ahead(count)
-            if count < len(durations):
-                del durations[count:]
-            external = allocator.num_external(scheduler.head_refused)
-            offset = len(recorder.durations) - decodes.clock - 1
-            for tick, held, internal in books:
-                recorder.usage.extend((tick + offset, held, internal, external))
-        recorder.durations.extend(durations)
-        decodes.advance(count)
-        allocator.num_tokens += count * decodes.size
-        return end + sum(durations), count + 1
-
-    def _durations(self, end: int, limit: int, horizon: int) -> list[int]:
-        """Times (ns) of at most `limit` further decode steps, up to the first that ends at the horizon or past it."""
-        decodes = self.scheduler.decodes
-        size = decodes.size
-        context = decodes.context
-        seconds = self.timing.decode_seconds
-        if self.timing.context_free:
-            duration = round(seconds(size, context) * 1e9) or 1
-            return [duration] * min(limit, LONGEST_STRETCH, -((end - horizon) // duration))
-        durations = []
-        for _ in range(min(limit, LONGEST_STRETCH)):
-            context += size
-            duration = round(seconds(size, context) * 1e9) or 1
-            durations.append(duration)
-            end += duration
-            if end >= horizon:
-                break
-        return durations
 
     def _record(self, step: Step, start: int, steps: int, tokens: int) -> None:
         """Hand the stretch to the recorder, in parts that begin where requests joined the queue."""
@@ -279,13 +237,9 @@ class Engine:
         )
 
     def _sample(self, now: int) -> None:
-        """Show the probe all that is live."""
-        probe = self.probe
-        assert probe is not None
-        live = sorted(self.allocator.sequences, key=arrival_order)
-        for sequence in live:
-            probe.write(sequence)
-        probe.sample(self.num_steps, now, live)
+        """Show the probe all that holds slots."""
+        assert self.probe is not None
+        self.probe.sample(self.num_steps, now, sorted(self.allocator.sequences, key=arrival_order))
 
     def _commit(self, step: Step, end: int) -> None:
         """Hand out the tokens of the last step: computed prompts start to decode, finished sequences leave."""

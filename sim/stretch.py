@@ -1,0 +1,57 @@
+"""Stretches: decode steps that follow a planned one before anything can change, committed ahead."""
+
+from __future__ import annotations
+
+from sim.decode_set import DecodeSet
+from sim.recorder import Recorder
+from sim.schedulers.base import Scheduler
+from sim.timing.base import StepTime
+
+LONGEST_STRETCH = 4096
+"""Steps committed at once at most; where a stretch ends makes no difference."""
+
+
+def commit_ahead(
+    scheduler: Scheduler, timing: StepTime, recorder: Recorder, end: int, limit: int, horizon: int
+) -> tuple[int, int]:
+    """Commit decode steps after one that ends at `end` (ns): their times first, then the growth in each.
+
+    At most `limit` further steps, up to the first that ends at the horizon or past it, and while free memory
+    covers all growth. Returns the end of the last and the number of steps, the first one included.
+    """
+    allocator = scheduler.allocator
+    decodes = scheduler.decodes
+    durations = decode_durations(timing, decodes, end, limit, horizon)
+    count = len(durations)
+    if decodes.growths:
+        count, books = scheduler.grow_ahead(count)
+        if count < len(durations):
+            del durations[count:]
+        external = allocator.num_external(scheduler.head_refused)
+        offset = len(recorder.durations) - decodes.clock - 1
+        for tick, held, internal in books:
+            recorder.usage.extend((tick + offset, held, internal, external))
+    recorder.durations.extend(durations)
+    decodes.advance(count)
+    allocator.num_tokens += count * decodes.size
+    return end + sum(durations), count + 1
+
+
+def decode_durations(timing: StepTime, decodes: DecodeSet, end: int, limit: int, horizon: int) -> list[int]:
+    """Times (ns) of the decode steps after `end`, up to the first that ends at the horizon or past it."""
+    size = decodes.size
+    context = decodes.context
+    seconds = timing.decode_seconds
+    limit = min(limit, LONGEST_STRETCH)
+    if timing.context_free:
+        duration = round(seconds(size, context) * 1e9) or 1
+        return [duration] * min(limit, -((end - horizon) // duration))
+    durations = []
+    for _ in range(limit):
+        context += size
+        duration = round(seconds(size, context) * 1e9) or 1
+        durations.append(duration)
+        end += duration
+        if end >= horizon:
+            break
+    return durations
