@@ -46,6 +46,7 @@ class Plan:
     """All that a run of an experiment does."""
 
     name: str
+    purpose: str  # the comment at the top of the file
     replications: int
     plugins: list[str]
     swept: list[str]
@@ -55,6 +56,16 @@ class Plan:
 def experiment_schema() -> Schema:
     """The schema of an experiment over the policies registered by now."""
     return Schema(Section(Experiment))
+
+
+def _purpose(file: File) -> str:
+    """What an experiment says of itself: the comment in its first line."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            first = stream.readline()
+    except (OSError, UnicodeDecodeError):  # reported by whoever reads the rest
+        return ""
+    return first.lstrip("# ").rstrip() if first.startswith("#") else ""
 
 
 def load(file: File, sets: Sequence[str] = (), *, probe: bool = True) -> Plan:
@@ -114,7 +125,14 @@ class _Reading:
                 written = {dotted(path): node.plain() for path, node in values.items()}
                 points.append(Point(settings, {name: written[name] for name in swept}, files))
         name = self._name(points)
-        return Plan(name, points[0].settings["replications"] if points else 1, loaded or [], swept, points)
+        return Plan(
+            name,
+            _purpose(self.file),
+            points[0].settings["replications"] if points else 1,
+            loaded or [],
+            swept,
+            points,
+        )
 
     def _name(self, points: list[Point]) -> str:
         name = (points[0].settings["name"] if points else None) or self.file.stem

@@ -82,6 +82,7 @@ def _runs(plan: Plan, folder: Path) -> Iterator[tuple[Row, Job]]:
             run_id = identity.run_id(settings, replication, inputs, list(plugins.values()))
             manifest = {
                 "name": plan.name,
+                "purpose": plan.purpose,
                 "run_id": run_id,
                 "seed": settings["seed"],
                 "replication": replication,

@@ -1,4 +1,4 @@
-"""Result folders as `kvsim run` leaves them, made up by a queue of twenty lines: what figures and reports are tested on."""
+"""Result folders as `kvsim run` leaves them, made up by a short queue: what figures are tested on."""
 
 from __future__ import annotations
 
@@ -94,12 +94,17 @@ def write_run(folder: Path, config: dict[str, Any], replication: int, sweep: Swe
     folder.mkdir(parents=True)
     tables, summary = _queue(config, replication)
     manifest = {
+        "name": config["name"],
         "run_id": folder.name,
+        "seed": config["seed"],
+        "replication": replication,
         "config": config,
-        "seeds": {"seed": 0, "replication": replication},
-        "versions": {"python": "3.11.9", "numpy": np.__version__, "simpy": "4.1.1"},
-        "code_version": "0.1.0+made.up",
+        "code": "0.1.0+made-up",
         "inputs": {},
+        "created": "2026-01-01T00:00:00+00:00",
+        "capacity": {"num_slots": SLOTS, "max_model_len": 2048, "kv_bytes_per_token": 819_200},
+        "versions": {"python": "3.11.9", "numpy": np.__version__, "simpy": "4.1.1"},
+        "platform": "linux",
         "wall_s": summary["wall_s"],
         "cpu_s": summary["cpu_s"],
     }
@@ -227,7 +232,8 @@ def _summary(
     n = len(e2e)
     return {
         "duration_s": end, "steps": len(steps["time"]), "requests_finished": n, "requests_rejected": 0,
-        "request_throughput": n / end, "output_token_throughput": float(requests["output_tokens"].sum() / end), **spread,
+        "request_throughput": n / end, "output_token_throughput": float(requests["output_tokens"].sum() / end),
+        **spread,
         "normalized_latency_mean_s": float(np.mean(e2e / requests["output_tokens"])),
         "mean_running": float((np.array(steps["running"])[low : high + 1] * span).sum() / span.sum()),
         "max_running": max(steps["running"]), "max_waiting": max(steps["waiting"]), "preemptions": 0,

@@ -1,0 +1,271 @@
+"""Figures: what was swept decides which are drawn; all are legible, labelled and complete."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from experiments import plots, plots_style
+from experiments.plots import draw, stored_plots
+from experiments.plots_rate import Saturation, saturation
+from experiments.plots_reading import read_experiment
+from experiments.plots_results import Case, spread
+from experiments.plots_shares import apart
+from sim.errors import UserError
+from tests.experiments.fake_results import CONTIGUOUS, ORCA, PAGED, QUICKSTART, VLLM, Sweep, write_results
+
+RATE = "workload.arrivals.rate"
+OVER_TIME = {"waste_over_time", "waste_shares", "running_batch", "latency"}
+SWEEPS = {
+    "policies and rates": Sweep(QUICKSTART, {RATE: [1.0, 2.0, 4.0]}, requests=20),
+    "replications": Sweep(QUICKSTART, {RATE: [1.0, 4.0]}, replications=3, requests=15),
+    "block sizes": Sweep({}, {"allocator.block_size": [1, 4, 16, 64, 256]}, requests=25),
+    "block sizes and rates": Sweep({}, {"allocator.block_size": [8, 16], RATE: [1, 2]}, requests=20),
+    "another number": Sweep(QUICKSTART, {"timing.step_overhead_ms": [1, 10, 100]}, requests=15),
+    "numbers zipped": Sweep({"num_blocks": [250, 500], "scheduler.max_num_seqs": [4, 16]}, requests=15),
+    "long names": Sweep(
+        {},
+        {"allocator": [PAGED, CONTIGUOUS], "scheduler": [VLLM, VLLM | {"preemption": "swap"}, ORCA]},
+        requests=10,
+    ),
+    "one run": Sweep(requests=25),
+}
+EXPECTED = {
+    "policies and rates": OVER_TIME | {"request_rate"},
+    "replications": OVER_TIME | {"request_rate"},
+    "block sizes": OVER_TIME | {"block_size"},
+    "block sizes and rates": OVER_TIME | {"block_size", "request_rate"},
+    "another number": OVER_TIME | {"sweep_timing_step_overhead_ms"},
+    "numbers zipped": OVER_TIME | {"sweep_num_blocks"},
+    "long names": OVER_TIME,
+    "one run": OVER_TIME,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Results of every sweep, made once."""
+    top = tmp_path_factory.mktemp("results")
+    yield {name: write_results(top / name.replace(" ", "_"), sweep) for name, sweep in SWEEPS.items()}
+    shutil.rmtree(top)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_sweep_decides_what_is_drawn_and_nothing_is_cut_off(made: dict[str, Path], name: str) -> None:
+    with plots_style.style():
+        drawings = dict(plots._drawings(read_experiment(made[name])))
+        assert set(drawings) == EXPECTED[name]
+        for stem, drawing in drawings.items():
+            assert drawing.title
+            assert drawing.caption.endswith(".")
+            assert "nan" not in drawing.caption
+            assert drawing.figure.get_figwidth() in (3.5, 7.0)
+            check_words(drawing.figure, stem)
+
+
+def test_figures_are_stored_twice_with_their_captions(made: dict[str, Path]) -> None:
+    told: list[Path] = []
+    written = draw(made["policies and rates"], told.append)
+    assert told == written
+    assert {path.stem for path in written} == EXPECTED["policies and rates"]
+    for plot in stored_plots(made["policies and rates"]):
+        assert plot.caption.endswith(".")
+        assert plot.path.with_suffix(".pdf").stat().st_size > 1000
+        with Image.open(plot.path) as image:
+            assert image.width in (3.5 * 300, 7 * 300)
+
+
+def check_words(figure: Figure, name: str) -> None:
+    """No text is cut off by the edge, below 8 points, or on top of another label of its kind."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    words = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    for text in words:
+        assert text.get_fontsize() >= 8, f"{name}: {text.get_text()!r} is too small"
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
+            low, high = sorted(axis.get_view_interval())
+            ticks = [
+                tick.label1
+                for tick in axis.get_major_ticks()
+                if low <= tick.get_loc() <= high and tick.label1.get_visible() and tick.label1.get_text()
+            ]
+            named = axis.get_label_text() or figure.get_supxlabel() or figure.get_supylabel()
+            assert named or not any(tick.get_text()[0].isdigit() for tick in ticks), f"{name}: no label"
+            assert len(ticks) <= 12, f"{name}: too many ticks"
+            boxes = [tick.get_window_extent().padded(-0.5) for tick in ticks]
+            for i, box in enumerate(boxes):
+                assert not any(box.overlaps(other) for other in boxes[:i]), f"{name}: tick labels overlap"
+        titles = [other.title for other in figure.axes if other.axison and other.title.get_text()]
+        boxes = [title.get_window_extent() for title in titles]
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:i]), f"{name}: titles overlap"
+    legends = [legend.get_window_extent() for legend in figure.legends]
+    for box in legends + [axes.get_tightbbox() for axes in figure.axes if axes.axison]:
+        assert box.x0 >= -1, f"{name}: cut off at the left"
+        assert box.y0 >= -1, f"{name}: cut off at the bottom"
+        assert box.x1 <= width + 1, f"{name}: cut off at the right"
+        assert box.y1 <= height + 1, f"{name}: cut off at the top"
+    for legend in legends:
+        assert not any(legend.overlaps(axes.bbox) for axes in figure.axes), f"{name}: legend on top of data"
+
+
+def test_drawing_again_takes_old_figures_away_but_not_others(tmp_path: Path) -> None:
+    write_results(tmp_path / "a", Sweep({}, {"allocator.block_size": [8, 16]}, requests=5, record=()))
+    draw(tmp_path / "a")
+    mine = tmp_path / "a/plots/mine.png"
+    Image.new("RGB", (3, 3)).save(mine)
+    (tmp_path / "a/plots/broken.png").write_text("not an image")
+    write_results(tmp_path / "b", Sweep(requests=5, record=("steps",)))
+    (tmp_path / "a/plots").rename(tmp_path / "b/plots")
+    left = {path.name for path in draw(tmp_path / "b")} | {"mine.png", "broken.png"}
+    assert {path.name for path in (tmp_path / "b/plots").glob("*.png")} == left
+    assert not (tmp_path / "b/plots/block_size.pdf").exists()
+    assert [plot.path.stem for plot in stored_plots(tmp_path / "b")] == ["waste_shares", "running_batch"]
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    results = write_results(tmp_path / "a", Sweep(requests=5, record=("memory",)))
+    first = {path.name: path.read_bytes() for path in draw(results)[0].parent.iterdir()}
+    assert {path.name: path.read_bytes() for path in draw(results)[0].parent.iterdir()} == first
+
+
+def test_tables_that_were_not_recorded_cost_only_their_figures(tmp_path: Path) -> None:
+    results = write_results(tmp_path / "a", Sweep(QUICKSTART, {RATE: [1, 2]}, requests=8, record=()))
+    assert {path.stem for path in draw(results)} == {"waste_shares", "request_rate"}
+
+
+def test_figures_of_the_summary_survive_the_loss_of_run_folders(tmp_path: Path) -> None:
+    results = write_results(tmp_path / "a", Sweep(QUICKSTART, {RATE: [1, 2]}, requests=8))
+    for folder in results.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    assert {path.stem for path in draw(results)} == {"waste_shares", "request_rate"}
+
+
+def test_policies_axes_and_replications_are_told_apart(made: dict[str, Path]) -> None:
+    experiment = read_experiment(made["replications"])
+    assert experiment.policies == ["contiguous max", "contiguous pow2", "contiguous oracle", "paged 16"]
+    assert experiment.axes == {RATE: [1.0, 4.0]}
+    assert experiment.reference == {RATE: 4.0}
+    assert [len(case.runs) for case in experiment.cases(9)] == [3] * 4
+    zipped = read_experiment(made["numbers zipped"])
+    assert zipped.axes == {"num_blocks": [250.0, 500.0]}
+    assert zipped.tied == {"num_blocks": ["scheduler.max_num_seqs"]}
+    assert [case.label for case in zipped.cases(9)] == ["KV memory 250 blocks", "KV memory 500 blocks"]
+
+
+def test_a_number_zipped_with_policies_is_no_axis(tmp_path: Path) -> None:
+    zipped = {"allocator": [CONTIGUOUS, PAGED], "scheduler.max_num_seqs": [8, 64]}
+    experiment = read_experiment(write_results(tmp_path / "a", Sweep(zipped, {RATE: [1, 2]}, requests=3)))
+    assert experiment.policies == ["contiguous max", "paged 16"]
+    assert list(experiment.axes) == [RATE]
+
+
+def test_a_swept_seed_gives_replications(tmp_path: Path) -> None:
+    experiment = read_experiment(write_results(tmp_path / "a", Sweep({}, {"seed": [0, 1, 2]}, requests=3)))
+    assert experiment.axes == {}
+    assert [run.replication for run in experiment.runs] == [0, 1, 2]
+
+
+def rate_case(latencies: dict[float, float], tmp_path: Path) -> Case:
+    rows = [
+        {
+            "run_id": str(i),
+            "replication": 0,
+            RATE: rate,
+            "duration_s": 1.0,
+            "normalized_latency_mean_s": value,
+        }
+        for i, (rate, value) in enumerate(latencies.items())
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "runs.parquet")
+    return read_experiment(tmp_path).series(RATE)[0]
+
+
+def test_saturation_lies_where_latency_passes_the_limit(tmp_path: Path) -> None:
+    # Half way from 0.05 to 5 s/token on a logarithmic scale is 0.5.
+    assert saturation(rate_case({1.0: 0.04, 2.0: 0.05, 4.0: 5.0}, tmp_path), RATE) == Saturation(
+        pytest.approx(3.0)
+    )
+    assert saturation(rate_case({1.0: 0.7, 2.0: 0.9}, tmp_path), RATE) == Saturation(1.0, below=True)
+    assert str(saturation(rate_case({1.0: 0.1, 2.5: 0.5}, tmp_path), RATE)) == "above 2.5"
+
+
+def test_labels_beside_a_bar_keep_their_distance() -> None:
+    placed = apart([96.0, 97.0, 97.5, 99.9])
+    assert all(b - a >= 5.49 for a, b in pairwise(placed))
+    assert placed[-1] <= 100
+    assert apart([10.0, 50.0]) == [10.0, 50.0]
+
+
+def test_a_choice_of_cases_keeps_the_ends_and_even_steps() -> None:
+    cases = [Case(str(i), [], i) for i in range(9)]
+    assert [case.label for case in spread(cases, 6)] == ["0", "2", "4", "6", "8"]
+    assert [case.label for case in spread(cases, 9)] == [case.label for case in cases]
+
+
+def luminance(colour: str) -> float:
+    red, green, blue = to_rgb(colour)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def test_colours_differ_in_grey() -> None:
+    policies = sorted(luminance(plots_style.colour(Case("", [], rank))) for rank in range(4))
+    assert min(b - a for a, b in pairwise(policies)) > 0.08
+    greys = [luminance(state.face) for state in plots_style.STATES]
+    assert min(abs(b - a) for a, b in pairwise(greys)) > 0.1
+    hatched = [state.hatch for state in plots_style.STATES if state.hatch]
+    assert len(set(hatched)) == len(hatched) == 3
+
+
+def test_a_reader_s_own_matplotlib_settings_do_not_show(tmp_path: Path) -> None:
+    import matplotlib
+
+    results = write_results(tmp_path / "a", Sweep(requests=5, record=()))
+    plain = draw(results)[0].read_bytes()
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9}):
+        assert draw(results)[0].read_bytes() == plain
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def refused(directory: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        draw(directory)
+    return str(caught.value)
+
+
+def test_a_folder_without_runs_is_refused_in_clear_words(tmp_path: Path) -> None:
+    assert refused(tmp_path / "nowhere").startswith(
+        f"{tmp_path / 'nowhere'}: no such folder; expected the folder of"
+    )
+    assert "no runs to draw, runs.parquet is missing; expected" in refused(tmp_path)
+    results = write_results(tmp_path / "quickstart", Sweep(requests=3))
+    assert refused(tmp_path).endswith(f"did you mean {results}?")
+    run = next(path for path in results.iterdir() if path.is_dir())
+    assert refused(run).endswith(f"is one run, did you mean {results}?")
+    (results / "runs.parquet").write_text("no table")
+    assert "runs.parquet: cannot be read" in refused(results)
+    pq.write_table(pa.table({"run_id": pa.array([], pa.string())}), results / "runs.parquet")
+    assert "holds no runs" in refused(results)
+
+
+def test_a_damaged_manifest_and_a_blocked_folder_are_named(tmp_path: Path) -> None:
+    results = write_results(tmp_path / "a", Sweep(requests=3))
+    (results / "plots").write_text("in the way")
+    assert f"{results / 'plots'}: cannot be made" in refused(results)
+    damaged = next(results.glob("*/manifest.json"))
+    damaged.write_text("{")
+    assert f"{damaged}: not JSON" in refused(results)
