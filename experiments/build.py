@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
+from attention.probe import AttentionProbe
 from experiments import hardware
 from experiments.annotations import alternatives, fields_of, registry_in, section_in
 from experiments.experiment import Experiment
@@ -31,21 +32,26 @@ BLOCK_SIZE = 16
 
 def run(
     experiment: Experiment, replication: int, sink: Sink, progress: Callable[[int], None] | None = None
-) -> dict[str, Any]:
-    """Simulate one point; the summary's figures."""
+) -> tuple[dict[str, Any], float]:
+    """Simulate one point; the summary's figures, and the CPU seconds that the probe took of it."""
     model, device = make_hardware(experiment)
     capacity = make_capacity(experiment, model, device)
     scheduler = make_scheduler(experiment, make_allocator(experiment, capacity))
+    workload = make_workload(experiment, capacity, replication)
+    probe = make_probe(experiment, workload)
     figures = simulate(
-        make_workload(experiment, capacity, replication),
+        workload,
         scheduler=scheduler,
         timing=make_timing(experiment, model, device),
         transfers=make_transfers(experiment, model, device, scheduler.allocator),
         recorder=Recorder(sink, **experiment.record),
         max_model_len=capacity.max_model_len,
+        probe=probe,
         progress=progress,
     )
-    return {**figures, "probe_steps": 0, "probe_max_error": None}
+    if probe is None:
+        return {**figures, "probe_steps": 0, "probe_max_error": None}, 0.0
+    return {**figures, "probe_steps": probe.num_samples, "probe_max_error": probe.max_error}, probe.cpu_s
 
 
 def capacity_told(experiment: Experiment) -> dict[str, Any]:
@@ -144,6 +150,16 @@ def make_transfers(
     made: Transfers = construct(
         Transfers, experiment.transfers, ("transfers",), model, device, over.block_size
     )
+    return made
+
+
+def make_probe(experiment: Experiment, over: Any) -> AttentionProbe | None:
+    """The probe of a run over this workload; None where the experiment wants none."""
+    settings = experiment.probe
+    if settings is False:
+        return None
+    fields = {} if settings is True else settings
+    made: AttentionProbe = construct(AttentionProbe, fields, ("probe",), over.num_requests)
     return made
 
 

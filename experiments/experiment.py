@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from attention.probe import AttentionProbe
 from experiments.annotations import DefaultKind
 from experiments.hardware import device, model
 from experiments.sizes import Size
 from sim.allocators import allocator
-from sim.registry import Bounds, NonNegativeInt, PositiveFloat, PositiveInt
+from sim.registry import Bounds, NonNegativeInt, PositiveInt
 from sim.schedulers import scheduler
 from sim.timing import Transfers, timing
 from workloads.workload import workload
@@ -31,25 +32,6 @@ class Record:
     requests: bool = True
     steps: bool = True
     memory: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probing:
-    """Steps whose block tables are proved right by real attention.
-
-    Fields:
-        samples: Sampled steps, spread over the run.
-        every: Sample every so many steps instead.
-        device: Where torch runs: auto, cpu, cuda, ...
-        tolerance: Largest difference from plain attention.
-        calibrate: Time the kernel on the sampled shapes; the run is no longer reproducible.
-    """
-
-    samples: PositiveInt = 64
-    every: PositiveInt | None = None
-    device: str = "auto"
-    tolerance: PositiveFloat = 1e-5
-    calibrate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +76,7 @@ class Experiment:
     scheduler: Annotated[Settings, scheduler]
     timing: Annotated[Settings, timing]
     transfers: Annotated[Settings, Transfers] = field(default_factory=dict)
-    probe: Annotated[Settings, Probing] | bool = field(default_factory=dict)
+    probe: Annotated[Settings, AttentionProbe] | bool = field(default_factory=dict)
     record: Annotated[Settings, Record] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None
     plugins: list[Path] = field(default_factory=list)

@@ -50,7 +50,7 @@ class Mistake:
         return ": ".join([*head, ", ".join(told)])
 
 
-class Mistakes(UserError):  # noqa: N818
+class Mistakes(UserError):
     """All mistakes of an input at once, one line each, in order of their places."""
 
     def __init__(self, mistakes: Iterable[Mistake]) -> None:

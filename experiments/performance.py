@@ -37,7 +37,7 @@ class Failure:
 
 def perform(job: Job, progress: Progress | None = None) -> Failure | None:
     """Run a job and store it; the reason if it fails."""
-    from sim.errors import Stalled, UserError
+    from sim.errors import ProbeError, Stalled, UserError
 
     try:
         _perform(job, progress)
@@ -45,7 +45,7 @@ def perform(job: Job, progress: Progress | None = None) -> Failure | None:
         raise  # nobody waits for the result any more
     except UserError as error:
         return Failure(str(error), True, traceback.format_exc())
-    except Stalled as error:
+    except (Stalled, ProbeError) as error:
         return Failure(str(error), False, traceback.format_exc())
     except Exception as error:
         return Failure(f"{type(error).__name__}: {error}", False, traceback.format_exc())
@@ -71,12 +71,12 @@ def _perform(job: Job, progress: Progress | None) -> None:
     with run_folder(Path(job.folder), job.run_id) as folder:
         recording = Recording(folder)
         try:
-            figures = run(experiment, job.replication, recording.write, progress)
+            figures, probe_cpu = run(experiment, job.replication, recording.write, progress)
         finally:
             recording.close()
-        spent = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+        spent = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu - probe_cpu}
         write_json(folder / "summary.json", {**figures, **spent})
         versions = {"python": platform.python_version(), "numpy": numpy.__version__}
         versions |= {"simpy": simpy.__version__, "pyarrow": pyarrow.__version__}
         told = {"capacity": capacity_told(experiment), "versions": versions, "platform": sys.platform}
-        write_json(folder / "manifest.json", {**job.manifest, **told, **spent})
+        write_json(folder / "manifest.json", {**job.manifest, **told, **spent, "probe_cpu_s": probe_cpu})

@@ -50,6 +50,12 @@ def column(values: Sequence[Any]) -> pa.Array:
     held = None
     if None in values:
         held = pa.py_buffer(np.packbits([value is not None for value in values], bitorder="little"))
+    if kinds == {str} and held is None and len(set(values)) == 1:
+        text = values[0].encode()
+        ends = np.arange(len(values) + 1, dtype=np.int32) * np.int32(len(text))
+        return pa.Array.from_buffers(
+            pa.string(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(text * len(values))]
+        )
     if kinds == {str}:
         encoded = {value: value.encode() for value in dict.fromkeys(values) if value is not None}
         parts = [encoded.get(value, b"") for value in values]

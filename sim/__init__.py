@@ -1,7 +1,7 @@
 """kvsim's simulator: requests through a scheduler and an allocator on a SimPy clock."""
 
 from sim.allocators import Admission, Allocator, Capacity, MemoryUsage, allocator
-from sim.errors import IntegrityError, Stalled, UserError
+from sim.errors import IntegrityError, ProbeError, Stalled, UserError
 from sim.hardware import Device, Model
 from sim.recorder import Recorder
 from sim.registry import (
@@ -21,7 +21,7 @@ from sim.timing import StepTime, Transfers, timing
 
 __all__ = [
     "Admission", "Allocator", "Bounds", "Capacity", "Device", "Fraction", "IntegrityError", "MemoryUsage",
-    "Model", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat", "PositiveInt", "Recorder", "Registry",
+    "Model", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat", "PositiveInt", "ProbeError", "Recorder", "Registry",
     "Request", "Scheduler", "Sequence", "Stalled", "Step", "StepTime", "Transfers", "UserError", "allocator",
     "scheduler", "simulate", "timing", "victim",
 ]  # fmt: skip

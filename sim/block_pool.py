@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import numpy as np
 
 from sim.errors import IntegrityError
-from sim.probe import Probe
+from sim.probe import Witness
 
 
 class OutOfBlocks(RuntimeError):
@@ -30,7 +33,7 @@ class BlockPool:
         self.free = list(range(num_blocks))
         self.references = [0] * num_blocks
         self.extra_references = 0
-        self.probe: Probe | None = None
+        self.probe: Witness | None = None
 
     @property
     def num_free(self) -> int:
@@ -71,7 +74,6 @@ class BlockPool:
         """Drop a reference to each block; those without any are free again. Raises ValueError on a double free."""
         references = self.references
         free = self.free
-        before = len(free)
         for index, block in enumerate(blocks):
             if references[block] != 1:  # shared, or an error: undo, and look at each
                 for undone in blocks[:index]:
@@ -82,8 +84,6 @@ class BlockPool:
             references[block] = 0
         else:
             free += blocks
-        if self.probe is not None and len(free) > before:
-            self.probe.free(self.tier, free[before:])
 
     def _release_one(self, block: int) -> None:
         count = self.references[block]
@@ -97,25 +97,29 @@ class BlockPool:
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare the counts with the tables that hold the blocks. Raises IntegrityError with the equation."""
-        counted = [0] * self.num_blocks
-        for table in tables:
-            for block in table:
-                counted[block] += 1
-        for block, (count, references) in enumerate(zip(counted, self.references, strict=True)):
-            if count != references:
-                raise IntegrityError(
-                    f"{self.tier} block {block}: references({references}) != tables holding it({count})"
-                )
-        used = sum(1 for count in counted if count)
-        if len(set(self.free)) != len(self.free):
+        held = np.fromiter(chain.from_iterable(tables), np.int64)
+        if len(held) and (held.min() < 0 or held.max() >= self.num_blocks):
             raise IntegrityError(
-                f"{self.tier} pool: distinct free({len(set(self.free))}) != free({len(self.free)})"
+                f"{self.tier} blocks {held.min()}..{held.max()} are not inside 0..{self.num_blocks - 1}"
             )
+        counts = np.bincount(held, minlength=self.num_blocks)
+        references = np.fromiter(self.references, np.int64)
+        wrong = np.flatnonzero(counts != references)
+        if len(wrong):
+            block = wrong[0]
+            raise IntegrityError(
+                f"{self.tier} block {block}: references({references[block]}) "
+                f"!= tables holding it({counts[block]})"
+            )
+        used = np.count_nonzero(counts)
+        distinct = np.count_nonzero(np.bincount(np.fromiter(self.free, np.int64), minlength=self.num_blocks))
+        if distinct != len(self.free):
+            raise IntegrityError(f"{self.tier} pool: distinct free({distinct}) != free({len(self.free)})")
         if used + len(self.free) != self.num_blocks:
             raise IntegrityError(
                 f"{self.tier} pool: used({used}) + free({len(self.free)}) != total({self.num_blocks})"
             )
-        if sum(counted) - used != self.extra_references:
+        if len(held) - used != self.extra_references:
             raise IntegrityError(
-                f"{self.tier} pool: references({sum(counted)}) - used({used}) != extra({self.extra_references})"
+                f"{self.tier} pool: references({len(held)}) - used({used}) != extra({self.extra_references})"
             )

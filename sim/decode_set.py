@@ -36,7 +36,7 @@ class DecodeSet:
         self.size = 0
         self.context = 0
         self.finishes: dict[int, list[Sequence]] = {}
-        self.growths: dict[int, list[Sequence]] = {}
+        self.growths: dict[int, list[Sequence]] = {}  # each in order of arrival
         self.copy_pending: list[Sequence] = []  # forked: the last block may be shared
         self._finish_ticks: list[int] = []  # heap of the keys of `finishes`
 
@@ -79,17 +79,18 @@ class DecodeSet:
         """Note the tick at which a member needs a slot that it does not hold."""
         tick = sequence.capacity + 1 - sequence.origin
         growing = self.growths.get(tick)
-        if growing is None:
+        if not growing:
             self.growths[tick] = [sequence]
         else:
+            in_order = growing[-1].order < sequence.order
             growing.append(sequence)
+            if not in_order:
+                growing.sort(key=arrival_order)
 
     def grow_next(self, allocator: Allocator) -> None:
         """Give the members that need a slot at the next tick theirs, in order of arrival."""
         tick = self.clock + 1
         growing = self.growths.pop(tick)
-        if len(growing) > 1:
-            growing.sort(key=arrival_order)
         allocator.grow([(tick, growing)])
         self.note_grown(tick, growing, allocator.growth)
 
@@ -115,8 +116,6 @@ class DecodeSet:
                         stop = tick
                         break
                     del growths[tick]
-                    if len(growing) > 1:
-                        growing.sort(key=arrival_order)
                     batches.append((tick, growing))
             tick += 1
             if batches:
@@ -135,12 +134,14 @@ class DecodeSet:
                 if sequence.capacity < sequence.final_tokens:
                     self.await_growth(sequence)
             return
-        growing = self.growths.get(tick + step)
-        if growing is None:
-            if grown:
-                self.growths[tick + step] = grown
-        else:
-            growing += grown
+        if grown:
+            later = self.growths.get(tick + step)
+            self.growths[tick + step] = grown
+            if later:  # have joined since
+                in_order = grown[-1].order < later[0].order
+                grown += later
+                if not in_order:
+                    grown.sort(key=arrival_order)
 
     def advance(self, steps: int = 1) -> None:
         """Give every member `steps` more tokens."""

@@ -68,15 +68,14 @@ class Engine:
         self.swapped_out_blocks = 0
         self.swapped_in_blocks = 0
         self._idle: simpy.Event | None = None
-        self._arrived: list[int] = []  # arrival times since the last commit
+        self._arrived: list[int] = []  # arrival times since the last plan
         recorder.num_slots = self.allocator.num_slots
         if probe is not None:
             probe.start(self.allocator)
         self.process = env.process(self._run())
 
-    def submit(self, request: Request) -> None:
-        """Take a request in now; one that the model's length cannot serve is refused at once."""
-        now = max(self.now, int(self.env.now))
+    def submit(self, request: Request, now: int) -> None:
+        """Take a request in at this instant (ns); one that the model's length cannot serve is refused at once."""
         request.arrival_time = now
         self.recorder.last_arrival = now
         self.num_live += 1
@@ -99,10 +98,7 @@ class Engine:
 
     def _run(self) -> Generator[simpy.Event, Any, None]:
         env = self.env
-        arrived = self._arrived
         while True:
-            if arrived:
-                arrived.clear()
             step = self._plan()
             start = self.now
             if step is None:
@@ -137,17 +133,27 @@ class Engine:
     def _plan(self) -> Step | None:
         """The next step that computes something, or None if there is nothing to do."""
         scheduler = self.scheduler
-        for _ in range(2 * self.num_live + 1):  # a plan without tokens preempts or rejects somebody
+        arrived = self._arrived
+        moved = 0  # blocks swapped out by plans without tokens: the next step pays for them
+        patience = self.num_live + 1  # a plan without tokens rejects somebody, or preempts who is not back yet
+        while patience:
+            if arrived:
+                arrived.clear()
             step = scheduler.plan(self.now)
             if step.rejected:
                 for request in step.rejected:
                     self._done(request)
+            else:
+                patience -= 1
             if step.preempted:
                 self.preemptions += len(step.preempted)
             if step.chunks or step.num_decodes:
+                step.swapped_out_blocks += moved
                 return step
+            moved += step.swapped_out_blocks
             if not step.rejected and not step.preempted:
                 if not scheduler.num_waiting and not scheduler.running:
+                    self.swapped_out_blocks += moved
                     return None
                 break
         raise Stalled(self._complaint())
@@ -212,7 +218,7 @@ class Engine:
         recorder = self.recorder
         arrived = self._arrived
         running = len(scheduler.running)
-        waiting = scheduler.num_waiting - len(arrived)
+        waiting = len(scheduler.waiting) + len(scheduler.swapped) - len(arrived)
         decodes = step.num_decodes
         saved = self.allocator.blocks_saved
         if steps > 1 and arrived:

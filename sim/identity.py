@@ -32,11 +32,12 @@ def mixed(word: int) -> int:
 
 def _mix(words: Words) -> Words:
     """`mixed` for every word, in place."""
-    words ^= words >> np.uint64(30)
+    shifted = words >> np.uint64(30)
+    words ^= shifted
     words *= np.uint64(_FIRST)
-    words ^= words >> np.uint64(27)
+    words ^= np.right_shift(words, np.uint64(27), out=shifted)
     words *= np.uint64(_SECOND)
-    words ^= words >> np.uint64(31)
+    words ^= np.right_shift(words, np.uint64(31), out=shifted)
     return words
 
 
@@ -88,8 +89,13 @@ def _branch_seed(request: Request, branch: int) -> int:
     return mixed(mixed(mixed(request.id) + _GENERATED & _MASK) + branch & _MASK)
 
 
+def total_after(total: int, key: int) -> int:
+    """The sum of keys after one more token."""
+    return total + key & _MASK
+
+
 def identity(total: int) -> int:
-    """The identity of a token whose history's keys add up to this."""
+    """The identity of a token up to which the keys add up to this."""
     return total >> 1
 
 
@@ -109,9 +115,15 @@ def identities(histories: Ordered[History], lengths: Ordered[int]) -> tuple[Ints
     limits = np.repeat(long, parts)
     spans = np.minimum(ends, limits) - np.minimum(starts, limits)
     first = np.cumsum(long) - long
-    positions = np.arange(1, long.sum() + 1) - np.repeat(first, long)
-    keys = _mix(np.repeat(seeds, spans) + positions.astype(np.uint64) * np.uint64(_STEP))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(keys)])
-    totals = sums[first + long] - sums[first]
-    sums = sums[1:] - np.repeat(sums[first], long)
-    return (sums >> np.uint64(1)).view(np.int64), totals.tolist()
+    keys = np.arange(1, long.sum() + 1, dtype=np.uint64)
+    keys -= np.repeat(first.astype(np.uint64), long)
+    keys *= np.uint64(_STEP)
+    keys += np.repeat(seeds, spans)
+    sums = np.zeros(len(keys) + 1, np.uint64)
+    np.cumsum(_mix(keys), out=sums[1:])
+    before = sums[first]
+    totals = sums[first + long] - before
+    chained = sums[1:]
+    chained -= np.repeat(before, long)
+    chained >>= np.uint64(1)
+    return chained.view(np.int64), totals.tolist()

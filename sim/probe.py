@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 class Witness(Protocol):
     """Told of everything that happens to slots, as it happens.
 
-    Blocks are numbered per tier (`"device"`, `"host"`). The block pool tells of takes and frees, the base
-    classes and the engine of sequences, and an allocator of the copies and moves that it orders. None of this
-    is believed when the tables are checked.
+    Blocks are numbered per tier (`"device"`, `"host"`). The block pool tells of takes, the base classes of
+    sequences, and an allocator of the copies and moves that it orders. Who holds what is nobody's word: that
+    is read from the tables and the pools where they are checked.
     """
 
     def take(self, tier: str, blocks: Ordered[int]) -> None:
         """Blocks are handed out; what they held is gone."""
 
-    def free(self, tier: str, blocks: Ordered[int]) -> None:
-        """Blocks have no holder left."""
-
     def touch(self, tier: str, blocks: Ordered[int]) -> None:
         """Cached blocks are handed out with what they hold, to the sequence that begins next."""
 
     def begin(self, sequence: Sequence) -> None:
-        """The sequence has its first slots; it writes none of those that were touched for it."""
+        """The sequence has its first slots; it writes none of those that were touched for it.
+
+        Told by allocators that keep freed blocks.
+        """
 
     def write(self, sequence: Sequence) -> None:
         """All tokens of the sequence up to `num_tokens` are written now, before something moves them."""

@@ -43,7 +43,8 @@ class Recorder:
         self.num_slots = 0
         self.num_steps = 0
         self.last_arrival = 0
-        self._requests: list[tuple[Any, ...]] = []
+        self._requests = array("q")  # ten figures a request
+        self._others: dict[int, tuple[str, str]] = {}  # status and reason of those that did not finish
         # One row a stretch of steps: start, steps, prefill tokens, decoding sequences, running and waiting
         # requests, token states in the first step and more per step, blocks saved by sharing.
         self._stretches = array("q")
@@ -55,23 +56,16 @@ class Recorder:
 
     def request(self, request: Request) -> None:
         """A request is over."""
-        self._requests.append(
+        if request.status != "finished":
+            self._others[len(self._requests) // 10] = (request.status, request.reason)
+        self._requests.extend(
             (
-                request.id,
-                request.arrival_time,
-                request.prompt_tokens,
-                request.output_tokens,
-                request.width,
-                request.status,
-                request.reason,
-                request.first_scheduled_time,
-                request.first_token_time,
-                request.finish_time,
-                request.preemptions,
-                request.cached_tokens,
+                request.id, request.arrival_time, request.prompt_tokens, request.output_tokens, request.width,
+                request.first_scheduled_time, request.first_token_time, request.finish_time,
+                request.preemptions, request.cached_tokens,
             )
-        )
-        if len(self._requests) >= CHUNK:
+        )  # fmt: skip
+        if len(self._requests) >= 10 * CHUNK:
             self._flush_requests()
 
     def stretch(
@@ -119,38 +113,29 @@ class Recorder:
     def _flush_requests(self) -> None:
         if not self._requests:
             return
-        (
-            ids,
-            arrival,
-            prompt,
-            output,
-            width,
-            status,
-            reason,
-            scheduled,
-            first,
-            finish,
-            preemptions,
-            cached,
-        ) = zip(*self._requests, strict=True)
-        self._requests = []
+        rows: Ints = np.array(self._requests).reshape(-1, 10).T
+        ids, arrival, prompts, outputs, widths, scheduled, first_token, finish, preemptions, cached = rows
+        status = np.full(len(ids), "finished", object)
+        reason = np.full(len(ids), "", object)
+        for index, (what, why) in self._others.items():
+            status[index], reason[index] = what, why
+        del self._requests[:]
+        self._others.clear()
         times = {
-            "arrival_time": np.array(arrival, np.int64),
-            "first_scheduled_time": np.array(scheduled, np.int64),
-            "first_token_time": np.array(first, np.int64),
-            "finish_time": np.array(finish, np.int64),
+            "arrival_time": arrival,
+            "first_scheduled_time": scheduled,
+            "first_token_time": first_token,
+            "finish_time": finish,
         }
-        outputs = np.array(output, np.int64)
-        widths = np.array(width, np.int64)
-        self.latencies.add(times, outputs, widths, np.array(prompt, np.int64), np.array(cached, np.int64))
+        self.latencies.add(times, outputs, widths, prompts, cached)
         columns: Columns = {
-            "request_id": np.array(ids, np.int64),
-            "prompt_tokens": np.array(prompt, np.int64),
+            "request_id": ids,
+            "prompt_tokens": prompts,
             "output_tokens": outputs * widths,
-            "status": np.array(status, object),
-            "reason": np.array(reason, object),
-            "preemptions": np.array(preemptions, np.int64),
-            "cached_tokens": np.array(cached, np.int64),
+            "status": status,
+            "reason": reason,
+            "preemptions": preemptions,
+            "cached_tokens": cached,
         }
         for name, values in times.items():
             columns[name] = np.where(values == NEVER, np.nan, values / 1e9)

@@ -13,7 +13,7 @@ class SampledSteps:
 
     How many steps a run will have is estimated after each sample: as many per request as it took for those
     that are over. What is left of the samples is spread evenly over what is left of the steps. The next gap is
-    never longer than the run so far, as the first requests that are over say little. Where the number
+    never longer than half of the run so far, as the first requests that are over say little. Where the number
     of requests is not known, gaps grow geometrically, so that `samples` last for a hundred million steps. All
     this depends on the run alone, so that the same run is sampled at the same steps.
     """
@@ -41,4 +41,4 @@ class SampledSteps:
         steps_left = FOREVER
         if requests_over > 0:
             steps_left = step * max(0, self.num_requests - requests_over) // requests_over
-        return step + max(1, min(step, steps_left // left))
+        return step + max(1, min(step // 2, steps_left // left))

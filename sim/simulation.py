@@ -92,6 +92,8 @@ def simulate(
     env.run()
     if engine.num_live:
         raise Stalled(f"{engine.num_live} requests never came to an end")
+    if probe is not None:
+        probe.finish()
     engine.record_pause(engine.now)
     recorder.close()
     if progress is not None:

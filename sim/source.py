@@ -19,13 +19,14 @@ def open_loop(
     env: simpy.Environment, engine: Engine, requests: Iterable[Request]
 ) -> Generator[simpy.Event, Any, None]:
     """Submit each request at its arrival time (ns), in the order given."""
+    now = 0
     for request in requests:
         arrival = request.arrival_time
-        now = env.now
         if arrival > now:
             engine.next_arrival = arrival
             yield env.timeout(arrival - now)
-        engine.submit(request)
+            now = arrival
+        engine.submit(request, now)
     engine.next_arrival = FOREVER
 
 
@@ -76,7 +77,7 @@ class ClosedLoop:
                 self.requests = iter(())
                 break
             heapq.heappop(self._due)
-            engine.submit(request)
+            engine.submit(request, now)
         self._sending = False
         engine.next_arrival = self._due[0] if self._due else FOREVER
 

@@ -162,7 +162,7 @@ class _Period:
         starts = np.maximum(starts, self.begin)
         inside = np.maximum(np.minimum(ends, self.until) - starts, 0)
         after = np.maximum(ends - np.maximum(starts, self.until), 0)
-        if inside.any():
+        if self.until >= starts[0]:  # what was pending belongs too, even if nothing of these rows does
             for index, column in enumerate(columns):
                 self.closed[index] += self.pending[index] + exact_dot(column, inside)
                 self.pending[index] = 0

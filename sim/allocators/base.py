@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
-from sim.probe import Probe
+from sim.probe import Witness
 from sim.registry import Registry
 from sim.request import Request, Sequence
 from sim.units import FOREVER
@@ -80,7 +82,9 @@ class Allocator(ABC):
     growth: int | None = None
     """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
     block_size: int = 1
-    probe: Probe | None = None
+    keeps_freed: bool = False
+    """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
+    probe: Witness | None = None
 
     def __init__(self, capacity: Capacity) -> None:
         self.num_slots = capacity.num_slots
@@ -140,6 +144,8 @@ class Allocator(ABC):
         if held > sequence.final_tokens:
             self.num_internal += held - sequence.final_tokens
         self.sequences.add(sequence)
+        if self.keeps_freed and self.probe is not None:
+            self.probe.begin(sequence)
 
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """Give each sequence, whose slots are all filled, room for one more token; batch by batch.
@@ -169,8 +175,8 @@ class Allocator(ABC):
         return 0
 
     def free(self, sequence: Sequence) -> None:
-        """Take everything back from a sequence."""
-        self.num_tokens -= sequence.num_tokens
+        """Take everything back from a sequence that does not decode."""
+        self.num_tokens -= sequence.origin
         self.num_held -= sequence.capacity
         self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
         self.sequences.discard(sequence)
@@ -183,6 +189,31 @@ class Allocator(ABC):
             self.num_tokens -= sequence.num_tokens
             self.num_internal += sequence.capacity - max(0, sequence.capacity - sequence.final_tokens)
             sequence.origin = sequence.final_tokens = 0
+
+    # What a probe asks
+
+    @property
+    def pools(self) -> list[BlockPool]:
+        """The block pools among the attributes; one without any hands out slots in its own way."""
+        # Not vars(self): once its __dict__ is read, CPython 3.11 finds every attribute of an object more slowly.
+        values = gc.get_referents(self)
+        found = dict.fromkeys(value for value in values + gc.get_referents(*values) if isinstance(value, BlockPool))
+        return list(found)
+
+    def watch(self, probe: Witness) -> None:
+        """Tell a probe of everything that happens to slots."""
+        self.probe = probe
+        for pool in self.pools:
+            pool.probe = probe
+
+    def held_slots(self, sequence: Sequence) -> NDArray[np.int64]:
+        """Slots of all tokens that the sequence has room for, shape [capacity]."""
+        room = sequence.capacity - sequence.num_tokens
+        sequence.origin += room  # as if it had filled them
+        try:
+            return self.slots(sequence)
+        finally:
+            sequence.origin -= room
 
     # Optional powers, refused unless `can_fork` or `can_swap` says otherwise
 
@@ -228,17 +259,27 @@ class Allocator(ABC):
         """Recount everything from the sequences' slots. Raises IntegrityError with the equation that failed."""
         tables = [self.slots(sequence) for sequence in self.sequences]
         for sequence, table in zip(self.sequences, tables, strict=True):
-            _equal(f"{sequence}: slots", len(table), "tokens", sequence.num_tokens)
-            _equal(f"{sequence}: distinct slots", len(np.unique(table)), "slots", len(table))
-            if sequence.num_tokens > sequence.capacity:
-                raise IntegrityError(f"{sequence}: tokens({sequence.num_tokens}) > held({sequence.capacity})")
+            tokens = sequence.num_tokens
+            if len(table) != tokens:
+                raise IntegrityError(f"{sequence}: slots({len(table)}) != tokens({tokens})")
+            if tokens > sequence.capacity:
+                raise IntegrityError(f"{sequence}: tokens({tokens}) > held({sequence.capacity})")
         slots = np.concatenate(tables) if tables else np.empty(0, np.int64)
         if len(slots) and (slots.min() < 0 or slots.max() >= self.num_slots):
             raise IntegrityError(f"slots {slots.min()}..{slots.max()} are not inside 0..{self.num_slots - 1}")
-        distinct = np.unique(slots)
+        used = np.zeros(self.num_slots, np.bool_)
+        used[slots] = True
+        distinct = int(np.count_nonzero(used))
+        if distinct < len(slots):
+            for sequence, table in zip(self.sequences, tables, strict=True):
+                _equal(f"{sequence}: distinct slots", len(np.unique(table)), "slots", len(table))
         if not self.can_fork:
-            _equal("distinct slots of all sequences", len(distinct), "slots of all sequences", len(slots))
-        _equal("token states", self.num_tokens, "distinct slots", len(distinct))
+            _equal("distinct slots of all sequences", distinct, "slots of all sequences", len(slots))
+            held = [(sequence.capacity, sequence.final_tokens) for sequence in self.sequences]
+            _equal("held", self.num_held, "slots held by all sequences", sum(slots for slots, _ in held))
+            unused = sum(max(0, slots - final) for slots, final in held)
+            _equal("internal", self.num_internal, "slots that no sequence will use", unused)
+        _equal("token states", self.num_tokens, "distinct slots", distinct)
         for refused in (False, True):
             usage = self.usage(refused)
             _equal(

@@ -100,6 +100,9 @@ class ContiguousAllocator(Allocator):
 
     def check_books(self) -> None:
         """Chunks held and chunks free tile the slots."""
+        for sequence, (_, size) in self._chunks.items():
+            if sequence.capacity != size:
+                raise IntegrityError(f"{sequence}: held({sequence.capacity}) != slots of its chunk({size})")
         held = [(base, self.placement.rounded(size)) for base, size in self._chunks.values()]
         end = 0
         for base, size in sorted(held + self.placement.chunks()):

@@ -100,8 +100,8 @@ class PagedAllocator(Allocator):
         for tick, sequences in batches:
             unfinished = len(sequences)
             held += unfinished * size
-            for sequence in sequences:
-                sequence.block_table.append(next(blocks))
+            for sequence, block in zip(sequences, blocks, strict=False):  # `blocks` serves all batches
+                sequence.block_table.append(block)
                 sequence.capacity = capacity = sequence.capacity + size
                 if capacity >= sequence.final_tokens:
                     internal += capacity - sequence.final_tokens
@@ -251,12 +251,23 @@ class PagedAllocator(Allocator):
 
     def check_books(self) -> None:
         """Reference counts against tables, and the counters against a recount of the blocks."""
+        for sequence in self.sequences | self._hosted:
+            slots = len(sequence.block_table) * self.block_size
+            if sequence.capacity != slots:
+                raise IntegrityError(f"{sequence}: held({sequence.capacity}) != slots of its table({slots})")
         self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
         self.host_pool.check_integrity(sequence.block_table for sequence in self._hosted)
         counters = self.num_tokens, self.num_held, self.num_internal
         self.num_tokens = self.num_held = self.num_internal = 0
         for request in {sequence.request for sequence in self.sequences}:
-            self._book([sequence for sequence in request.sequences if sequence in self.sequences], 1)
+            branches = [sequence for sequence in request.sequences if sequence in self.sequences]
+            if len(branches) == 1:
+                (alone,) = branches
+                self.num_held += alone.capacity
+                self.num_tokens += alone.num_tokens
+                self.num_internal += max(0, alone.capacity - alone.final_tokens)
+            else:
+                self._book(branches, 1)
         recount = self.num_tokens, self.num_held, self.num_internal
         self.num_tokens, self.num_held, self.num_internal = counters
         for name, kept, counted in zip(("tokens", "held", "internal"), counters, recount, strict=True):

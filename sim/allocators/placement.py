@@ -84,7 +84,7 @@ class Buddy:
 
     def too_small(self, size: int) -> int:
         """Slots in chunks below the rounded size."""
-        return sum([len(self._free[order]) << order for order in range((size - 1).bit_length())])
+        return sum([len(free) << order for order, free in enumerate(self._free[: (size - 1).bit_length()])])
 
     def chunks(self) -> list[tuple[int, int]]:
         """(base, size) of the free chunks by address."""

@@ -204,11 +204,12 @@ class Scheduler(ABC):
         allocator, decodes = self.allocator, self.decodes
         single = len(request.sequences) == 1
         for sequence in request.sequences:
-            if allocator.probe is not None:
-                allocator.probe.write(sequence)
             decodes.leave(sequence)
         wants_swap = self.preemption == "swap" or not single
         if wants_swap and allocator.can_swap_out(request):
+            if allocator.probe is not None:
+                for sequence in request.sequences:
+                    allocator.probe.write(sequence)
             step.swapped_out_blocks += allocator.swap_out(request)
             request.status = "swapped"
             self.swapped[request] = None
@@ -282,7 +283,6 @@ class Scheduler(ABC):
     def release(self, sequence: Sequence) -> None:
         """Free what a sequence that does not decode holds."""
         if self.allocator.probe is not None:
-            self.allocator.probe.write(sequence)
             self.allocator.probe.end(sequence)
         self.allocator.free(sequence)
 

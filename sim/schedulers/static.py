@@ -69,6 +69,9 @@ class Static(Scheduler):
             return False
         del self.running[request]
         self.num_seqs -= len(request.sequences)
+        if self.allocator.probe is not None:
+            for branch in request.sequences:
+                self.allocator.probe.end(branch)
         self.allocator.retire(request)
         self._done.append(request)
         return True

@@ -52,9 +52,10 @@ class Table(StepTime):
         self.overhead = step_overhead_ms / 1e3
         self.linear = _Curve({key[0]: value for key, value in _read(tables, *LINEAR).items()})
         self.decode = _Surface(_read(tables, *DECODE))
-        self.prefill = _Curve(
-            {key[1]: value for key, value in _read(tables, *PREFILL).items() if key[0] == 0}
-        )
+        prompts = {key[1]: value for key, value in _read(tables, *PREFILL).items() if key[0] == 0}
+        if not prompts:
+            raise UserError(f"timing.tables: no row with kv_cache_size 0 in *{PREFILL[0]}.csv of {tables}")
+        self.prefill = _Curve(prompts)
 
     def seconds(self, step: Step) -> float:
         """Linear layers over all tokens and attention of both kinds."""
@@ -100,7 +101,7 @@ class _Surface:
         index = bisect_left(self.keys, first)
         if index < len(self.keys):
             return self.curves[index](second)
-        return self.curves[-1](second) * (first / self.keys[-1])
+        return self.curves[-1](second) * (first / (self.keys[-1] or 1))
 
 
 def _read(folder: Path, ending: str, columns: tuple[str, ...]) -> dict[tuple[int, ...], float]:
@@ -121,15 +122,20 @@ def _read(folder: Path, ending: str, columns: tuple[str, ...]) -> dict[tuple[int
                     raise UserError(f"{paths[0]}:1: no column {name!r}, found {', '.join(header)}")
             places = [header.index(name) for name in columns]
             for row in rows:
+                if not row:
+                    continue
                 try:
                     *key, value = (row[place] for place in places)
-                    entries[tuple(int(part) for part in key)] = float(value)
+                    keys, time = tuple(int(part) for part in key), float(value)
+                    if min(keys) < 0 or not 0 <= time < math.inf:
+                        raise ValueError
                 except (IndexError, ValueError):
                     where = f"{paths[0]}:{rows.line_num}"
                     raise UserError(
-                        f"{where}: expected numbers for {', '.join(columns)}, got {row}"
+                        f"{where}: expected numbers from 0 for {', '.join(columns)}, got {', '.join(row)}"
                     ) from None
-    except (OSError, UnicodeDecodeError) as error:
+                entries[keys] = time
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{paths[0]}: cannot be read: {error}") from None
     if not entries:
         raise UserError(f"{paths[0]}: no rows under the header")

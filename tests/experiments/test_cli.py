@@ -126,7 +126,7 @@ def test_help_imports_next_to_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_imports_nothing_heavy(write: Write) -> None:
-    command = ["run", "small.yaml", "--no-plots"]
+    command = ["run", "small.yaml", "--no-plots", "--no-probe"]
     code = f"from experiments.cli import run_command\nassert run_command({command}) == 0"
     heavy = {"torch", "pandas", "matplotlib", "rich", "pydantic"}
     assert not heavy & modules_after(code, Path.cwd())
@@ -146,7 +146,7 @@ def test_a_worker_imports_no_yaml_and_no_schema(write: Write) -> None:
     from experiments.sweep import _runs
 
     Path("out").mkdir()
-    ((_, job),) = _runs(load(write("x.yaml", SMALL)), Path("out"))
+    ((_, job),) = _runs(load(write("x.yaml", SMALL), probe=False), Path("out"))
     write("job.json", json.dumps(asdict(job)))
     imported = modules_after(code, Path.cwd())
     assert not {"torch", "pandas", "matplotlib", "rich", "pydantic_core", "ruamel"} & imported

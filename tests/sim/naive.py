@@ -140,6 +140,7 @@ def run_naively(
             request.output_tokens = min(request.output_tokens, max(1, max_model_len - request.prompt_tokens))
             scheduler.add(request)
 
+    moved = 0  # blocks swapped out by plans without tokens
     while True:
         arrive()
         step = scheduler.plan(now)
@@ -147,11 +148,16 @@ def run_naively(
         for request in step.rejected:
             over(request)
         counters["preemptions"] += len(step.preempted)
+        step.swapped_out_blocks += moved
+        moved = 0
         if step.empty:
+            moved = step.swapped_out_blocks
             if step.rejected or step.preempted:
                 continue
             if scheduler.num_waiting or scheduler.running:
                 raise Stalled("naive")
+            counters["swapped_out_blocks"] += moved
+            moved = 0
             idle_from = now
             while coming and not scheduler.waiting:
                 now = coming[0].arrival_time

@@ -1,0 +1,101 @@
+"""A comparison: paged attention through real block tables, against plain attention on the histories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from attention.functional import paged_attention, plain_attention, write
+from sim.errors import UserError
+from sim.identity import UNWRITTEN, Ints
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 8
+SEED = 20230923
+NUM_ROWS = 4093
+"""Different K and V, Q; identities take them in turn. A prime, so that no stride of identities hits few."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of a sequence that begins with a block.
+
+    `blocks` [num_blocks] are entries of the block table, `found` [num_blocks, block_size] the identities that
+    the ledger has in them, `wanted` [num_tokens] those of the sequence's history.
+    """
+
+    blocks: Ints
+    found: Ints
+    wanted: Ints
+
+
+class Comparison:
+    """A paged cache as large as the simulated one, in small heads, and what it is compared with.
+
+    The K and V of a token are rows of a fixed random table, looked up by the token's identity; a slot that is
+    unwritten holds no numbers. Attention runs in float32, what it is compared with in float64.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, device: str = "auto") -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        shape = (num_blocks, block_size, NUM_KV_HEADS, HEAD_DIM)
+        try:
+            self.device = torch.device(device)
+            # numpy's zeros take no memory until they are written
+            self.k_cache = torch.from_numpy(np.zeros(shape, np.float32)).to(self.device)
+            self.v_cache = torch.from_numpy(np.zeros(shape, np.float32)).to(self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"probe.device: got {device!r}, expected auto or a device of torch: {reason}"
+            ) from None
+        random = torch.Generator().manual_seed(SEED)
+        self._q = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_DIM, generator=random)
+        self._k = torch.randn(NUM_ROWS, NUM_KV_HEADS, HEAD_DIM, generator=random)
+        self._v = torch.randn(NUM_ROWS, NUM_KV_HEADS, HEAD_DIM, generator=random)
+
+    def errors(self, windows: Ordered[Window]) -> list[float]:
+        """The largest difference in each window, for the query of its last token; not a number if it reads none."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # so little is computed here that more of them would only wait for work
+        try:
+            return self._errors(windows)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _errors(self, windows: Ordered[Window]) -> list[float]:
+        self._fill(windows)
+        widest = max(len(window.blocks) for window in windows)
+        tables = np.full((len(windows), widest), -1)
+        for index, window in enumerate(windows):
+            tables[index, : len(window.blocks)] = window.blocks
+        rows = [torch.from_numpy(window.wanted % NUM_ROWS) for window in windows]
+        queries = torch.stack([self._q[row[-1]] for row in rows])
+        out = paged_attention(
+            queries.to(self.device),
+            self.k_cache,
+            self.v_cache,
+            torch.from_numpy(tables).to(self.device),
+            torch.tensor([len(row) for row in rows], device=self.device),
+        ).cpu()
+        scale = 1 / math.sqrt(HEAD_DIM)
+        errors = []
+        for got, query, row in zip(out, queries, rows, strict=True):
+            plain = plain_attention(query.double(), self._k[row].double(), self._v[row].double(), scale)
+            errors.append(float((got - plain).abs().max()))
+        return errors
+
+    def _fill(self, windows: Ordered[Window]) -> None:
+        """Put into the cache what the ledger has in the windows' blocks, those that they share once."""
+        blocks, first = np.unique(np.concatenate([window.blocks for window in windows]), return_index=True)
+        found = torch.from_numpy(np.concatenate([window.found for window in windows])[first].reshape(-1))
+        block_size = self.k_cache.shape[1]
+        slots = torch.from_numpy((blocks[:, None] * block_size + np.arange(block_size)).reshape(-1))
+        empty = (found == UNWRITTEN)[:, None, None]
+        k = self._k[found % NUM_ROWS].masked_fill(empty, math.nan).to(self.device)
+        v = self._v[found % NUM_ROWS].masked_fill(empty, math.nan).to(self.device)
+        write(k, v, self.k_cache, self.v_cache, slots.to(self.device))

@@ -1,0 +1,117 @@
+"""The attention probe: on sampled steps, real paged attention through the simulator's own block tables."""
+
+from __future__ import annotations
+
+import random
+import time as clock
+from collections.abc import Sequence as Ordered
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sim.allocators.base import Allocator
+from sim.audit import Audit
+from sim.errors import ProbeError
+from sim.registry import PositiveFloat, PositiveInt
+from sim.request import Sequence
+
+if TYPE_CHECKING:
+    from attention.comparison import Comparison, Window
+
+MAX_SEQUENCES = 4
+MAX_TOKENS = 256
+
+
+class AttentionProbe:
+    """Sampled steps that prove the block tables right: every slot by an audit, some with real attention.
+
+    After the audit of every slot of every sequence, paged attention runs over a few sequences drawn anew each
+    time, at most 256 tokens in all: through the real block tables, over a cache that holds what the ledger
+    says, against plain attention over what the sequences' histories say. torch is imported for the first of
+    them, not before. Its first parameter is the number of requests, None if nobody knows it.
+
+    Fields:
+        samples: Sampled steps, spread over the run; the first eight steps are always among them.
+        every: Sample every so many steps instead.
+        device: Where torch runs: auto, cpu, cuda, ...
+        tolerance: Largest difference from plain attention.
+    """
+
+    def __init__(
+        self,
+        num_requests: int | None = None,
+        *,
+        samples: PositiveInt = 64,
+        every: PositiveInt | None = None,
+        device: str = "auto",
+        tolerance: PositiveFloat = 1e-5,
+    ) -> None:
+        self.audit = Audit(samples=samples, every=every, num_requests=num_requests)
+        self.device = device
+        self.tolerance = tolerance
+        self.next_sample = self.audit.next_sample
+        self.max_error: float | None = None
+        self.cpu_s = 0.0
+        self._random = random.Random(0)
+        self._comparison: Comparison | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Steps looked at so far."""
+        return self.audit.num_samples
+
+    def start(self, allocator: Allocator) -> None:
+        """Open the ledger."""
+        self.audit.start(allocator)
+
+    def sample(self, step: int, time: int, sequences: Ordered[Sequence]) -> None:
+        """The audit, then attention. Raises ProbeError with the first thing that is wrong."""
+        begin = clock.process_time()
+        self.audit.sample(step, time, sequences)
+        self._attend(step, [sequence for sequence in sequences if sequence.num_tokens])
+        self.next_sample = self.audit.next_sample
+        self.cpu_s += clock.process_time() - begin
+
+    def finish(self) -> None:
+        """The audit's last checks."""
+        begin = clock.process_time()
+        self.audit.finish()
+        self.cpu_s += clock.process_time() - begin
+
+    def _attend(self, step: int, live: list[Sequence]) -> None:
+        if not live:
+            return
+        block_size = self.audit.ledger.device.block_size
+        number = max(1, min(MAX_SEQUENCES, len(live), MAX_TOKENS // block_size))
+        drawn = self._random.sample(live, number)
+        windows = [self._window(sequence, MAX_TOKENS // number) for sequence in drawn]
+        for sequence, window, error in zip(drawn, windows, self._errors(windows), strict=True):
+            if not error <= self.tolerance:
+                raise ProbeError(
+                    f"step {step}: {sequence}, {len(window.wanted)} tokens in blocks {window.blocks.tolist()}: "
+                    f"paged attention differs from plain attention by {error:g}, expected at most {self.tolerance:g}"
+                )
+            self.max_error = max(self.max_error or 0.0, error)
+
+    def _window(self, sequence: Sequence, limit: int) -> Window:
+        """At most `limit` tokens of the sequence, from the start of a block drawn at random."""
+        from attention.comparison import Window
+
+        ledger = self.audit.ledger
+        size = ledger.device.block_size
+        tokens = sequence.num_tokens
+        width = max(1, limit // size)
+        first = self._random.randrange(max(1, -(-tokens // size) - width + 1))
+        begin, end = first * size, min(tokens, first * size + min(limit, width * size))
+        if sequence.block_table and ledger.allocator.pools:
+            blocks = np.array(sequence.block_table[first : -(-end // size)], np.int64)
+        else:
+            blocks = ledger.allocator.slots(sequence)[begin:end:size] // size
+        return Window(blocks, ledger.device.rows[blocks], ledger.contents(sequence)[begin:end])
+
+    def _errors(self, windows: list[Window]) -> list[float]:
+        if self._comparison is None:
+            from attention.comparison import Comparison
+
+            self._comparison = Comparison(*self.audit.ledger.device.rows.shape, self.device)
+        return self._comparison.errors(windows)

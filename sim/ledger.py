@@ -1,0 +1,198 @@
+"""The ledger: which token every KV slot holds, kept beside any allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+
+import numpy as np
+
+from sim.allocators.base import Allocator
+from sim.errors import ProbeError
+from sim.identity import UNWRITTEN, History, Ints, identities, identity, total_after
+from sim.layout import Layout
+from sim.request import Sequence
+from sim.tier import Tier
+
+FEW = 12
+"""Tokens that are faster entered one by one than as an array."""
+
+
+class Written:
+    """How far a sequence is entered: its history, the tokens in slots, and the sum of their keys."""
+
+    __slots__ = ("history", "tokens", "total")
+
+    def __init__(self, history: History, tokens: int = 0, total: int = 0) -> None:
+        self.history = history
+        self.tokens = tokens
+        self.total = total
+
+
+class Ledger:
+    """Witness that knows of every slot which token was written there last.
+
+    A token is known by its content identity, which stands for the whole history up to it: equal identity means
+    equal K and V. A block that is handed out is unwritten, and a token that is written must find its slot so, or
+    find the same content there; so a write into a slot that somebody else uses is seen. Tokens are entered as
+    late as possible: before a fork or a swap, and where somebody looks. Those of a sequence that ends before are
+    never entered, unless freed blocks keep their content for others.
+
+    What it finds wrong is a ProbeError that begins with `when`.
+    """
+
+    def __init__(self, allocator: Allocator) -> None:
+        self.allocator = allocator
+        self.when = "before the first sample"
+        size = allocator.block_size
+        self.tiers = {pool.tier: Tier(pool.tier, pool.num_blocks, size, pool) for pool in allocator.pools}
+        self.pooled = "device" in self.tiers
+        if not self.pooled:  # nobody tells of takes; slots are as blocks of one
+            self.tiers["device"] = Tier("device", allocator.num_slots, 1)
+        self.device = self.tiers["device"]
+        self.live: dict[Sequence, Written] = {}
+        self._forked: dict[Sequence, History] = {}  # of branches, which may have to start again
+        self._touched: set[int] = set()
+        self._keeps_freed = allocator.keeps_freed
+
+    # What it is told
+
+    def take(self, tier: str, blocks: Ordered[int]) -> None:
+        """What the blocks held is gone."""
+        self.tiers[tier].fresh.update(blocks)
+
+    def touch(self, tier: str, blocks: Ordered[int]) -> None:
+        """What the blocks hold stays."""
+        if not self._keeps_freed:
+            name = type(self.allocator).__name__
+            raise self.error(
+                f"{name} hands out blocks {list(blocks)} as cached, but its keeps_freed is False"
+            )
+        self.tiers[tier].reset()
+        self._touched.update(blocks)
+
+    def begin(self, sequence: Sequence) -> None:
+        """Leading blocks that were touched count as entered: the sequence has to find its content there."""
+        if self._touched:
+            blocks = 0
+            while blocks < len(sequence.block_table) and sequence.block_table[blocks] in self._touched:
+                blocks += 1
+            self._touched.clear()
+            written = self._state(sequence)
+            written.tokens = min(blocks * self.allocator.block_size, sequence.num_tokens)
+            _, (written.total,) = identities([written.history], [written.tokens])
+
+    def write(self, sequence: Sequence) -> None:
+        """Enter the tokens of the sequence; of all others too, where it may hold cached blocks of theirs."""
+        if self._keeps_freed:
+            self.enter(self.layout([other for other in self.allocator.sequences if other.num_tokens]))
+        elif sequence.block_table and sequence.num_tokens - self._state(sequence).tokens <= FEW:
+            self._enter_few(sequence)
+        else:
+            self.enter(self.layout([sequence]))
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Both go on from the same history, the child as a branch of its own."""
+        written = self.live[parent]
+        history = written.history.fork(child.request, child.branch, written.tokens)
+        self.live[child] = Written(history, written.tokens, written.total)
+        self._forked[child] = history
+
+    def copy(self, source: int, target: int) -> None:
+        """The target holds what the source holds."""
+        self.device.reset()
+        self.device.rows[target] = self.device.rows[source]
+
+    def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
+        """The targets hold what the sources on the other tier hold."""
+        (other,) = (place for name, place in self.tiers.items() if name != tier)
+        other.reset()
+        self.tiers[tier].reset()
+        moves = np.array(pairs, np.int64).reshape(-1, 2)
+        self.tiers[tier].rows[moves[:, 1]] = other.rows[moves[:, 0]]
+
+    def end(self, sequence: Sequence) -> None:
+        """Forget the sequence."""
+        if self._keeps_freed and sequence.num_tokens and sequence in self.allocator.sequences:
+            self.enter(self.layout([sequence]))
+        self.live.pop(sequence, None)
+        if self._forked and (
+            sequence.num_tokens >= sequence.final_tokens or len(sequence.request.sequences) > 1
+        ):
+            self._forked.pop(sequence, None)  # it will not start again
+
+    # What it knows
+
+    def contents(self, sequence: Sequence) -> Ints:
+        """Identities of the sequence's tokens by its history, shape [num_tokens]."""
+        found, _ = identities([self._state(sequence).history], [sequence.num_tokens])
+        return found
+
+    def layout(self, sequences: list[Sequence]) -> Layout:
+        """Where the sequences' tokens are on the device, checked against their block tables."""
+        layout = Layout(sequences, [self.allocator.slots(sequence) for sequence in sequences])
+        complaint = layout.complaint(self.device, self.pooled)
+        if complaint:
+            raise self.error(complaint)
+        return layout
+
+    def enter(self, layout: Layout) -> Ints:
+        """Enter all tokens that are not entered yet; the identities of all, entered before or now."""
+        self.device.reset()
+        states = [self._state(sequence) for sequence in layout.sequences]
+        contents, totals = identities([written.history for written in states], layout.lengths)
+        slots, wanted, new = layout.slots, contents, None
+        if any(written.tokens for written in states):
+            before = np.repeat([written.tokens for written in states], layout.lengths)
+            new = np.flatnonzero(layout.positions >= before)
+            slots, wanted = slots[new], wanted[new]
+        if self.pooled:
+            found = self.device.slots[slots]
+            clashes = np.flatnonzero((found != UNWRITTEN) & (found != wanted))
+            if len(clashes):
+                at = int(clashes[0] if new is None else new[clashes[0]])
+                raise self.error(f"{layout.told(at)} is written over {self.told(int(found[clashes[0]]))}")
+        self.device.slots[slots] = wanted
+        for written, length, total in zip(states, layout.lengths, totals, strict=True):
+            written.tokens, written.total = length, total
+        return contents
+
+    def _enter_few(self, sequence: Sequence) -> None:
+        """`enter` for few tokens of one sequence, as its block table says."""
+        self.device.reset()
+        written = self._state(sequence)
+        slots, size, table = self.device.slots, self.allocator.block_size, sequence.block_table
+        for position in range(written.tokens, sequence.num_tokens):
+            index, offset = divmod(position, size)
+            if index >= len(table) or not 0 <= table[index] < len(self.device.rows):
+                raise self.error(
+                    f"{sequence}, token {position} is outside the {len(slots)} device slots: block table {table}"
+                )
+            slot = table[index] * size + offset
+            written.total = total_after(written.total, written.history.key(position))
+            wanted, found = identity(written.total), int(slots[slot])
+            if found not in (UNWRITTEN, wanted):
+                place = f"{sequence}, token {position}, device slot {slot}"
+                raise self.error(f"{place} is written over {self.told(found)}")
+            slots[slot] = wanted
+        written.tokens = sequence.num_tokens
+
+    def _state(self, sequence: Sequence) -> Written:
+        written = self.live.get(sequence)
+        if written is None:
+            history = self._forked.get(sequence) or History.of(sequence.request)
+            written = self.live[sequence] = Written(history)
+        return written
+
+    def error(self, what: str) -> ProbeError:
+        """An error that says when."""
+        return ProbeError(f"{self.when}: {what}")
+
+    def told(self, found: int) -> str:
+        """Whose token an identity is."""
+        if found == UNWRITTEN:
+            return "nothing, as nobody wrote there"
+        for sequence in self.live:
+            matches = np.flatnonzero(self.contents(sequence) == found)
+            if len(matches):
+                return f"token {matches[0]} of {sequence} ({found:#x})"
+        return f"a token of nobody that is live ({found:#x})"

@@ -1,0 +1,48 @@
+"""A tier: one memory of KV slots, as the ledger keeps it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.block_pool import BlockPool
+from sim.identity import UNWRITTEN, Ints
+
+
+class Tier:
+    """What every slot of a memory holds, as the identity of the last write.
+
+    `slots` [num_slots] and `rows` [num_blocks, block_size] are views of the same identities. Blocks that were
+    handed out lately are noted in `fresh`, and become UNWRITTEN together.
+    """
+
+    __slots__ = ("block_size", "fresh", "name", "pool", "rows", "slots")
+
+    def __init__(self, name: str, num_blocks: int, block_size: int, pool: BlockPool | None = None) -> None:
+        self.name = name
+        self.block_size = block_size
+        self.pool = pool
+        self.slots: Ints = np.full(num_blocks * block_size, UNWRITTEN, np.int64)
+        self.rows = self.slots.reshape(num_blocks, block_size)
+        self.fresh: set[int] = set()
+
+    def reset(self) -> None:
+        """Forget what fresh blocks held; to be called before anything is read or written."""
+        if self.fresh:
+            self.rows[list(self.fresh)] = UNWRITTEN
+            self.fresh.clear()
+
+    def held(self) -> NDArray[np.bool_]:
+        """Whether somebody holds each block, shape [num_blocks]; without a pool nobody says so of any."""
+        if self.pool is None:
+            return np.zeros(len(self.rows), np.bool_)
+        return np.fromiter(self.pool.references, np.int64, len(self.rows)) > 0
+
+    def complaint(self) -> str:
+        """What is wrong with the pool's own lists, empty if nothing is."""
+        if self.pool is None:
+            return ""
+        unheld, free = self.pool.references.count(0), self.pool.num_free
+        if unheld != free:
+            return f"{self.name} pool: blocks without references({unheld}) != free({free})"
+        return ""

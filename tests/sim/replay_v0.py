@@ -1,0 +1,309 @@
+"""Replays of recorded vLLM V0 cases: our block manager and scheduler against the engine's own answers.
+
+A file is one scenario: a header with the configuration, then a line an operation with what the engine
+returned (`out`) and what could be observed afterwards (`state`). `replay` performs the operations on ours and
+raises `Difference` at the first field that disagrees.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sim import Admission, Capacity, Request, Sequence, allocator, scheduler
+from sim.beams import fork
+from sim.request import NEVER
+
+ENDLESS = 1 << 30
+"""Tokens that a sequence of a manager file may grow to: those files name no end."""
+
+
+class Difference(AssertionError):
+    """The first place where our answer is not the recorded one."""
+
+
+def replay(path: Path) -> int:
+    """Replay one recorded file; the number of operations compared. Raises Difference."""
+    header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    config = header["config"]
+    if "max_num_seqs" in config:
+        driver: ManagerDriver | SchedulerDriver = SchedulerDriver(config, header["requests"])
+    else:
+        driver = ManagerDriver(config)
+    for number, line in enumerate(lines, start=2):
+        out, state = driver.perform(line["op"])
+        for part, ours in (("out", out), ("state", state)):
+            expected = line[part]
+            for field in sorted(expected.keys() | ours.keys()):
+                if expected.get(field) != ours.get(field):
+                    raise Difference(
+                        f"{path.name}:{number}: {part}.{field} after {line['op']}: "
+                        f"recorded {expected.get(field)}, got {ours.get(field)}"
+                    )
+        driver.memory.check_integrity()
+    return len(lines)
+
+
+def build_memory(config: dict[str, Any], max_model_len: int):
+    """The paged allocator that a header describes."""
+    blocks, size = config["num_gpu_blocks"], config["block_size"]
+    memory = allocator["paged"](
+        Capacity(num_slots=blocks * size, max_model_len=max_model_len, num_blocks=blocks),
+        block_size=size,
+        watermark=config.get("watermark", (config["watermark_blocks"] + 0.5) / blocks),
+        num_host_blocks=config["num_cpu_blocks"],
+    )
+    assert memory.watermark_blocks == config["watermark_blocks"]
+    return memory
+
+
+def canonical(tables: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Tables with blocks renumbered in order of appearance, as the files have them."""
+    labels: dict[int, int] = {}
+    return {
+        name: [labels.setdefault(block, len(labels)) for block in tables[name]]
+        for name in sorted(tables, key=lambda name: (len(name), name))
+    }
+
+
+def histogram(references: list[int]) -> dict[str, int]:
+    """Reference count to the number of blocks that have it."""
+    return {str(count): blocks for count, blocks in sorted(Counter(references).items()) if count}
+
+
+class ManagerDriver:
+    """Performs the operations of a block manager file on the paged allocator."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.memory = build_memory(config, ENDLESS)
+        self.has_host = config["num_cpu_blocks"] > 0
+        self.groups: dict[str, Request] = {}
+        self.swapped: set[str] = set()
+        self.names: dict[Sequence, int] = {}
+        self.copies = 0
+
+    def perform(self, op: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One operation: what it returns, and the state afterwards."""
+        arguments = {name: value for name, value in op.items() if name != "op"}
+        return getattr(self, op["op"])(**arguments), self.state()
+
+    def alloc(self, g: str, s: int, tokens: list[int]) -> dict[str, Any]:
+        request = Request(len(self.names), 0, len(tokens), ENDLESS)
+        admission = self.memory.admission(request, len(tokens))
+        if admission is Admission.OK:
+            sequence = Sequence(request, 0, 0, ENDLESS)
+            self.memory.admit(sequence, len(tokens))
+            request.sequences.append(sequence)
+            self.groups[g] = request
+            self.names[sequence] = s
+        return {"status": admission.name}
+
+    def fork(self, g: str, parent: int, child: int) -> dict[str, Any]:
+        request = self.groups[g]
+        branch = fork(self.memory, self._branch(request, parent))
+        request.sequences.append(branch)
+        self.names[branch] = child
+        return {}
+
+    def append(self, g: str, tokens: dict[str, int]) -> dict[str, Any]:
+        request = self.groups[g]
+        if not self.memory.can_append(request):
+            return {"ok": False}
+        assert len(tokens) == len(request.sequences)
+        copied = [sequence for sequence in request.sequences if self.memory.append(sequence)]
+        for sequence in request.sequences:
+            sequence.origin += 1
+            self.memory.num_tokens += 1
+        self.copies += len(copied)
+        return {"ok": True, "cow": len(copied), "cow_seqs": [self.names[sequence] for sequence in copied]}
+
+    def finish(self, g: str, s: int) -> dict[str, Any]:
+        request = self.groups[g]
+        sequence = self._branch(request, s)
+        self.memory.free(sequence)
+        request.sequences.remove(sequence)
+        if not request.sequences:
+            del self.groups[g]
+            self.swapped.discard(g)
+        return {}
+
+    def swap_out(self, g: str) -> dict[str, Any]:
+        if not self.memory.can_swap_out(self.groups[g]):
+            return {"ok": False}
+        self.swapped.add(g)
+        return {"ok": True, "blocks": self.memory.swap_out(self.groups[g])}
+
+    def swap_in(self, g: str) -> dict[str, Any]:
+        admission = self.memory.swap_in_admission(self.groups[g])
+        if admission is not Admission.OK:
+            return {"status": admission.name}
+        self.swapped.discard(g)
+        return {"status": "OK", "blocks": self.memory.swap_in(self.groups[g])}
+
+    def _branch(self, request: Request, name: int) -> Sequence:
+        return next(sequence for sequence in request.sequences if self.names[sequence] == name)
+
+    def _tables(self, swapped: bool) -> dict[str, list[int]]:
+        return canonical(
+            {
+                str(self.names[sequence]): sequence.block_table
+                for group, request in self.groups.items()
+                if (group in self.swapped) is swapped
+                for sequence in request.sequences
+            }
+        )
+
+    def state(self) -> dict[str, Any]:
+        device, host = self.memory.pool, self.memory.host_pool
+        seen = {
+            "free_gpu": device.num_free, "used_gpu": device.num_used,
+            "free_cpu": host.num_free, "used_cpu": host.num_used,
+            "tables": self._tables(swapped=False), "ref_hist": histogram(device.references),
+            "cow_total": self.copies,
+        }  # fmt: skip
+        if self.has_host:
+            seen |= {"cpu_tables": self._tables(swapped=True), "cpu_ref_hist": histogram(host.references)}
+        return seen
+
+
+class SchedulerDriver:
+    """Performs the steps of a scheduler file on the V0 scheduler over the paged allocator.
+
+    It does what the engine does between plans, and beside it what only these files have: samples of one
+    request that end at different lengths, and beams that turn over at fixed lengths.
+    """
+
+    def __init__(self, config: dict[str, Any], requests: list[dict[str, Any]]) -> None:
+        self.memory = build_memory(config, config["max_model_len"])
+        self.policy = scheduler["vllm_v0"](
+            self.memory,
+            max_num_seqs=config["max_num_seqs"],
+            max_num_batched_tokens=config["max_num_batched_tokens"],
+        )
+        assert self.policy.prompt_limit == config["prompt_limit"]
+        self.coming = sorted(requests, key=lambda row: row["arrival_step"])
+        self.rows: dict[Request, dict[str, Any]] = {}
+        self.samples: dict[Sequence, int] = {}
+        self.running: list[Request] = []  # in the order in which V0 keeps them
+        self.swapped: list[Request] = []
+
+    def perform(self, op: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One step: what was scheduled and finished, and the state before and after its execution."""
+        while self.coming and self.coming[0]["arrival_step"] <= op["step"]:
+            self._add(self.coming.pop(0))
+        policy, memory = self.policy, self.memory
+        step = policy.plan(op["step"])
+        groups = self._follow(step)
+        out = {
+            "scheduled": groups,
+            "prefill_groups": len(step.chunks),
+            "batched_tokens": step.num_prefill_tokens + step.num_decodes,
+            "preempted": self._names(each for each in step.preempted if each.status == "waiting"),
+            "swapped_out": self._names(each for each in step.preempted if each.status == "swapped"),
+            "swapped_in": self._names(self.returned),
+            "blocks_out": step.swapped_out_blocks,
+            "blocks_in": step.swapped_in_blocks,
+            "cow": step.copied_blocks,
+            "ignored": self._names(step.rejected),
+        }
+        state = {
+            "running": self._names(self.running),
+            "waiting": self._names(policy.waiting),
+            "swapped": self._names(self.swapped),
+            "free_gpu": memory.pool.num_free,
+            "free_cpu": memory.host_pool.num_free,
+            "blocks": {
+                self.rows[request]["id"]: [len(branch.block_table) for branch in request.sequences]
+                for request in self.running
+            },
+        }
+        out["finished"] = self._names(self._execute(step))
+        state["free_gpu_after"] = memory.pool.num_free
+        return out, state
+
+    def _add(self, row: dict[str, Any]) -> None:
+        request = Request(
+            len(self.rows), 0, row["prompt_len"], max(row["out_lens"]),
+            n=1 if row.get("beam") else row.get("n", 1), beam_width=row.get("n", 1) if row.get("beam") else 1,
+        )  # fmt: skip
+        self.rows[request] = row
+        self.policy.add(request)
+
+    def _follow(self, step) -> list[list[Any]]:
+        """Keep the orders that V0 shows, and name the step's batch: [group, tokens, running sequences]."""
+        stayed = [request for request in self.running if request in self.policy.running]
+        joined = [request for request in self.policy.running if request not in stayed]
+        self.returned = [] if step.chunks else joined
+        self.swapped = [request for request in self.swapped if request in self.policy.swapped]
+        if step.chunks:
+            batch = [[self.rows[sequence.request]["id"], tokens, 1] for sequence, _, tokens in step.chunks]
+        else:  # V0 sorts its queues by arrival when it uses them
+            stayed.sort(key=lambda request: request.id)
+            if not step.preempted:
+                self.swapped.sort(key=lambda request: request.id)
+            batch = [[self.rows[each]["id"], 1, len(each.sequences)] for each in [*stayed, *joined]]
+        self.swapped += [request for request in step.preempted if request.status == "swapped"]
+        self.running = stayed + joined
+        return batch
+
+    def _names(self, requests: Iterator[Request] | list[Request]) -> list[str]:
+        return [self.rows[request]["id"] for request in requests]
+
+    def _execute(self, step) -> list[Request]:
+        """Give every scheduled sequence its token; the requests that are done with it."""
+        over: list[Request] = []
+        for sequence, _, _ in step.chunks:
+            request = sequence.request
+            if request.first_token_time == NEVER:
+                request.first_token_time = 0
+                self._start(sequence)
+            for branch in list(request.sequences):
+                if branch.origin == branch.final_tokens:
+                    self._complete(branch, over)
+                else:
+                    self.policy.decodes.join(branch)
+        if step.num_decodes:
+            for request in list(self.running):
+                if self.rows[request].get("beam"):
+                    self._turn_over(request)
+            for sequence in self.policy.decodes.take_finished():
+                self._complete(sequence, over)
+        return over
+
+    def _complete(self, sequence: Sequence, over: list[Request]) -> None:
+        if self.policy.complete(sequence):
+            sequence.request.status = "finished"
+            over.append(sequence.request)
+
+    def _start(self, parent: Sequence) -> None:
+        """Fork the samples: the children are the first ones, the parent is the last."""
+        request = parent.request
+        request.sequences += [fork(self.memory, parent) for _ in range(1, request.width)]
+        for sample, branch in enumerate([*request.sequences[1:], parent]):
+            self._assign(branch, sample)
+        if request.width > 1:
+            self.policy.decodes.copy_pending += request.sequences
+
+    def _assign(self, branch: Sequence, sample: int) -> None:
+        row = self.rows[branch.request]
+        self.samples[branch] = sample
+        branch.final_tokens = row["prompt_len"] + row["out_lens"][sample] - 1
+
+    def _turn_over(self, request: Request) -> None:
+        """At every third token the first beam is forked and the last one dies; the fork takes its place."""
+        decodes = self.policy.decodes
+        first, *_, last = request.sequences
+        generated = first.num_tokens + 1 - request.prompt_tokens
+        if generated % 3:
+            return
+        child = fork(self.memory, first)
+        self._assign(child, self.samples[last])
+        decodes.leave(last)
+        self.policy.release(last)
+        request.sequences.remove(last)
+        request.sequences.append(child)
+        decodes.join(child)
+        decodes.copy_pending += [each for each in (first, child) if each not in decodes.copy_pending]

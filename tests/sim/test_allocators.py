@@ -1,0 +1,286 @@
+"""Every registered allocator against an independent model of who owns which slots.
+
+The model keeps, for every sequence, what each of its tokens is and in which slot it was put. An allocator is
+put through it by being registered; field settings worth a run of their own stand in `SETTINGS`.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from sim import Admission, Capacity, Request, Sequence, allocator
+from sim.beams import fork
+
+MAX_MODEL_LEN = 48
+
+SETTINGS = {
+    "contiguous": [
+        {"reserve": reserve, "placement": placement}
+        for reserve in ("max", "pow2", "oracle")
+        for placement in ("buddy", "first_fit", "best_fit")
+    ],
+    "paged": [
+        {},
+        {"block_size": 1, "watermark": 0.1},
+        {"block_size": 4, "watermark": 0.0},
+        {"block_size": 4, "watermark": 0.2, "num_host_blocks": 6},
+        {"block_size": 7, "num_host_blocks": 0},
+    ],
+}
+
+CASES = [
+    pytest.param(kind, fields, id=" ".join([kind, *(f"{name}={value}" for name, value in fields.items())]))
+    for kind in allocator.kinds
+    for fields in SETTINGS.get(kind, [{}])
+]
+
+
+class Ownership(RuleBasedStateMachine):
+    """Requests come, grow, fork, move and leave; the model follows and compares after every rule."""
+
+    kind = "paged"
+    fields: dict = {}  # noqa: RUF012
+
+    @initialize(num_slots=st.sampled_from([100, 129, 150, 512]))
+    def build(self, num_slots):
+        self.memory = allocator[self.kind](
+            Capacity(num_slots=num_slots, max_model_len=MAX_MODEL_LEN), **self.fields
+        )
+        self.empty_usage = self.memory.usage()
+        self.live: list[Request] = []
+        self.swapped: list[Request] = []
+        self.retired: list[Request] = []
+        self.tokens: dict[Sequence, list[object]] = {}  # what each token is: equal only where shared
+        self.places: dict[Sequence, list[int]] = {}  # where each token was put
+        self.num_requests = 0
+
+    # What the model knows
+
+    def _pick(self, data, requests):
+        return data.draw(st.sampled_from(requests), label="request")
+
+    def _put(self, sequence: Sequence, copied: bool = False) -> None:
+        """Note where the tokens are now; earlier ones may only have moved with a copy of the last block."""
+        places = self.memory.slots(sequence).tolist()
+        before = self.places.get(sequence, [])
+        moved = [index for index, (old, new) in enumerate(zip(before, places, strict=False)) if old != new]
+        if moved:
+            assert copied, f"{sequence}: tokens {moved} moved without a copy"
+            assert len(before) - moved[0] <= self.memory.block_size, f"{sequence}: tokens {moved} moved"
+        self.places[sequence] = places
+
+    def _grow_by_one(self, request: Request, appended: set[Sequence]) -> None:
+        for sequence in request.sequences:
+            sequence.origin += 1
+            self.memory.num_tokens += 1
+            self.tokens[sequence].append((request.id, sequence.branch, sequence.origin))
+            self._put(sequence, sequence in appended)
+
+    def _decoding(self) -> list[Request]:
+        """Live requests of which no branch has its last token yet."""
+        return [
+            request
+            for request in self.live
+            if all(each.num_tokens < each.final_tokens for each in request.sequences)
+        ]
+
+    # What happens
+
+    @rule(prompt=st.integers(1, 40), output=st.integers(1, 30))
+    def admit(self, prompt, output):
+        output = min(output, MAX_MODEL_LEN - prompt)
+        request = Request(self.num_requests, 0, prompt, output)
+        self.num_requests += 1
+        before = self.memory.usage()
+        admission = self.memory.admission(request, prompt)
+        assert self.memory.usage() == before
+        if not self.memory.sequences:
+            assert admission is not Admission.LATER, "nobody is there to wait for"
+        if admission is not Admission.OK:
+            assert str(prompt) in self.memory.refusal(request, prompt) or self.kind != "paged"
+            return
+        sequence = Sequence(request, 0, 0, prompt + output - 1)
+        request.sequences.append(sequence)
+        self.memory.admit(sequence, prompt)
+        assert sequence.num_tokens == prompt <= sequence.capacity
+        self.live.append(request)
+        self.tokens[sequence] = [(request.id, 0, position) for position in range(1, prompt + 1)]
+        self._put(sequence)
+
+    @precondition(lambda self: self._decoding())
+    @rule(data=st.data(), steps=st.integers(1, 5))
+    def append(self, data, steps):
+        """One request gains a token on every branch, as in steps where blocks are short."""
+        request = self._pick(data, self._decoding())
+        for _ in range(steps):
+            if request not in self._decoding() or not self.memory.can_append(request):
+                return
+            copied = {sequence for sequence in request.sequences if self.memory.append(sequence)}
+            assert len(copied) < len(request.sequences), "the last sharer writes in place"
+            self._grow_by_one(request, copied)
+
+    @precondition(lambda self: self._decoding())
+    @rule()
+    def decode(self):
+        """Every unforked request gains a token, those without a free slot as one batch of the decode set."""
+        requests = [request for request in self._decoding() if len(request.sequences) == 1]
+        sequences = [request.sequences[0] for request in requests]
+        growing = [sequence for sequence in sequences if sequence.num_tokens == sequence.capacity]
+        if self.memory.headroom < len(growing):
+            return
+        batch = list(growing)
+        ((tick, held, internal),) = self.memory.grow([(7, batch)])
+        assert (tick, held, internal) == (7, self.memory.num_held, self.memory.num_internal)
+        assert batch == [sequence for sequence in growing if sequence.capacity < sequence.final_tokens]
+        for request in requests:
+            self._grow_by_one(request, set())
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fork(self, data):
+        request = self._pick(data, self.live)
+        parent = data.draw(st.sampled_from(request.sequences), label="parent")
+        if not self.memory.can_fork:
+            with pytest.raises(TypeError, match="cannot share"):
+                self.memory.fork(parent, Sequence(request, 9, 0, 0))
+            return
+        if len(request.sequences) > 3:
+            return
+        before = self.memory.usage()
+        child = fork(self.memory, parent)
+        assert self.memory.usage() == before, "a fork takes no memory"
+        request.sequences.append(child)
+        self.tokens[child] = list(self.tokens[parent])
+        self._put(child)
+        assert self.places[child] == self.places[parent]
+
+    @precondition(lambda self: len(self.live + self.swapped + self.retired) > 1)
+    @rule(data=st.data())
+    def free(self, data):
+        """A branch ends; its request with the last one."""
+        request = self._pick(data, self.live + self.swapped + self.retired)
+        sequence = data.draw(st.sampled_from(request.sequences), label="branch")
+        self.memory.free(sequence)
+        request.sequences.remove(sequence)
+        del self.tokens[sequence]
+        self.places.pop(sequence, None)
+        for requests in (self.live, self.swapped, self.retired):
+            if request in requests and not request.sequences:
+                requests.remove(request)
+
+    @precondition(lambda self: len(self.live) > 2)
+    @rule(data=st.data())
+    def retire(self, data):
+        """A request is done and keeps its slots: all of them are internal waste."""
+        request = self._pick(data, self.live)
+        before = self.memory.usage()
+        distinct = {slot for sequence in request.sequences for slot in self.places[sequence]}
+        self.memory.retire(request)
+        assert self.memory.usage().token_states == before.token_states - len(distinct)
+        assert self.memory.usage().free == before.free
+        self.live.remove(request)
+        self.retired.append(request)
+        for sequence in request.sequences:
+            self.tokens[sequence] = []
+            self.places[sequence] = []
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def swap_out(self, data):
+        request = self._pick(data, self.live)
+        if not self.memory.can_swap:
+            assert not self.memory.can_swap_out(request)
+            with pytest.raises(TypeError, match="cannot swap"):
+                self.memory.swap_out(request)
+            return
+        if not self.memory.can_swap_out(request):
+            return
+        before = self.memory.usage()
+        distinct = {slot for sequence in request.sequences for slot in self.places.pop(sequence)}
+        moved = self.memory.swap_out(request)
+        assert self.memory.usage().token_states == before.token_states - len(distinct)
+        assert self.memory.usage().free == before.free + moved * self.memory.block_size
+        self.live.remove(request)
+        self.swapped.append(request)
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data())
+    def swap_in(self, data):
+        request = self._pick(data, self.swapped)
+        before = self.memory.usage()
+        if self.memory.swap_in_admission(request) is not Admission.OK:
+            assert self.memory.usage() == before
+            return
+        moved = self.memory.swap_in(request)
+        assert self.memory.usage().free == before.free - moved * self.memory.block_size
+        self.swapped.remove(request)
+        self.live.append(request)
+        for sequence in request.sequences:
+            self._put(sequence)
+
+    # What always holds
+
+    @invariant()
+    def books_are_right(self):
+        self.memory.check_integrity()
+        present = {each for request in self.live + self.retired for each in request.sequences}
+        assert self.memory.sequences == present
+        for refused in (False, True):
+            usage = self.memory.usage(refused)
+            assert usage.total == self.memory.num_slots
+        usage = self.memory.usage()
+        assert usage.token_states == len({slot for places in self.places.values() for slot in places})
+        if all(len(request.sequences) == 1 for request in self.live + self.retired):
+            waste = [max(0, each.capacity - each.final_tokens) for each in present]
+            assert usage.internal == sum(waste)
+            held = sum(each.capacity for each in present)
+            assert usage.reserved == held - usage.internal - usage.token_states
+
+    @invariant()
+    def nobody_is_moved_by_others(self):
+        for sequence, places in self.places.items():
+            assert self.memory.slots(sequence).tolist() == places
+            assert len(places) == len(self.tokens[sequence]) == sequence.num_tokens
+            assert all(0 <= slot < self.memory.num_slots for slot in places)
+
+    @invariant()
+    def only_equal_tokens_share_a_slot(self):
+        holder: dict[int, object] = {}
+        for sequence, places in self.places.items():
+            for slot, token in zip(places, self.tokens[sequence], strict=True):
+                assert holder.setdefault(slot, token) == token, f"slot {slot} holds {holder[slot]}, {token}"
+        for one, other in combinations(self.live, 2):
+            slots = [
+                {slot for each in request.sequences for slot in self.places[each]} for request in (one, other)
+            ]
+            assert slots[0].isdisjoint(slots[1])
+
+    def teardown(self):
+        for request in self.live + self.swapped + self.retired:
+            for sequence in list(request.sequences):
+                self.memory.free(sequence)
+                request.sequences.remove(sequence)
+        self.memory.check_integrity()
+        assert not self.memory.sequences
+        assert self.memory.usage() == self.empty_usage
+        assert self.memory.num_held == self.memory.blocks_saved == 0
+
+
+@pytest.mark.parametrize(("kind", "fields"), CASES)
+def test_ownership(kind, fields):
+    machine = type("Machine", (Ownership,), {"kind": kind, "fields": fields})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=50, stateful_step_count=50, deadline=None)
+    )
