@@ -37,19 +37,17 @@ def aisimulate(folder: Path) -> tuple[str, float] | None:
 
 def _mooncake_trace(path: Path) -> Path:
     """The benchmark's workload as a trace in Mooncake's format, every block's content its own."""
-    from workloads.arrivals import arrivals
-    from workloads.lengths import lengths
+    from workloads.arrivals import Poisson
+    from workloads.lengths import Lognormal
     from workloads.streams import Streams
-    from workloads.workload import workload
+    from workloads.workload import Synthetic
 
-    requests = workload["synthetic"](
+    requests = Synthetic(
         Streams(0),
         8192,
         num_requests=REQUESTS,
-        arrivals=arrivals["poisson"](rate=RATE),
-        lengths=lengths["lognormal"](
-            prompt_median=150, prompt_sigma=1.0, output_median=200, output_sigma=0.8
-        ),
+        arrivals=Poisson(rate=RATE),
+        lengths=Lognormal(prompt_median=150, prompt_sigma=1.0, output_median=200, output_sigma=0.8),
     ).requests()
     blocks = 0
     with path.open("w", encoding="utf-8") as file:

@@ -135,7 +135,9 @@ class Engine:
         scheduler = self.scheduler
         arrived = self._arrived
         moved = 0  # blocks swapped out by plans without tokens: the next step pays for them
-        patience = self.num_live + 1  # a plan without tokens rejects somebody, or preempts who is not back yet
+        patience = (
+            self.num_live + 1
+        )  # a plan without tokens rejects somebody, or preempts who is not back yet
         while patience:
             if arrived:
                 arrived.clear()

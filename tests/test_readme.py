@@ -54,7 +54,9 @@ def test_the_allocator_of_the_readme_equals_the_naive_stepper(mine, monkeypatch)
     rows = [(3 * ms * (n % 4), 1 + 7 * n % 31, 1 + 11 * n % 29, 1, False) for n in range(40)]
     for kind in test_oracle.scheduler.kinds:
         for slots in (64, 400):
-            test_oracle.assert_equal(*test_oracle.both(test_oracle.Given(rows), "readme", kind, "linear", slots))
+            test_oracle.assert_equal(
+                *test_oracle.both(test_oracle.Given(rows), "readme", kind, "linear", slots)
+            )
 
 
 def test_every_shipped_experiment_is_valid_and_says_what_it_shows(capsys):

@@ -197,7 +197,9 @@ class Allocator(ABC):
         """The block pools among the attributes; one without any hands out slots in its own way."""
         # Not vars(self): once its __dict__ is read, CPython 3.11 finds every attribute of an object more slowly.
         values = gc.get_referents(self)
-        found = dict.fromkeys(value for value in values + gc.get_referents(*values) if isinstance(value, BlockPool))
+        found = dict.fromkeys(
+            value for value in values + gc.get_referents(*values) if isinstance(value, BlockPool)
+        )
         return list(found)
 
     def watch(self, probe: Witness) -> None:

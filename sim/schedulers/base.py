@@ -296,7 +296,10 @@ class Scheduler(ABC):
             who = "groups of sequences are" if group else "preemption is set to swap: requests are"
             yield "allocator.num_host_blocks", f"{who} swapped when memory runs out, which needs a host pool"
         if group and preemption == "recompute":
-            yield "scheduler.preemption", "a group of samples or beams cannot be recomputed, it is swapped (auto)"
+            yield (
+                "scheduler.preemption",
+                "a group of samples or beams cannot be recomputed, it is swapped (auto)",
+            )
 
 
 def _arrival(request: Request) -> int:

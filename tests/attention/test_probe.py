@@ -123,7 +123,7 @@ def test_a_device_that_is_not_there(device):
     with pytest.raises(
         UserError, match=rf"^probe.device: got '{device}', expected auto or a device of torch: .+"
     ):
-        run(memory(slots=100), requests(5), AttentionProbe(device=device))
+        run(memory(slots=100), requests(5), AttentionProbe(device=name))
 
 
 def test_torch_is_imported_at_the_first_sample():
