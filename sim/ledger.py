@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 
 import numpy as np
@@ -85,8 +86,8 @@ class Ledger:
         """Enter the tokens of the sequence; of all others too, where it may hold cached blocks of theirs."""
         if self._keeps_freed:
             self.enter(self.layout([other for other in self.allocator.sequences if other.num_tokens]))
-        elif sequence.block_table and sequence.num_tokens - self._state(sequence).tokens <= FEW:
-            self._enter_few(sequence)
+        elif sequence.block_table:
+            self._enter_one(sequence)
         else:
             self.enter(self.layout([sequence]))
 
@@ -99,8 +100,11 @@ class Ledger:
 
     def copy(self, source: int, target: int) -> None:
         """The target holds what the source holds."""
-        self.device.reset()
-        self.device.rows[target] = self.device.rows[source]
+        device = self.device
+        if source in device.fresh:
+            device.reset()
+        device.fresh.discard(target)
+        device.rows[target] = device.rows[source]
 
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
         """The targets hold what the sources on the other tier hold."""
@@ -145,36 +149,57 @@ class Ledger:
             before = np.repeat([written.tokens for written in states], layout.lengths)
             new = np.flatnonzero(layout.positions >= before)
             slots, wanted = slots[new], wanted[new]
-        if self.pooled:
-            found = self.device.slots[slots]
-            clashes = np.flatnonzero((found != UNWRITTEN) & (found != wanted))
-            if len(clashes):
-                at = int(clashes[0] if new is None else new[clashes[0]])
-                raise self.error(f"{layout.told(at)} is written over {self.told(int(found[clashes[0]]))}")
-        self.device.slots[slots] = wanted
+        self._put(slots, wanted, lambda at: layout.told(at if new is None else int(new[at])))
         for written, length, total in zip(states, layout.lengths, totals, strict=True):
             written.tokens, written.total = length, total
         return contents
 
-    def _enter_few(self, sequence: Sequence) -> None:
-        """`enter` for few tokens of one sequence, as its block table says."""
-        self.device.reset()
+    def _put(self, slots: Ints, contents: Ints, told: Callable[[int], str]) -> None:
+        """Write contents into slots that hold nothing yet, or the same; `told` says what is put at an index."""
+        if self.pooled:
+            found = self.device.slots[slots]
+            clashes = np.flatnonzero((found != UNWRITTEN) & (found != contents))
+            if len(clashes):
+                at = int(clashes[0])
+                raise self._clash(told(at), int(found[at]))
+        self.device.slots[slots] = contents
+
+    def _clash(self, what: str, found: int) -> ProbeError:
+        return self.error(f"{what} is written over {self.told(found)}")
+
+    def _enter_one(self, sequence: Sequence) -> None:
+        """`enter` for one sequence, where its block table says."""
         written = self._state(sequence)
-        slots, size, table = self.device.slots, self.allocator.block_size, sequence.block_table
-        for position in range(written.tokens, sequence.num_tokens):
-            index, offset = divmod(position, size)
-            if index >= len(table) or not 0 <= table[index] < len(self.device.rows):
-                raise self.error(
-                    f"{sequence}, token {position} is outside the {len(slots)} device slots: block table {table}"
-                )
-            slot = table[index] * size + offset
-            written.total = total_after(written.total, written.history.key(position))
-            wanted, found = identity(written.total), int(slots[slot])
-            if found not in (UNWRITTEN, wanted):
-                place = f"{sequence}, token {position}, device slot {slot}"
-                raise self.error(f"{place} is written over {self.told(found)}")
-            slots[slot] = wanted
-        written.tokens = sequence.num_tokens
+        begin, end = written.tokens, sequence.num_tokens
+        size, rows = self.device.block_size, self.device.rows
+        first, stop = begin // size, -(-end // size)
+        blocks = sequence.block_table[first:stop]
+        if len(blocks) < stop - first or (blocks and not 0 <= min(blocks) <= max(blocks) < len(rows)):
+            table = sequence.block_table
+            raise self.error(
+                f"{sequence}, token {end - 1} is not in the {len(rows)} device blocks by its table {table}"
+            )
+        if not self.device.fresh.isdisjoint(blocks):
+            self.device.reset()
+        if end - begin > FEW:
+            contents, (written.total,) = identities([written.history], [end])
+            slots = (np.array(blocks)[:, None] * size + np.arange(size)).reshape(-1)[begin - first * size :][
+                : end - begin
+            ]
+            self._put(
+                slots, contents[begin:], lambda at: f"{sequence}, token {begin + at}, device slot {slots[at]}"
+            )
+        else:
+            for position in range(begin, end):
+                written.total = total_after(written.total, written.history.key(position))
+                index, offset = divmod(position, size)
+                row, wanted = rows[blocks[index - first]], identity(written.total)
+                found = row[offset]
+                if found not in (UNWRITTEN, wanted):
+                    slot = blocks[index - first] * size + offset
+                    raise self._clash(f"{sequence}, token {position}, device slot {slot}", found)
+                row[offset] = wanted
+        written.tokens = end
 
     def _state(self, sequence: Sequence) -> Written:
         written = self.live.get(sequence)

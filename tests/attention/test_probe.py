@@ -54,40 +54,34 @@ def test_windows_stay_small_and_reach_everything(block_size, monkeypatch):
     assert len(seen) > 5 * reached * 0.9
 
 
-ALONE = [
-    name for name, (cls, _) in BROKEN.items()
-    if name not in ("Leak", "ReferencesTooHigh", "ChunkKept", "PastTheTail", "OutsideTheMemory")
-]  # fmt: skip
-"""What changes a result of attention, and not the books alone."""
+SEEN_BY_ATTENTION = (
+    "NoCopyOnWrite", "EmptyCopy", "ForkOfTheWrongBranch", "NothingSwapped", "SwappedToTheWrongPlace",
+    "TwoTablesOneBlock", "BlockLetGo", "TwoOnOneChunk", "ChunkThatMoves",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", SEEN_BY_ATTENTION)
 def test_attention_alone_sees_what_is_wrong(name, monkeypatch):
-    """Without any other check the numbers differ: tables and ledger say one thing, histories another."""
-    monkeypatch.setattr(Audit, "_compare", lambda *_: None)
-    monkeypatch.setattr(Audit, "_check_books", lambda *_: None)
-    monkeypatch.setattr(Audit, "_check_held", lambda *_: None)
-    monkeypatch.setattr(Audit, "_check_disjoint", lambda *_: None)
+    """With no check of the audit but those that hold up the writing, the numbers differ."""
+    for check in ("_compare", "_check_books", "_check_held", "_check_disjoint", "_check_swapped"):
+        monkeypatch.setattr(Audit, check, lambda *_: None)
     cls, _ = BROKEN[name]
     paged = issubclass(cls, Paged)
-    said = []
-    for seed in range(40):
+    for seed in range(20):
         owner = cls(Capacity(num_slots=100 if paged else 200, max_model_len=64))
-        preemption = "swap" if paged else "auto"
+        asked = requests(seed, groups=paged)
         try:
-            run(owner, requests(seed, groups=paged), AttentionProbe(every=1), "orca", preemption=preemption)
+            run(owner, asked, AttentionProbe(every=1), "orca", preemption="swap" if paged else "auto")
         except ProbeError as error:
-            said.append(str(error))
+            if re.match(
+                r"step \d+: sequence \d+\.\d, \d+ tokens in blocks \[[\d, ]+\]: paged attention differs from plain "
+                r"attention by (\d\S+|nan), expected at most 1e-05$",
+                str(error),
+            ):
+                return
         except (Stalled, ValueError):
             continue
-        if said and "paged attention" in said[-1]:
-            break
-    expected = (
-        r"step \d+: sequence \d+\.\d, \d+ tokens in blocks \[[\d, ]+\]: paged attention differs from plain"
-    )
-    if name in ("OffByOne", "SwappedEntries"):  # the ledger cannot even enter these
-        expected += r"|in its block table|is written over"
-    assert any(re.search(expected, text) for text in said), said
+    pytest.fail("never seen")
 
 
 def test_the_tolerance_is_kept():
@@ -118,10 +112,10 @@ def test_the_number_of_threads_is_left_as_it_was():
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "teapot"])
-def test_a_device_that_is_not_there(device):
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "teapot"])
+def test_a_device_that_is_not_there(name):
     with pytest.raises(
-        UserError, match=rf"^probe.device: got '{device}', expected auto or a device of torch: .+"
+        UserError, match=rf"^probe.device: got '{name}', expected auto or a device of torch: .+"
     ):
         run(memory(slots=100), requests(5), AttentionProbe(device=name))
 
@@ -138,7 +132,7 @@ probe = AttentionProbe()
 probe.next_sample = 1 << 60
 run(owner, requests(5), probe)
 assert "torch" not in sys.modules
-probe = AttentionProbe(samples=4)
+probe = AttentionProbe()
 run(memory(slots=100), requests(5), probe)
 assert "torch" in sys.modules
 assert probe.num_samples > 2
