@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from experiments.text import aligned
 from sim.errors import UserError
 from sim.registry import nearest
 
@@ -25,9 +24,3 @@ def run_bench(name: str | None) -> int:
         with tempfile.TemporaryDirectory(prefix="kvsim-bench-") as folder:
             print(benches[chosen](Path(folder)), flush=True)
     return 0
-
-
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A title over aligned columns, the first to the left, the others to the right."""
-    numbers = [False, *[True] * (len(header) - 1)]
-    return "\n".join([title, *aligned([header, *rows], numbers)]) + "\n"

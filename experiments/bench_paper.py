@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import table
+from experiments.text import table
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LATENCY = 0.1

@@ -10,10 +10,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import table
 from experiments.bench_peers import RATE as PEER_RATE
 from experiments.bench_peers import REQUESTS as PEER_REQUESTS
 from experiments.bench_peers import aisimulate
+from experiments.text import table
 
 CASES = (("batch near 100, 27 requests/s", 27.0), ("batch near 20, 7 requests/s", 7.0))
 REQUESTS = 100_000

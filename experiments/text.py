@@ -17,3 +17,9 @@ def aligned(rows: Iterable[Sequence[str]], numbers: Sequence[bool] = (), gap: st
         ).rstrip()
         for row in table
     ]
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A title over aligned columns, the first to the left, the others to the right."""
+    numbers = [False, *[True] * (len(header) - 1)]
+    return "\n".join([title, *aligned([header, *rows], numbers)]) + "\n"

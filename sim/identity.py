@@ -44,6 +44,10 @@ def _mix(words: Words) -> Words:
 class History:
     """What the tokens of a sequence are: streams of keys, each from a position on.
 
+    The identity of a token is the sum of the keys of all tokens up to it, in 63 bits. Keys are as good as
+    random and depend on the position, so that equal sums mean equal histories but for one chance in 2**63; and
+    a sum is the one chain that numpy computes along an array.
+
     A token's key is the number of a SplitMix64 stream at the token's position. The stream of a prompt is
     seeded by what the prompt says, chunk by chunk, or by its request where that is not known; the stream of
     generated tokens by the request and the branch. Up to a fork both branches have the same streams.
@@ -79,19 +83,27 @@ class History:
         shared = bisect_left(self.starts, length)
         return History([*self.starts[:shared], length], [*self.seeds[:shared], _branch_seed(request, branch)])
 
-    def key(self, position: int) -> int:
-        """The key of the token at a position."""
+    def total_after(self, position: int, total: int) -> int:
+        """The sum of keys including the token at a position, from the sum up to there."""
         seed = self.seeds[bisect_right(self.starts, position) - 1]
-        return mixed(seed + (position + 1) * _STEP & _MASK)
+        return total + mixed(seed + (position + 1) * _STEP & _MASK) & _MASK
+
+    def identities(self, begin: int, end: int, total: int = 0) -> tuple[Ints, int]:
+        """Identities of the tokens from `begin` to `end`, and the sum of keys there, from the sum at `begin`."""
+        keys = np.arange(begin + 1, end + 1, dtype=np.uint64)
+        keys *= np.uint64(_STEP)
+        for start, stop, seed in zip(self.starts, [*self.starts[1:], end], self.seeds, strict=True):
+            if begin < stop and start < end:
+                keys[max(0, start - begin) : stop - begin] += np.uint64(seed)
+        sums = _mix(keys).cumsum()
+        sums += np.uint64(total)
+        after = int(sums[-1]) if len(sums) else total
+        sums >>= np.uint64(1)
+        return sums.view(np.int64), after
 
 
 def _branch_seed(request: Request, branch: int) -> int:
     return mixed(mixed(mixed(request.id) + _GENERATED & _MASK) + branch & _MASK)
-
-
-def total_after(total: int, key: int) -> int:
-    """The sum of keys after one more token."""
-    return total + key & _MASK
 
 
 def identity(total: int) -> int:
@@ -100,12 +112,7 @@ def identity(total: int) -> int:
 
 
 def identities(histories: Ordered[History], lengths: Ordered[int]) -> tuple[Ints, list[int]]:
-    """Identities along each history up to its length, one history after the other; the sum of keys of each.
-
-    The identity of a token is the sum of all keys up to there, in 63 bits. Keys are as good as random and
-    depend on the position, so that equal sums mean equal histories but for one chance in 2**63; and a sum is
-    the one chain that numpy computes along an array.
-    """
+    """`History.identities` from the start of many histories at once, one after the other; the sum of keys of each."""
     long = np.array(lengths, np.int64)
     parts = np.array([len(history.starts) for history in histories], np.int64)
     starts = np.array([start for history in histories for start in history.starts], np.int64)

@@ -9,7 +9,7 @@ import numpy as np
 
 from sim.allocators.base import Allocator
 from sim.errors import ProbeError
-from sim.identity import UNWRITTEN, History, Ints, identities, identity, total_after
+from sim.identity import UNWRITTEN, History, Ints, identities, identity
 from sim.layout import Layout
 from sim.request import Sequence
 from sim.tier import Tier
@@ -80,7 +80,7 @@ class Ledger:
             self._touched.clear()
             written = self._state(sequence)
             written.tokens = min(blocks * self.allocator.block_size, sequence.num_tokens)
-            _, (written.total,) = identities([written.history], [written.tokens])
+            _, written.total = written.history.identities(0, written.tokens)
 
     def write(self, sequence: Sequence) -> None:
         """Enter the tokens of the sequence; of all others too, where it may hold cached blocks of theirs."""
@@ -128,8 +128,7 @@ class Ledger:
 
     def contents(self, sequence: Sequence) -> Ints:
         """Identities of the sequence's tokens by its history, shape [num_tokens]."""
-        found, _ = identities([self._state(sequence).history], [sequence.num_tokens])
-        return found
+        return self._state(sequence).history.identities(0, sequence.num_tokens)[0]
 
     def layout(self, sequences: list[Sequence]) -> Layout:
         """Where the sequences' tokens are on the device, checked against their block tables."""
@@ -182,16 +181,14 @@ class Ledger:
         if not self.device.fresh.isdisjoint(blocks):
             self.device.reset()
         if end - begin > FEW:
-            contents, (written.total,) = identities([written.history], [end])
+            contents, written.total = written.history.identities(begin, end, written.total)
             slots = (np.array(blocks)[:, None] * size + np.arange(size)).reshape(-1)[begin - first * size :][
                 : end - begin
             ]
-            self._put(
-                slots, contents[begin:], lambda at: f"{sequence}, token {begin + at}, device slot {slots[at]}"
-            )
+            self._put(slots, contents, lambda at: f"{sequence}, token {begin + at}, device slot {slots[at]}")
         else:
             for position in range(begin, end):
-                written.total = total_after(written.total, written.history.key(position))
+                written.total = written.history.total_after(position, written.total)
                 index, offset = divmod(position, size)
                 row, wanted = rows[blocks[index - first]], identity(written.total)
                 found = row[offset]

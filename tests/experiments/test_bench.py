@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import bench, bench_paper, bench_peers, bench_sim
+from experiments import bench_paper, bench_peers, bench_sim, text
 from experiments.cli import run_command
 
 
@@ -51,5 +51,5 @@ def test_an_unknown_benchmark_is_refused_with_the_nearest_name(capsys):
 
 
 def test_tables_are_aligned():
-    told = bench.table("title", ["name", "x"], [["a", "1"], ["long", "22"]])
+    told = text.table("title", ["name", "x"], [["a", "1"], ["long", "22"]])
     assert told.splitlines() == ["title", "name   x", "a      1", "long  22"]

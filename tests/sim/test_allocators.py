@@ -282,5 +282,5 @@ class Ownership(RuleBasedStateMachine):
 def test_ownership(kind, fields):
     machine = type("Machine", (Ownership,), {"kind": kind, "fields": fields})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=50, stateful_step_count=50, deadline=None)
+        machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None)
     )

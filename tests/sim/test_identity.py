@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from sim import Request
-from sim.identity import History, identities, identity, total_after
+from sim.identity import History, identities, identity
 
 
 def chain(history: History, length: int) -> np.ndarray:
-    found, _ = identities([history], [length])
-    return found
+    return history.identities(0, length)[0]
 
 
 def test_a_history_gives_the_same_identities_whenever_it_is_asked():
@@ -36,9 +35,17 @@ def test_the_array_and_the_single_token_agree():
     for history, length, last in zip(histories, lengths, totals, strict=True):
         total = 0
         for position in range(length):
-            total = total_after(total, history.key(position))
+            total = history.total_after(position, total)
             expected.append(identity(total))
         assert total == last
+        alone, end = history.identities(0, length)
+        assert end == last
+        assert alone.tolist() == expected[len(expected) - length :]
+        for begin in range(0, length, 7):
+            before = history.identities(0, begin)[1]
+            rest, end = history.identities(begin, length, before)
+            assert end == last
+            assert rest.tolist() == expected[len(expected) - length + begin :]
     assert found.tolist() == expected
 
 

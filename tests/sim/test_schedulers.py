@@ -226,6 +226,17 @@ def test_orca_over_paged_memory_preempts_the_latest():
     ]
 
 
+def test_orca_admits_nobody_in_a_step_that_preempted():
+    """The 3 blocks that 1 gave back would hold it again at once."""
+    story = Story(scheduled("orca", memory(slots=24)), ask((0, 10, 3), (0, 9, 3)))
+    assert story.log == [
+        "0: prompt 0(10) 1(9)",
+        "10: decode 0, recompute 1",
+        "11: prompt 1(10), decode 0",
+        "22: decode 1",
+    ]
+
+
 # Static batches
 
 
