@@ -85,6 +85,9 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     longest = experiment.max_model_len or (model.max_model_len if model is not None else None)
     if longest is None:
         raise _wrong("missing", "max_model_len", expected="an integer >= 1, or a model to take it from")
+    told = experiment.num_blocks is not None or experiment.kv_memory is not None
+    if told and model is not None and device is not None:
+        _check_fit(model, device, 1.0)
     block_size = experiment.allocator.get("block_size", BLOCK_SIZE)
     if experiment.num_blocks is not None:
         return Capacity(experiment.num_blocks * block_size, longest, experiment.num_blocks)
@@ -105,9 +108,14 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
 
 def _left_for_kv(experiment: Experiment, model: Model, device: Device) -> float:
     share = experiment.memory_utilization
+    _check_fit(model, device, share)
+    return device.memory_bytes * share * device.count - model.weight_bytes
+
+
+def _check_fit(model: Model, device: Device, share: float) -> None:
+    """Raises Mistakes if the weights leave no room for a token in this share of the devices' memory."""
     usable = device.memory_bytes * share * device.count
-    left = usable - model.weight_bytes
-    if left < model.kv_bytes_per_token:
+    if usable - model.weight_bytes < model.kv_bytes_per_token:
         devices = math.floor(model.weight_bytes / (device.memory_bytes * share)) + 1
         raise _wrong(
             f"{model.name} does not fit on {device.count} x {device.name}",
@@ -116,7 +124,6 @@ def _left_for_kv(experiment: Experiment, model: Model, device: Device) -> float:
             f"{share:g} of {device.count} x {_told(device.memory_bytes)}",
             f"a larger device, or tensor_parallel of at least {devices}",
         )
-    return left
 
 
 def make_allocator(experiment: Experiment, capacity: Capacity) -> Allocator:

@@ -135,7 +135,9 @@ class _Reading:
         )
 
     def _name(self, points: list[Point]) -> str:
-        name = (points[0].settings["name"] if points else None) or self.file.stem
+        node = self.root.get("name")
+        written = node.value if node is not None and isinstance(node.value, str) else None
+        name = (points[0].settings["name"] if points else written) or self.file.stem
         if not NAME.fullmatch(name):
             wanted = "letters, digits, and . + - _ inside, as it names a folder"
             self._note([Mistake("not a name", ("name",), shown(name), wanted)], self.root)

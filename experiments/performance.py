@@ -48,7 +48,13 @@ def perform(job: Job, progress: Progress | None = None) -> Failure | None:
     except (Stalled, ProbeError) as error:
         return Failure(str(error), False, traceback.format_exc())
     except Exception as error:
-        return Failure(f"{type(error).__name__}: {error}", False, traceback.format_exc())
+        told = f"{type(error).__name__}: {error}"
+        cause = error.__cause__ or error  # SimPy raises anew what a process raised
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if frame.filename in job.plugins:  # the user's own code
+                place = f"{frame.filename}:{frame.lineno}: {frame.name}"
+                return Failure(f"{place} raises {told}", True, traceback.format_exc())
+        return Failure(told, False, traceback.format_exc())
     return None
 
 

@@ -97,7 +97,12 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
                 str(sampling[field]),
                 expected,
             )
-    if settings["scheduler"].get("preemption") == "swap" and not getattr(owner, "can_swap", True):
+    if not getattr(owner, "can_grow", True):
+        for field in ("preemption", "victim"):
+            if field in settings["scheduler"]:
+                what = f"has no meaning with allocator {name}: nobody outgrows a reservation"
+                yield Mistake(what, ("scheduler", field))
+    elif settings["scheduler"].get("preemption") == "swap" and not getattr(owner, "can_swap", True):
         expected = f"recompute, or an allocator that swaps ({_those('can_swap')})"
         yield Mistake(f"allocator {name} cannot swap", ("scheduler", "preemption"), "'swap'", expected)
 

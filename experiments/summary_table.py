@@ -11,6 +11,7 @@ from experiments.text import aligned
 MOST_ROWS = 60
 _FIGURES = {
     "requests_finished": "finished",
+    "requests_rejected": "rejected",
     "request_throughput": "requests/s",
     "normalized_latency_mean_s": "s/token",
     "ttft_mean_s": "TTFT s",
@@ -30,6 +31,8 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     several = any(row["replication"] for row in rows)
     settings = [*swept, *(["replication"] if several else [])]
     figures = [name for name in _FIGURES if name in rows[0]]
+    if not any(row.get("requests_rejected") for row in rows):
+        figures = [name for name in figures if name != "requests_rejected"]
     head = [*settings, *(_FIGURES[name] for name in figures)]
     body = [
         [*(_brief(row[name]) for name in settings), *(_figure(name, row[name]) for name in figures)]

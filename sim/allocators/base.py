@@ -79,6 +79,8 @@ class Allocator(ABC):
 
     can_fork: ClassVar[bool] = False
     can_swap: ClassVar[bool] = False
+    can_grow: ClassVar[bool] = True
+    """Whether a running sequence may need more slots, and others may have to give way for it."""
     growth: int | None = None
     """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
     block_size: int = 1

@@ -27,6 +27,8 @@ class ContiguousAllocator(Allocator):
         placement: Which free chunk is taken; Orca's baselines use the buddy system.
     """
 
+    can_grow = False
+
     def __init__(
         self,
         capacity: Capacity,

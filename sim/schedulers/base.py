@@ -222,7 +222,11 @@ class Scheduler(ABC):
         else:
             for sequence in request.sequences:
                 self.release(sequence)
-            self.reject(request, "preempted as a group, and the host pool has no room for its blocks", step)
+            self.reject(
+                request,
+                f"preempted as a group of {len(request.sequences)}, and the host pool has no room for its blocks",
+                step,
+            )
         del self.running[request]
         self.num_seqs -= len(request.sequences)
         request.preemptions += 1
@@ -245,7 +249,7 @@ class Scheduler(ABC):
                     if allocator.probe is not None:
                         allocator.probe.end(sequence)
                     allocator.free(sequence)
-                self.reject(request, "swapped out, and larger than the pool by now", step)
+                self.reject(request, "swapped out, and too large to come back even into an empty pool", step)
                 continue
             step.swapped_in_blocks += allocator.swap_in(request)
             request.status = "running"

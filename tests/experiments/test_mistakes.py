@@ -175,8 +175,8 @@ def test_an_option_without_meaning_is_refused_if_written(write: Write, kvsim: Kv
     )
     assert refused.lines == [
         named(
-            "--set:2:22: scheduler.preemption: allocator contiguous cannot swap, got 'swap', "
-            "expected recompute, or an allocator that swaps (SWAPPING)"
+            "--set:2:22: scheduler.preemption: has no meaning with allocator contiguous: "
+            "nobody outgrows a reservation"
         )
     ]
     assert kvsim("check", "small.yaml", "--set", "allocator=contiguous").code == 0

@@ -127,3 +127,13 @@ def test_a_signature_that_no_yaml_fits(write: Write, kvsim: Kvsim) -> None:
     said = kvsim("check", write("x.yaml", SMALL + "plugins: [odd.py]\n"))
     assert said.code == 2
     assert "Odd: field f: no YAML value fits the annotation set[int]" in said.err
+
+
+def test_a_plugin_that_raises_while_it_runs_is_named_with_its_line(write: Write, kvsim: Kvsim) -> None:
+    broken = OWN.replace("        return self.step_s\n\n", '        raise KeyError("oops")\n\n', 1)
+    file = write("own.py", broken)
+    write("x.yaml", TIMED)
+    told = kvsim("run", "x.yaml", "--no-plots")
+    line = broken.splitlines().index('        raise KeyError("oops")') + 1
+    assert told.code == 2
+    assert f"{file.resolve()}:{line}: seconds raises KeyError: 'oops'" in told.err

@@ -73,7 +73,7 @@ def test_a_group_without_host_room_is_given_up():
     story = Story(policy, [group(8, 9, 2), group(8, 9, 2, number=1)])
     assert story.column("requests", "status") == ["finished", "rejected"]
     assert story.column("requests", "reason")[1] == (
-        "preempted as a group, and the host pool has no room for its blocks"
+        "preempted as a group of 2, and the host pool has no room for its blocks"
     )
 
 
@@ -82,7 +82,10 @@ def test_a_group_that_can_never_come_back_leaves_the_host():
     story = Story(policy, [group(8, 20, 3), group(8, 3, 2, number=1, at=400_000_000)])
     # 0 holds all 8 blocks when it is refused, and would need 8 + 3 to come back.
     assert story.log[6:9] == ["15: swap out 0", "15: reject 0", "400: prompt 1(8)"]
-    assert story.column("requests", "reason") == ["swapped out, and larger than the pool by now", ""]
+    assert story.column("requests", "reason") == [
+        "swapped out, and too large to come back even into an empty pool",
+        "",
+    ]
     assert policy.allocator.host_pool.num_used == 0
     assert (story.summary["swapped_out_blocks"], story.summary["swapped_in_blocks"]) == (8, 0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from collections.abc import Callable
 from itertools import islice
@@ -332,7 +331,7 @@ def test_the_kinds_that_users_rely_on() -> None:
 # Cost
 
 
-def test_requests_cost_little_time_and_no_memory(tmp_path: Path) -> None:
+def test_requests_cost_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
     instants = np.cumsum(np.full(100_000, 250_000)).tolist()
     path.write_text(
@@ -340,10 +339,6 @@ def test_requests_cost_little_time_and_no_memory(tmp_path: Path) -> None:
         + "".join(f"{instant},150,200\n" for instant in instants)
     )
     for source in (synthetic(100_000), Trace(Streams(0), 2048, path=path)):
-        began = time.process_time()
-        for _ in source.requests():
-            pass
-        assert time.process_time() - began < 1.5  # 15 us a request: an order of magnitude of room
         tracemalloc.start()
         seen: Request | None = None
         for seen in islice(source.requests(), 50_000):  # noqa: B007
