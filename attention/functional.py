@@ -1,20 +1,42 @@
 """Paged attention as functions: write K and V into a paged cache, attend over it through block tables.
 
-Layouts are those of vLLM and FlashInfer: a cache is `[num_blocks, block_size, num_kv_heads, head_dim]`, a slot is
-block * block_size + offset, and query head h reads KV head h // (num_heads // num_kv_heads).
+Layouts and names are those of vLLM and FlashInfer: a cache is `[num_blocks, block_size, num_kv_heads, head_dim]`,
+a slot is block * block_size + offset, and query head h reads KV head h // (num_heads // num_kv_heads). A cache may
+be a strided view of a larger tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+from attention import checks
+from attention.call import AttentionCall, Implementation
+from attention.gathered import gathered, reference
 
-INTEGERS = (torch.int32, torch.int64)
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
+
+
+@overload
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, *,
+    query_start_loc: Tensor | None = ..., max_query_len: int | None = ..., max_seq_len: int | None = ...,
+    scale: float | None = ..., sliding_window: int | None = ..., soft_cap: float | None = ...,
+    return_lse: Literal[False] = ..., num_splits: int | None = ..., check: bool = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, *,
+    query_start_loc: Tensor | None = ..., max_query_len: int | None = ..., max_seq_len: int | None = ...,
+    scale: float | None = ..., sliding_window: int | None = ..., soft_cap: float | None = ...,
+    return_lse: Literal[True], num_splits: int | None = ..., check: bool = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def paged_attention(
@@ -24,48 +46,111 @@ def paged_attention(
     block_tables: Tensor,
     seq_lens: Tensor,
     *,
+    query_start_loc: Tensor | None = None,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
     scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+    check: bool = True,
     impl: str = "auto",
-) -> Tensor:
-    """Attention of one new token per sequence over the sequence's history in a paged cache.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of each sequence's last tokens over its history in a paged cache.
+
+    Decoding has one query token a sequence, a prompt or a chunk of it has many, and a batch may have both. The
+    K and V of the query tokens are in the cache already.
 
     Args:
-        q: `[num_tokens, num_heads, head_dim]`, the decode query of each sequence.
+        q: `[num_tokens, num_heads, head_dim]`.
         k_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`; `num_heads` is a multiple of `num_kv_heads`.
         v_cache: As `k_cache`.
-        block_tables: `[num_tokens, max_blocks]`, int32 or int64: the blocks of each sequence in order; entries
+        block_tables: `[num_seqs, max_blocks]`, int32 or int64: the blocks of each sequence in order; entries
             behind the last block in use are not read.
-        seq_lens: `[num_tokens]`, int32 or int64: tokens that each sequence has in the cache, the new one included.
-            An empty sequence gives zeros.
+        seq_lens: `[num_seqs]`, int32 or int64: tokens that each sequence has in the cache, its query tokens
+            included. An empty sequence gives zeros, and a log-sum-exp of minus infinity.
+        query_start_loc: `[num_seqs + 1]`, int32 or int64: rows `query_start_loc[s]` to `query_start_loc[s + 1]`
+            of q are the last tokens of sequence s. By default each sequence has one.
+        max_query_len: The largest number of query tokens of a sequence, or more.
+        max_seq_len: The largest of `seq_lens`, or more. Without these two, finding them waits for the device.
         scale: What the scores are multiplied with; by default 1 / sqrt(head_dim).
-        impl: `reference` computes plain attention over the gathered history, one sequence after the other, in
-            the dtype that it is given; `torch` gathers all at once for scaled_dot_product_attention; `auto`
-            takes the fastest that there is.
+        sliding_window: A token sees itself and the `sliding_window - 1` tokens before it.
+        soft_cap: Scores become soft_cap * tanh(score / soft_cap).
+        return_lse: Return the log-sum-exp of the scores too (natural logarithm).
+        num_splits: In how many parts `triton` splits a history: 1 gives the same order of summation whatever
+            the batch. The other implementations never split.
+        check: Look at the values of tables and lengths, which waits for the device. Without, values that leave
+            the cache give undefined numbers.
+        impl: `reference` computes the formula over the gathered history; `torch` gathers, then uses
+            scaled_dot_product_attention; `triton` reads the cache in place, on a GPU; `auto` takes the fastest
+            that there is.
 
     Returns:
-        `[num_tokens, num_heads, head_dim]`.
+        `[num_tokens, num_heads, head_dim]`; with `return_lse` also `[num_tokens, num_heads]`, in float32 (in
+        float64 where q is).
 
-    Raises ValueError for shapes that do not fit, and on the CPU for tables that leave the cache.
+    Raises ValueError for shapes, dtypes and devices that do not fit, for tables that leave the cache and lengths
+    that leave their table, and for an implementation that this machine or this shape does not have.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
-    _check_cache(k_cache, v_cache)
-    _check_like("q", q, ("num_tokens", "num_heads", k_cache.shape[3]), k_cache)
+    checks.check_caches(k_cache, v_cache)
+    checks.check_like("q", q, ("num_tokens", "num_heads", k_cache.shape[3]), k_cache)
     num_tokens, num_heads, head_dim = q.shape
-    if num_heads % k_cache.shape[2]:
-        raise ValueError(f"q: got {num_heads} heads, expected a multiple of the {k_cache.shape[2]} KV heads")
-    _check_index("block_tables", block_tables, (num_tokens, "max_blocks"), k_cache)
-    _check_index("seq_lens", seq_lens, (num_tokens,), k_cache)
-    if not num_tokens:
-        return torch.empty_like(q)
-    if q.device.type == "cpu":  # elsewhere looking at the values would wait for the device
-        _check_reach(block_tables, seq_lens, k_cache)
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    return IMPLEMENTATIONS[impl](q, k_cache, v_cache, block_tables, seq_lens, scale)
+    num_kv_heads = k_cache.shape[2]
+    if not num_heads or num_heads % num_kv_heads:
+        raise ValueError(f"q: got {num_heads} heads, expected a multiple of the {num_kv_heads} KV heads")
+    checks.check_shape("block_tables", block_tables, ("num_seqs", "max_blocks"))
+    num_seqs = block_tables.shape[0]
+    checks.check_index("block_tables", block_tables, (num_seqs, "max_blocks"), k_cache)
+    checks.check_index("seq_lens", seq_lens, (num_seqs,), k_cache)
+    if query_start_loc is not None:
+        checks.check_index("query_start_loc", query_start_loc, (num_seqs + 1,), k_cache)
+    elif num_tokens != num_seqs:
+        raise ValueError(
+            f"q: got {num_tokens} tokens, expected {num_seqs}, one for each row of block_tables; "
+            "query_start_loc tells who has how many"
+        )
+    _check_positive("sliding_window", sliding_window)
+    _check_positive("soft_cap", soft_cap)
+    _check_positive("num_splits", num_splits)
+    computed = implementation(impl, head_dim, q.dtype, q.device)
+    if check:
+        checks.check_tables(block_tables, seq_lens, k_cache)
+        if query_start_loc is not None:
+            checks.check_queries(query_start_loc, seq_lens, num_tokens)
+    if check or max_seq_len is None:
+        max_seq_len = checks.check_bound("max_seq_len", max_seq_len, int(seq_lens.max()) if num_seqs else 0)
+    if query_start_loc is None:
+        max_query_len = 1
+    elif check or max_query_len is None:
+        longest = int(query_start_loc.diff().max()) if num_seqs else 0
+        max_query_len = checks.check_bound("max_query_len", max_query_len, longest)
+    call = AttentionCall(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        num_splits=num_splits,
+        return_lse=return_lse,
+    )
+    out, lse = computed(call)
+    if return_lse:
+        assert lse is not None
+        return out, lse
+    return out
 
 
-def write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write the K and V of tokens into their slots, in place.
+def write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, check: bool = True
+) -> None:
+    """Write the K and V of tokens into their slots, in place (vLLM's reshape_and_cache).
 
     Args:
         k: `[num_tokens, num_kv_heads, head_dim]`.
@@ -73,131 +158,79 @@ def write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: 
         k_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`.
         v_cache: As `k_cache`.
         slot_mapping: `[num_tokens]`, int32 or int64: the slot of each token, different ones; -1 drops a token.
+        check: Look at the values of slot_mapping, which waits for the device.
 
-    Raises ValueError for shapes that do not fit, and on the CPU for slots outside the cache.
+    Raises ValueError for shapes, dtypes and devices that do not fit, and for slots outside the cache.
     """
-    _check_cache(k_cache, v_cache)
-    _check_like("k", k, ("num_tokens", *k_cache.shape[2:]), k_cache)
-    _check_like("v", v, tuple(k.shape), k_cache)
-    _check_index("slot_mapping", slot_mapping, (k.shape[0],), k_cache)
-    num_blocks, block_size = k_cache.shape[:2]
-    if k.device.type == "cpu":
-        outside = slot_mapping[(slot_mapping < -1) | (slot_mapping >= num_blocks * block_size)]
-        if len(outside):
-            raise ValueError(
-                f"slot_mapping: got slot {outside[0]}, expected -1 to {num_blocks * block_size - 1}"
-            )
+    checks.check_caches(k_cache, v_cache)
+    checks.check_like("k", k, ("num_tokens", *k_cache.shape[2:]), k_cache)
+    checks.check_like("v", v, tuple(k.shape), k_cache)
+    checks.check_index("slot_mapping", slot_mapping, (k.shape[0],), k_cache)
+    if check:
+        checks.check_slots(slot_mapping, k_cache)
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
-    places = slots // block_size, slots % block_size
+    places = slots // k_cache.shape[1], slots % k_cache.shape[1]
     k_cache[places] = k[kept]
     v_cache[places] = v[kept]
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of one query over a history that lies in one piece, as the formula says.
+def copy_blocks(caches: Sequence[Tensor], block_mapping: Tensor, *, check: bool = True) -> None:
+    """Copy whole blocks inside each cache, in place: what copy-on-write does for all layers at once.
 
-    q `[num_heads, head_dim]`, k and v `[seq_len, num_kv_heads, head_dim]`; returns `[num_heads, head_dim]`.
+    Args:
+        caches: Tensors `[num_blocks, ...]`, such as the K and the V cache of every layer.
+        block_mapping: `[num_pairs, 2]`, int32 or int64: source and target of each copy. Targets are different
+            ones; no target is a source.
+        check: Look at the values of block_mapping, which waits for the device.
+
+    Raises ValueError for blocks outside a cache and for a mapping whose result depends on the order.
     """
-    group = q.shape[0] // k.shape[1]
-    k = k.repeat_interleave(group, dim=1)
-    v = v.repeat_interleave(group, dim=1)
-    scores = torch.einsum("hd,nhd->hn", q, k) * scale
-    weights = torch.exp(scores - scores.amax(dim=1, keepdim=True))
-    return torch.einsum("hn,nhd->hd", weights / weights.sum(dim=1, keepdim=True), v)
+    if not caches:
+        return
+    checks.check_index("block_mapping", block_mapping, ("num_pairs", 2), caches[0])
+    sources, targets = block_mapping.unbind(1)
+    if check:
+        _check_mapping(caches, block_mapping)
+    for cache in caches:
+        cache[targets] = cache[sources]
 
 
-def _reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scale: float
-) -> Tensor:
-    """Shapes as in `paged_attention`: gather a history, attend over it, go on with the next."""
-    block_size = k_cache.shape[1]
-    out = torch.zeros_like(q)
-    for row, length in enumerate(seq_lens.tolist()):
-        if length:
-            blocks = block_tables[row, : -(-length // block_size)].long()
-            k = k_cache[blocks].flatten(0, 1)[:length]
-            v = v_cache[blocks].flatten(0, 1)[:length]
-            out[row] = plain_attention(q[row], k, v, scale)
-    return out
-
-
-def _torch(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scale: float
-) -> Tensor:
-    """Shapes as in `paged_attention`: all histories gathered at once, padded to the longest.
-
-    Query heads that share a KV head stand in the place of query positions. Padding reads a slot of the
-    sequence itself: what lies behind a history, even if it is not a number, cannot leak in.
-    """
-    num_tokens, num_heads, head_dim = q.shape
-    block_size, num_kv_heads = k_cache.shape[1:3]
-    longest = max(1, int(seq_lens.max()))
-    positions = torch.arange(longest, device=q.device)
-    inside = positions < seq_lens[:, None]  # [num_tokens, longest]
-    index = torch.where(inside, positions, 0)
-    blocks = block_tables.gather(1, index // block_size).long()
-    blocks = torch.where((seq_lens > 0)[:, None], blocks, 0)
-    k = k_cache[blocks, index % block_size].transpose(1, 2)  # [num_tokens, num_kv_heads, longest, head_dim]
-    v = v_cache[blocks, index % block_size].transpose(1, 2)
-    grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    mask = (inside | (positions == 0))[:, None, None, :]  # an empty row would give no number at all
-    out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-    return out.reshape_as(q).masked_fill((seq_lens == 0)[:, None, None], 0)
-
-
-IMPLEMENTATIONS: dict[str, Attention] = {"auto": _torch, "reference": _reference, "torch": _torch}
-
-
-def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
-    if k_cache.dim() != 4:
-        expected = "[num_blocks, block_size, num_kv_heads, head_dim]"
-        raise ValueError(f"k_cache: got shape {list(k_cache.shape)}, expected {expected}")
-    _check_like("v_cache", v_cache, tuple(k_cache.shape), k_cache)
-
-
-def _check_like(name: str, tensor: Tensor, shape: tuple[int | str, ...], cache: Tensor) -> None:
-    """Shape, dtype and device of values that go with a cache; a name stands for any size."""
-    if not _fits(tensor, shape):
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
-    if tensor.dtype != cache.dtype:
-        raise ValueError(f"{name}: got {tensor.dtype}, expected {cache.dtype} as k_cache")
-    if tensor.device != cache.device:
-        raise ValueError(f"{name}: got it on {tensor.device}, expected it on {cache.device} as k_cache")
-
-
-def _check_index(name: str, tensor: Tensor, shape: tuple[int | str, ...], cache: Tensor) -> None:
-    """Shape, dtype and device of integers that go with a cache."""
-    if not _fits(tensor, shape):
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
-    if tensor.dtype not in INTEGERS:
-        raise ValueError(f"{name}: got {tensor.dtype}, expected torch.int32 or torch.int64")
-    if tensor.device != cache.device:
-        raise ValueError(f"{name}: got it on {tensor.device}, expected it on {cache.device} as k_cache")
-
-
-def _fits(tensor: Tensor, shape: tuple[int | str, ...]) -> bool:
-    return tensor.dim() == len(shape) and all(
-        isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True)
-    )
-
-
-def _check_reach(block_tables: Tensor, seq_lens: Tensor, cache: Tensor) -> None:
-    """No history leaves its table, no table entry that is read leaves the cache."""
-    num_blocks, block_size = cache.shape[:2]
-    room = block_tables.shape[1] * block_size
-    wrong = torch.nonzero((seq_lens < 0) | (seq_lens > room))
-    if len(wrong):
-        row = int(wrong[0])
+def _check_mapping(caches: Sequence[Tensor], block_mapping: Tensor) -> None:
+    fewest = min(cache.shape[0] for cache in caches)
+    place = checks.first(block_mapping.lt(0) | block_mapping.ge(fewest))
+    if place is not None:
         raise ValueError(
-            f"seq_lens[{row}]: got {int(seq_lens[row])}, expected 0 to {room}, "
-            f"{block_tables.shape[1]} blocks of {block_size} slots"
+            f"block_mapping[{place[0]}, {place[1]}]: got block {int(block_mapping[place])}, "
+            f"expected 0 to {fewest - 1}"
         )
-    used = torch.arange(block_tables.shape[1]) * block_size < seq_lens[:, None]
-    wrong = torch.nonzero(used & ((block_tables < 0) | (block_tables >= num_blocks)))
-    if len(wrong):
-        row, column = wrong[0].tolist()
+    sources, targets = block_mapping.unbind(1)
+    ordered = targets.sort().values
+    if (ordered[1:] == ordered[:-1]).any() or torch.isin(targets, sources).any():
         raise ValueError(
-            f"block_tables[{row}, {column}]: got {int(block_tables[row, column])}, "
-            f"expected 0 to {num_blocks - 1}"
+            f"block_mapping: got {block_mapping.tolist()}, expected targets that are different ones and no sources"
         )
+
+
+def implementation(impl: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Implementation:
+    """What computes attention. Raises ValueError for a name that is none, and where it cannot run."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "reference":
+        return reference
+    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+        return gathered
+    from attention.kernels.launch import attend, refusal
+
+    why = refusal(head_dim, dtype, device)
+    if why is None:
+        fused: Implementation = attend
+        return fused
+    if impl == "auto":
+        return gathered
+    raise ValueError(f"impl: got 'triton', but {why}")
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name}: got {value}, expected a number above 0, or None")
