@@ -71,7 +71,8 @@ class AttentionMetadata:
 
     `query_start_loc` `[num_seqs + 1]`, `slot_mapping` `[num_tokens]`, `block_tables` `[num_seqs, max_blocks]`,
     `seq_lens` `[num_seqs]`, `positions` `[num_tokens]`, the place of each token in its sequence; all int64, on
-    the cache's device. `query_lens` are the tokens of each sequence, on the host.
+    the cache's device. On the host, `query_lens` are the tokens of each sequence, and `copied_blocks` counts the
+    blocks that were copied before they are written.
     """
 
     query_start_loc: Tensor
@@ -82,6 +83,7 @@ class AttentionMetadata:
     query_lens: tuple[int, ...]
     max_query_len: int
     max_seq_len: int
+    copied_blocks: int
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `paged_attention` that come from here."""
@@ -311,7 +313,7 @@ class PagedKVCache:
         if pairs:
             copy_blocks(self.layers, torch.tensor(pairs, device=self.k.device), check=False)
             self.allocator.free([source for source, _ in pairs])
-        return self._metadata(sequences, counts)
+        return self._metadata(sequences, counts, len(pairs))
 
     def _to_copy(self, sequences: Iterable[CachedSequence]) -> list[bool]:
         """Whether each sequence's last block has to be copied: the last holder of a block keeps it."""
@@ -327,7 +329,9 @@ class PagedKVCache:
             copied.append(copy)
         return copied
 
-    def _metadata(self, sequences: list[CachedSequence], counts: list[int]) -> AttentionMetadata:
+    def _metadata(
+        self, sequences: list[CachedSequence], counts: list[int], copied_blocks: int
+    ) -> AttentionMetadata:
         device = self._tensors[0].device if self._tensors else "cpu"
         tables = np.zeros(
             (len(sequences), max([len(sequence.blocks) for sequence in sequences], default=0)), np.int64
@@ -350,6 +354,7 @@ class PagedKVCache:
             query_lens=tuple(counts),
             max_query_len=max(counts, default=0),
             max_seq_len=max(lengths, default=0),
+            copied_blocks=copied_blocks,
         )
 
     def _sequence(self, seq_id: int) -> CachedSequence:

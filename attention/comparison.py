@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attention.functional import paged_attention, write
 from attention.plain import plain_attention
@@ -33,6 +35,15 @@ class Window:
     wanted: Ints
 
 
+@functools.cache
+def random_rows() -> tuple[Tensor, Tensor, Tensor]:
+    """The Q, K and V of every row, `[NUM_ROWS, heads, HEAD_DIM]` each; always the same."""
+    random = torch.Generator().manual_seed(SEED)
+    heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+    q, k, v = (torch.randn(NUM_ROWS, number, HEAD_DIM, generator=random) for number in heads)
+    return q, k, v
+
+
 class Comparison:
     """A paged cache as large as the simulated one, in small heads, and what it is compared with.
 
@@ -54,10 +65,7 @@ class Comparison:
             raise UserError(
                 f"probe.device: got {device!r}, expected auto or a device of torch: {reason}"
             ) from None
-        random = torch.Generator().manual_seed(SEED)
-        self._q = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_DIM, generator=random)
-        self._k = torch.randn(NUM_ROWS, NUM_KV_HEADS, HEAD_DIM, generator=random)
-        self._v = torch.randn(NUM_ROWS, NUM_KV_HEADS, HEAD_DIM, generator=random)
+        self._q, self._k, self._v = random_rows()
 
     def errors(self, windows: Ordered[Window]) -> list[float]:
         """The largest difference in each window, for the query of its last token; not a number if it reads none."""
@@ -101,4 +109,4 @@ class Comparison:
         empty = (found == UNWRITTEN)[:, None, None]
         k = self._k[found % NUM_ROWS].masked_fill(empty, math.nan).to(self.device)
         v = self._v[found % NUM_ROWS].masked_fill(empty, math.nan).to(self.device)
-        write(k, v, self.k_cache, self.v_cache, slots.to(self.device))
+        write(k, v, self.k_cache, self.v_cache, slots.to(self.device), check=False)

@@ -31,8 +31,9 @@ class AttentionProbe:
     them, not before. Its first parameter is the number of requests, None if nobody knows it.
 
     Fields:
-        samples: Sampled steps, spread over the run; the first eight steps are always among them.
+        samples: Sampled steps at most, spread over the run; the first eight steps are always among them.
         every: Sample every so many steps instead.
+        share: Share of the run's CPU time that samples may take, so that short runs have fewer of them.
         device: Where torch runs: auto, cpu, cuda, ...
         tolerance: Largest difference from plain attention.
     """
@@ -43,10 +44,11 @@ class AttentionProbe:
         *,
         samples: PositiveInt = 64,
         every: PositiveInt | None = None,
+        share: PositiveFloat = 0.08,
         device: str = "auto",
         tolerance: PositiveFloat = 1e-5,
     ) -> None:
-        self.audit = Audit(samples=samples, every=every, num_requests=num_requests)
+        self.audit = Audit(samples=samples, every=every, num_requests=num_requests, share=share)
         self.device = device
         self.tolerance = tolerance
         self.next_sample = self.audit.next_sample

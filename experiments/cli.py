@@ -1,4 +1,4 @@
-"""The command line: `kvsim run`, `check`, `list`, `schema`, `plot`, `report`, `bench`."""
+"""The command line: every command of kvsim, its options, and what its exit codes mean."""
 
 from __future__ import annotations
 
@@ -55,9 +55,20 @@ def parser() -> argparse.ArgumentParser:
         command(name, told).add_argument(
             "directory", type=Path, metavar="DIR", help="folder of an experiment"
         )
-    made = command("bench", "measure the simulator")
+    made = command("validate", "compare the attention core with plain attention over its whole matrix")
+    _add_device(made)
+    made = command("calibrate", "measure the attention core on this machine, for timing: {kind: calibrated}")
+    _add_device(made)
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the profile goes")
+    made.add_argument("--quick", action="store_true", help="a coarse grid, in seconds")
+    command("demo", "show on the terminal what paging does")
+    made = command("bench", "measure the simulator and the attention core")
     made.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
     return top
+
+
+def _add_device(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ... (auto)")
 
 
 def _jobs(text: str) -> int:
@@ -191,6 +202,24 @@ def _report(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _validate(options: argparse.Namespace) -> int:
+    from experiments.validate import run_validate
+
+    return run_validate(options.device)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from experiments.calibrate import run_calibrate
+
+    return run_calibrate(options.device, options.out, options.quick)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from experiments.demo import run_demo
+
+    return run_demo()
+
+
 def _bench(options: argparse.Namespace) -> int:
     from experiments.bench import run_bench
 
@@ -199,5 +228,5 @@ def _bench(options: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "run": _run, "check": _check, "list": _list, "schema": _schema, "plot": _plot, "report": _report,
-    "bench": _bench,
+    "validate": _validate, "calibrate": _calibrate, "demo": _demo, "bench": _bench,
 }  # fmt: skip

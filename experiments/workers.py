@@ -27,7 +27,8 @@ def perform_all(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator[t
 
 def _in_processes(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator[tuple[int, Failure | None]]:
     waiting = list(range(len(jobs)))[::-1]
-    workers = [_Worker() for _ in range(processes)]
+    context = _context(jobs)
+    workers = [_Worker(context) for _ in range(processes)]
     try:
         while True:
             for worker in workers:
@@ -43,7 +44,7 @@ def _in_processes(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator
                 try:
                     message = worker.pipe.recv()
                 except (EOFError, ConnectionError):
-                    workers[workers.index(worker)] = _Worker()
+                    workers[workers.index(worker)] = _Worker(context)
                     yield index, worker.obituary()
                     continue
                 if isinstance(message, int):
@@ -56,15 +57,29 @@ def _in_processes(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator
             worker.stop()
 
 
+def _context(jobs: Sequence[Job]) -> Any:
+    """How processes start: forked, where that is possible, from one that has imported what all of them need.
+
+    So torch, which a probe needs, is imported once in a sweep.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    probing = any(job.settings["probe"] is not False for job in jobs)
+    context.set_forkserver_preload(
+        ["experiments.build", "experiments.recording", *(["attention.comparison"] if probing else [])]
+    )
+    return context
+
+
 class _Worker:
     """A process and the pipe to it.
 
-    It is spawned and so holds no end of any other pipe: however its parent dies, it finds its own pipe
-    closed, and goes too.
+    It is not forked from this process, and so holds no end of any other pipe: however its parent dies, it finds
+    its own pipe closed, and goes too.
     """
 
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, context: Any) -> None:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()

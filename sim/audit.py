@@ -16,6 +16,9 @@ from sim.request import Sequence
 from sim.sampled_steps import SampledSteps
 from sim.tier import Tier
 
+SAMPLE_S, BLOCK_S, SEQUENCE_S, TOKEN_S = 1.5e-3, 60e-9, 20e-6, 30e-9
+"""CPU seconds that a sample costs, of them for each block, sequence and token."""
+
 
 class Audit:
     """Probe that keeps a ledger and proves the allocator's tables right by it. Nothing is asked of an allocator.
@@ -35,9 +38,14 @@ class Audit:
     ledger: Ledger
 
     def __init__(
-        self, *, samples: int = 64, every: int | None = None, num_requests: int | None = None
+        self,
+        *,
+        samples: int = 64,
+        every: int | None = None,
+        num_requests: int | None = None,
+        share: float = 1.0,
     ) -> None:
-        self.steps = SampledSteps(samples, every, num_requests)
+        self.steps = SampledSteps(samples, every, num_requests, share)
         self.next_sample = 0
         self.cpu_s = 0.0
         self._started = 0
@@ -68,7 +76,7 @@ class Audit:
         if sequences:
             self._started = max(self._started, sequences[-1].request.id + 1)
         over = self._started - len({sequence.request for sequence in sequences})
-        self.next_sample = self.steps.after(step, over)
+        self.next_sample = self.steps.after(step, over, self._cost(live))
         ledger.when = f"after step {step}"
         self.cpu_s += clock.process_time() - begin
 
@@ -89,6 +97,12 @@ class Audit:
         if ledger.allocator.num_held:
             raise ledger.error(f"slots still held({ledger.allocator.num_held}) != 0")
         self.cpu_s += clock.process_time() - begin
+
+    def _cost(self, live: list[Sequence]) -> float:
+        """CPU seconds of a sample with these sequences, roughly; measured beside those of `SampledSteps`."""
+        blocks = sum(pool.num_blocks for pool in self.ledger.allocator.pools)
+        tokens = sum(sequence.num_tokens for sequence in live)
+        return SAMPLE_S + BLOCK_S * blocks + SEQUENCE_S * len(live) + TOKEN_S * tokens
 
     def _check_held(self, layout: Layout) -> None:
         """Every token is in a block with a holder."""

@@ -8,7 +8,6 @@ from itertools import chain
 import numpy as np
 
 from sim.errors import IntegrityError
-from sim.probe import Witness
 
 
 class OutOfBlocks(RuntimeError):
@@ -23,7 +22,7 @@ class BlockPool:
     the number of blocks that sharing saves.
     """
 
-    __slots__ = ("extra_references", "free", "num_blocks", "probe", "references", "tier")
+    __slots__ = ("extra_references", "free", "fresh", "num_blocks", "references", "tier")
 
     def __init__(self, num_blocks: int, tier: str = "device") -> None:
         if num_blocks < 0:
@@ -33,7 +32,7 @@ class BlockPool:
         self.free = list(range(num_blocks))
         self.references = [0] * num_blocks
         self.extra_references = 0
-        self.probe: Witness | None = None
+        self.fresh: bytearray | None = None  # flags of blocks handed out, for a ledger that clears them
 
     @property
     def num_free(self) -> int:
@@ -57,8 +56,10 @@ class BlockPool:
         references = self.references
         for block in blocks:
             references[block] = 1
-        if self.probe is not None:
-            self.probe.take(self.tier, blocks)
+        fresh = self.fresh
+        if fresh is not None:
+            for block in blocks:
+                fresh[block] = 1
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:

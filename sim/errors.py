@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """The user's mistake: the command line prints the message alone and exits with code 2."""
@@ -16,4 +18,9 @@ class IntegrityError(RuntimeError):
 
 
 class ProbeError(RuntimeError):
-    """A slot does not hold what the tables say; the message names step, sequence, token and slot."""
+    """A slot does not hold what the tables say; the message names step, sequence, token and slot.
+
+    `evidence` is the memory as it was found (`Ledger.evidence`), where somebody kept it.
+    """
+
+    evidence: dict[str, Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
+from typing import Any
 
 import numpy as np
 
@@ -57,10 +58,6 @@ class Ledger:
 
     # What it is told
 
-    def take(self, tier: str, blocks: Ordered[int]) -> None:
-        """What the blocks held is gone."""
-        self.tiers[tier].fresh.update(blocks)
-
     def touch(self, tier: str, blocks: Ordered[int]) -> None:
         """What the blocks hold stays."""
         if not self._keeps_freed:
@@ -101,9 +98,9 @@ class Ledger:
     def copy(self, source: int, target: int) -> None:
         """The target holds what the source holds."""
         device = self.device
-        if source in device.fresh:
+        if device.fresh[source]:
             device.reset()
-        device.fresh.discard(target)
+        device.fresh[target] = 0
         device.rows[target] = device.rows[source]
 
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
@@ -178,8 +175,11 @@ class Ledger:
             raise self.error(
                 f"{sequence}, token {end - 1} is not in the {len(rows)} device blocks by its table {table}"
             )
-        if not self.device.fresh.isdisjoint(blocks):
-            self.device.reset()
+        fresh = self.device.fresh
+        for block in blocks:
+            if fresh[block]:
+                self.device.reset()
+                break
         if end - begin > FEW:
             contents, written.total = written.history.identities(begin, end, written.total)
             slots = (np.array(blocks)[:, None] * size + np.arange(size)).reshape(-1)[begin - first * size :][
@@ -204,6 +204,28 @@ class Ledger:
             history = self._forked.get(sequence) or History.of(sequence.request)
             written = self.live[sequence] = Written(history)
         return written
+
+    def evidence(self) -> dict[str, Any]:
+        """The memory as it is: plain values under `when` and `sequences`, arrays under `arrays`.
+
+        Every live sequence with its block table; of each tier the identity in every slot, and of each sequence
+        the identities that its history asks for.
+        """
+        live = dict.fromkeys([*self.allocator.sequences, *self.live])
+        sequences = [
+            {
+                "sequence": str(sequence),
+                "num_tokens": sequence.num_tokens,
+                "on_device": sequence in self.allocator.sequences,
+                "block_table": list(sequence.block_table),
+            }
+            for sequence in live
+        ]
+        for tier in self.tiers.values():
+            tier.reset()
+        arrays = {f"{tier.name} slots": tier.slots.copy() for tier in self.tiers.values()}
+        arrays |= {str(sequence): self.contents(sequence) for sequence in live}
+        return {"when": self.when, "sequences": sequences, "arrays": arrays}
 
     def error(self, what: str) -> ProbeError:
         """An error that says when."""

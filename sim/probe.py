@@ -13,13 +13,11 @@ if TYPE_CHECKING:
 class Witness(Protocol):
     """Told of everything that happens to slots, as it happens.
 
-    Blocks are numbered per tier (`"device"`, `"host"`). The block pool tells of takes, the base classes of
-    sequences, and an allocator of the copies and moves that it orders. Who holds what is nobody's word: that
-    is read from the tables and the pools where they are checked.
+    Blocks are numbered per tier (`"device"`, `"host"`). The base classes tell of sequences, and an allocator of
+    the copies and moves that it orders; the block pool flags what it hands out (`BlockPool.fresh`), as that
+    happens too often to be told. Who holds what is nobody's word: that is read from the tables and the pools
+    where they are checked.
     """
-
-    def take(self, tier: str, blocks: Ordered[int]) -> None:
-        """Blocks are handed out; what they held is gone."""
 
     def touch(self, tier: str, blocks: Ordered[int]) -> None:
         """Cached blocks are handed out with what they hold, to the sequence that begins next."""

@@ -12,11 +12,11 @@ from sim.identity import UNWRITTEN, Ints
 class Tier:
     """What every slot of a memory holds, as the identity of the last write.
 
-    `slots` [num_slots] and `rows` [num_blocks, block_size] are views of the same identities. Blocks that were
-    handed out lately are noted in `fresh`, and become UNWRITTEN together.
+    `slots` [num_slots] and `rows` [num_blocks, block_size] are views of the same identities. The pool flags in
+    `fresh` what it hands out; those blocks become UNWRITTEN together.
     """
 
-    __slots__ = ("block_size", "fresh", "name", "pool", "rows", "slots")
+    __slots__ = ("_flags", "block_size", "fresh", "name", "pool", "rows", "slots")
 
     def __init__(self, name: str, num_blocks: int, block_size: int, pool: BlockPool | None = None) -> None:
         self.name = name
@@ -24,13 +24,17 @@ class Tier:
         self.pool = pool
         self.slots: Ints = np.full(num_blocks * block_size, UNWRITTEN, np.int64)
         self.rows = self.slots.reshape(num_blocks, block_size)
-        self.fresh: set[int] = set()
+        self.fresh = bytearray(num_blocks)
+        self._flags = np.frombuffer(self.fresh, np.bool_)
+        if pool is not None:
+            pool.fresh = self.fresh
 
     def reset(self) -> None:
         """Forget what fresh blocks held; to be called before anything is read or written."""
-        if self.fresh:
-            self.rows[list(self.fresh)] = UNWRITTEN
-            self.fresh.clear()
+        fresh = np.flatnonzero(self._flags)
+        if len(fresh):
+            self.rows[fresh] = UNWRITTEN
+            self._flags[fresh] = False
 
     def held(self) -> NDArray[np.bool_]:
         """Whether somebody holds each block, shape [num_blocks]; without a pool nobody says so of any."""

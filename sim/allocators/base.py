@@ -207,8 +207,6 @@ class Allocator(ABC):
     def watch(self, probe: Witness) -> None:
         """Tell a probe of everything that happens to slots."""
         self.probe = probe
-        for pool in self.pools:
-            pool.probe = probe
 
     def held_slots(self, sequence: Sequence) -> NDArray[np.int64]:
         """Slots of all tokens that the sequence has room for, shape [capacity]."""

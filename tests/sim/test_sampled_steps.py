@@ -6,16 +6,17 @@ import itertools
 
 import pytest
 
+from sim import sampled_steps
 from sim.sampled_steps import SampledSteps
 
 
-def sampled(steps: SampledSteps, length: int, over) -> list[int]:
+def sampled(steps: SampledSteps, length: int, over, cost=0.0) -> list[int]:
     """The steps sampled in a run of so many; `over(step)` requests have come and gone by a step."""
     found = []
     step = 0
     while step < length:
         found.append(step)
-        following = steps.after(step, over(step))
+        following = steps.after(step, over(step), cost)
         assert following > step
         step = following
     return found
@@ -59,6 +60,20 @@ def test_few_samples(samples):
 def test_every_so_many_steps():
     found = sampled(SampledSteps(64, every=500, num_requests=10), 10_000, lambda step: 0)
     assert found == list(range(0, 10_000, 500))
+
+
+@pytest.mark.parametrize("requests", [500, 5_000, 500_000])
+@pytest.mark.parametrize("per_request", [4, 200])
+def test_samples_take_their_share_and_no_more(requests, per_request):
+    """A run's cost by the two figures that are assumed, samples of five milliseconds."""
+    steps = SampledSteps(64, num_requests=requests, share=0.08)
+    length = requests * per_request
+    found = sampled(steps, length, lambda step: step // per_request, cost=0.005)
+    cost = requests * sampled_steps.REQUEST_S + length * sampled_steps.STEP_S
+    assert 8 <= len(found) <= 70
+    assert 0.005 * (len(found) - 8) <= 0.08 * cost + sampled_steps.START_S
+    if requests == 500_000:
+        assert len(found) > 40
 
 
 def test_a_short_run_is_sampled_whole_at_first():
