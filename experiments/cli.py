@@ -61,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     _add_device(made)
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the profile goes")
     made.add_argument("--quick", action="store_true", help="a coarse grid, in seconds")
+    made = command("parity", "replay recorded engine cases, a line a file: ok or the first difference")
+    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, JSON lines")
     command("demo", "show on the terminal what paging does")
     made = command("bench", "measure the simulator and the attention core")
     made.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
@@ -214,6 +216,12 @@ def _calibrate(options: argparse.Namespace) -> int:
     return run_calibrate(options.device, options.out, options.quick)
 
 
+def _parity(options: argparse.Namespace) -> int:
+    from experiments.parity import run_parity
+
+    return run_parity(options.files)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from experiments.demo import run_demo
 
@@ -228,5 +236,5 @@ def _bench(options: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "run": _run, "check": _check, "list": _list, "schema": _schema, "plot": _plot, "report": _report,
-    "validate": _validate, "calibrate": _calibrate, "demo": _demo, "bench": _bench,
+    "validate": _validate, "calibrate": _calibrate, "parity": _parity, "demo": _demo, "bench": _bench,
 }  # fmt: skip

@@ -1,52 +1,13 @@
-"""Replays of what vLLM V0 answered: our own recordings in `fixtures`, and all shared ones where they are."""
+"""What only recordings of vLLM V0 have: samples that end apart, beams that turn over, an engine that dies."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.sim.replay_v0 import Difference, SchedulerDriver, canonical, replay
-
-FIXTURES = Path(__file__).parent / "fixtures"
-RECORDED = sorted(path.name for path in FIXTURES.glob("v0_*.jsonl"))
-NOT_BUILT = {"v0_sched_chunked_prefill.jsonl": "chunked prefill is not built"}
-
-
-@pytest.mark.parametrize("name", RECORDED)
-def test_recorded_case(name):
-    assert replay(FIXTURES / name) > 0
-
-
-def test_all_shared_recordings(shared):
-    folder = shared / "parity" / "vllm_v0"
-    if not folder.is_dir():
-        pytest.skip(f"no recorded cases at {folder}")
-    wrong = []
-    for path in sorted(folder.glob("v0_*.jsonl")):
-        if path.name in NOT_BUILT or "cached" in path.name:  # prefix caching of V0 is another allocator
-            continue
-        try:
-            replay(path)
-        except Difference as difference:
-            wrong.append(str(difference))
-    assert not wrong
-
-
-def test_a_difference_names_file_line_and_field(tmp_path):
-    text = (FIXTURES / "v0_exhaustion.jsonl").read_text(encoding="utf-8")
-    changed = tmp_path / "changed.jsonl"
-    changed.write_text(text.replace('"free_gpu":3,', '"free_gpu":2,', 1), encoding="utf-8")
-    with pytest.raises(Difference, match=r"changed\.jsonl:16: state\.free_gpu .* recorded 2, got 3"):
-        replay(changed)
-
-
-def test_tables_are_compared_by_their_sharing():
-    assert canonical({"10": [7, 3], "2": [9, 7]}) == {"2": [0, 1], "10": [1, 2]}
-
-
-# What only recorded files have: samples that end apart, beams that turn over
+from experiments.parity import Difference, replay
+from experiments.parity_v0 import SchedulerDriver
 
 
 def driver(requests, **config) -> SchedulerDriver:
@@ -78,12 +39,13 @@ def test_where_v0_dies_ours_gives_the_group_up(tmp_path):
         for number in range(2)
     ]
     ours = SchedulerDriver(config, requests)
-    lines = [{"config": config, "requests": requests}]
+    header = {"kind": "header", "peer": "vllm-V0", "version": "0.4.2", "config": config, "requests": requests}
+    lines = [header]
     for step in range(6):
         out, state = ours.perform({"step": step})
         if ours.gave_up:
             out = {"engine_error": "no room on the host"}
-        lines.append({"op": {"step": step}, "out": out, "state": state})
+        lines.append({"i": step, "op": {"step": step}, "out": out, "state": state})
         if ours.gave_up:
             break
     recorded = tmp_path / "dies.jsonl"
@@ -91,7 +53,9 @@ def test_where_v0_dies_ours_gives_the_group_up(tmp_path):
     assert replay(recorded) == len(lines) - 1 == 3
     lines[2]["out"] = {"engine_error": "too early"}
     recorded.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    with pytest.raises(Difference, match=r"dies\.jsonl:3: recorded an engine error, ours goes on"):
+    with pytest.raises(
+        Difference, match=r"dies\.jsonl:3: out.engine_error: expected an engine error, got none"
+    ):
         replay(recorded)
 
 
