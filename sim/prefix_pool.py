@@ -8,6 +8,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from sim.block_pool import BlockPool, OutOfBlocks
 from sim.errors import IntegrityError
 
+UNASKED = -1
+"""Key of content that nobody will ever ask for: it keeps the block's place in the queue, and is not found."""
+
 
 class PrefixPool(BlockPool):
     """Blocks that can be found again by a key of their content, free or held, as in vLLM V1 (`block_pool.py`).
@@ -120,10 +123,20 @@ class PrefixPool(BlockPool):
         elif found != block:
             self._found[key] = [found, block]
 
+    def mark_full(self, blocks: Iterable[int]) -> None:
+        """Give blocks that have no key one that is never found."""
+        keys = self.keys
+        for block in blocks:
+            if keys[block] is None:
+                keys[block] = UNASKED
+                self.num_keyed += 1
+
     def _forget(self, block: int) -> None:
         key = self.keys[block]
         self.keys[block] = None
         self.num_keyed -= 1
+        if key == UNASKED:
+            return
         found = self._found.get(key)
         if found == block:
             del self._found[key]
@@ -153,7 +166,8 @@ class PrefixPool(BlockPool):
             if self.keys[block] != key:
                 raise IntegrityError(f"block {block} is found as {key!r}, and holds {self.keys[block]!r}")
         keyed = self.num_blocks - self.keys.count(None)
-        if keyed != self.num_keyed or (len(found) != keyed and not self.newest_found):
+        known = keyed - self.keys.count(UNASKED)
+        if keyed != self.num_keyed or (len(found) != known and not self.newest_found):
             raise IntegrityError(
-                f"found({len(found)}) != blocks with a key({keyed}) or count({self.num_keyed})"
+                f"found({len(found)}) != blocks to be found({known}), or {self.num_keyed} != keyed({keyed})"
             )

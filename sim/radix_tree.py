@@ -60,19 +60,21 @@ class RadixTree:
         assert len(pages) == length
         return pages, node
 
-    def match_length(self, content: Sequence[Hashable]) -> int:
-        """Length of the longest cached prefix; changes nothing, counts as no use."""
-        node, length = self.root, 0
+    def peek(self, content: Sequence[Hashable]) -> tuple[int, int]:
+        """Length of the longest cached prefix, and how much of it is not locked; changes nothing, is no use."""
+        node, length, unlocked = self.root, 0, 0
         while length < len(content):
             child = node.children.get(content[length])
             if child is None:
                 break
             common = _common(child.content, content, length)
             length += common
+            if not child.locks:
+                unlocked += common
             if common < len(child.content):
                 break
             node = child
-        return length
+        return length, unlocked
 
     def insert(
         self, content: Sequence[Hashable], pages: Sequence[int], priority: int = 0

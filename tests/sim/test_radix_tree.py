@@ -62,7 +62,9 @@ def test_the_tree_is_a_set_of_prefixes(order, steps):
             for end in range(known + 1, len(text) + 1):
                 where[text[:end]] = first + end - 1
         elif what in ("match", "lock"):
-            assert tree.match_length(text) == known
+            held = {mine[:end] for mine, _ in locked for end in range(len(mine) + 1)}
+            unlocked = sum(text[:end] not in held for end in range(1, known + 1))
+            assert tree.peek(text) == (known, unlocked)
             pages, node = tree.match(text)
             assert pages == [where[text[:end]] for end in range(1, known + 1)]
             if what == "lock":
