@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from sim.registry import Registry
 
@@ -56,3 +56,18 @@ def mru(node: Cached) -> tuple[int, ...]:
 def priority(node: Cached) -> tuple[int, ...]:
     """The one of the lowest priority among the requests that used it, of equals the one used longest ago."""
     return (node.priority, node.used)
+
+
+class Foreseen(Cached, Protocol):
+    """Something of which it is known when it will be used next."""
+
+    next_use: int
+
+
+@eviction("belady")
+def belady(node: Cached) -> tuple[int, ...]:
+    """The one whose next use is farthest away: the bound, for it knows the future (Belady, 1966).
+
+    Of equals the one used longest ago, which is the deepest of a prompt. Only `kvsim hit-rate` can tell it.
+    """
+    return (-cast("Foreseen", node).next_use, node.used)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
-from sim.eviction import Eviction, lru
+from sim.errors import UserError
+from sim.eviction import Eviction, belady, lru
 from sim.eviction import eviction as evictions
 from sim.page_pool import PagePool
 from sim.prefix_keys import prefix_keys
@@ -40,6 +41,10 @@ class RadixAllocator(CachingAllocator):
         watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.0,
         eviction: Annotated[Eviction, evictions] = lru,
     ) -> None:
+        if eviction is belady:
+            raise UserError(
+                "eviction belady knows the future, which a server does not; kvsim hit-rate takes it"
+            )
         super().__init__(capacity, block_size, watermark)
         self.tree = RadixTree(eviction=eviction, refresh="visited")
         self.pool = PagePool(self.num_blocks, self.tree)
