@@ -142,6 +142,7 @@ class SchedulerDriver:
             self.memory,
             max_num_seqs=config["max_num_seqs"],
             max_num_batched_tokens=config["max_num_batched_tokens"],
+            chunked_prefill=config["chunked_prefill"],
         )
         assert self.policy.prompt_limit == config["prompt_limit"]
         self.coming = sorted(requests, key=lambda row: row["arrival_step"])
@@ -157,7 +158,7 @@ class SchedulerDriver:
             self._add(self.coming.pop(0))
         policy, memory = self.policy, self.memory
         step = policy.plan(op["step"])
-        groups = self._follow(step)
+        groups = self._follow_chunks(step) if policy.chunked_prefill else self._follow(step)
         self.gave_up = any(request.status == "rejected" for request in step.preempted)
         out = {
             "scheduled": groups,
@@ -215,14 +216,38 @@ class SchedulerDriver:
         self.running = stayed + joined
         return batch
 
+    def _follow_chunks(self, step: Step) -> list[list[Any]]:
+        """The same where a step has chunks and decodes, in the order in which V0 puts them together."""
+        policy = self.policy
+        tokens = {sequence.request: tokens for sequence, _, tokens in step.chunks}
+        stayed = sorted([each for each in self.running if each in policy.running], key=lambda each: each.id)
+        self.returned = [each for each in self.swapped if each in policy.running]
+        admitted = [each for each in tokens if each not in self.running and each not in self.swapped]
+        going_on = [each for each in stayed if each in tokens]
+        decoding = [each for each in stayed if each.sequences[0].decodes is not None]
+        back = [each for each in self.returned if each in tokens]
+        decoding_again = [each for each in self.returned if each not in tokens]
+        idle = [each for each in stayed if each not in tokens and each not in decoding]
+        self.running = [*idle, *admitted, *decoding, *going_on, *decoding_again, *back]
+        self.swapped = [each for each in self.swapped if each in policy.swapped]
+        if not step.preempted:
+            self.swapped.sort(key=lambda each: each.id)
+        self.swapped += [request for request in step.preempted if request.status == "swapped"]
+        batch = [[self.rows[each]["id"], tokens[each], 1] for each in [*admitted, *going_on, *back]]
+        return batch + [
+            [self.rows[each]["id"], 1, len(each.sequences)] for each in [*decoding, *decoding_again]
+        ]
+
     def _names(self, requests: Iterable[Request]) -> list[str]:
         return [self.rows[request]["id"] for request in requests]
 
     def _execute(self, step: Step) -> list[Request]:
         """Give every scheduled sequence its token; the requests that are done with it."""
         over: list[Request] = []
-        for sequence, _, _ in step.chunks:
+        for sequence, start, tokens in step.chunks:
             request = sequence.request
+            if start + tokens < request.prefill_tokens:
+                continue
             if request.first_token_time == NEVER:
                 request.first_token_time = 0
                 self._start(sequence)

@@ -134,17 +134,30 @@ class Allocator(ABC):
         """Whether every running branch of the request may have one more token."""
         return True
 
+    def demand(self, sequence: Sequence, num_tokens: int) -> int:
+        """What the next tokens of a sequence would take of the headroom."""
+        lacking = sequence.num_tokens + num_tokens - sequence.capacity
+        if lacking <= 0:
+            return 0
+        return 1 if self.growth is None else -(-lacking // self.growth)
+
+    def cached_tokens(self, request: Request, num_tokens: int) -> int:
+        """How many leading tokens of the request an admission would find cached; at least one is not."""
+        return 0
+
     # What the engine calls
 
-    def admit(self, sequence: Sequence, num_tokens: int) -> int:
-        """Give a sequence that holds nothing its first slots, `num_tokens` of them filled in this step.
+    def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
+        """Give a sequence that holds nothing slots for `num_tokens` tokens, all filled with this step or so many.
 
         Returns how many of these tokens need not be computed, since cached blocks hold them.
         """
+        if filled is None:
+            filled = num_tokens
         held = self.reserve(sequence, num_tokens)
         sequence.capacity = held
-        sequence.origin = num_tokens
-        self.num_tokens += num_tokens
+        sequence.origin = filled
+        self.num_tokens += filled
         self.num_held += held
         if held > sequence.final_tokens:
             self.num_internal += held - sequence.final_tokens
@@ -156,6 +169,14 @@ class Allocator(ABC):
     def computed(self, sequence: Sequence) -> None:  # noqa: B027 - most need not know
         """The sequence's prompt is computed by now; told to allocators that keep freed blocks."""
 
+    def extend(self, sequence: Sequence, num_tokens: int) -> None:
+        """Fill the next slots of a sequence that does not decode, after taking those that it lacks."""
+        filled = sequence.origin + num_tokens
+        if filled > sequence.capacity:
+            self._grow_to(sequence, filled)
+        sequence.origin = filled
+        self.num_tokens += num_tokens
+
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """Give each sequence, whose slots are all filled, room for one more token; batch by batch.
 
@@ -165,14 +186,14 @@ class Allocator(ABC):
         books = []
         for tick, sequences in batches:
             for sequence in sequences:
-                self._grow_one(sequence)
+                self._grow_to(sequence, sequence.capacity + 1)
             sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
             books.append((tick, self.num_held, self.num_internal))
         return books
 
-    def _grow_one(self, sequence: Sequence) -> None:
+    def _grow_to(self, sequence: Sequence, num_tokens: int) -> None:
         before = sequence.capacity
-        sequence.capacity = held = self.reserve(sequence, before + 1)
+        sequence.capacity = held = self.reserve(sequence, num_tokens)
         self.num_held += held - before
         if held > sequence.final_tokens:
             self.num_internal += held - max(before, sequence.final_tokens)
@@ -180,7 +201,7 @@ class Allocator(ABC):
     def append(self, sequence: Sequence) -> int:
         """Make sure that the next token of the sequence has a slot of its own; the number of blocks copied."""
         if sequence.num_tokens >= sequence.capacity:
-            self._grow_one(sequence)
+            self._grow_to(sequence, sequence.capacity + 1)
         return 0
 
     def free(self, sequence: Sequence) -> None:

@@ -101,8 +101,14 @@ class CachingAllocator(Allocator):
 
     # The life of a sequence
 
-    def admit(self, sequence: Sequence, num_tokens: int) -> int:
+    def cached_tokens(self, request: Request, num_tokens: int) -> int:
+        """Those in the leading blocks that are cached."""
+        return self.cached(request, num_tokens)[0] * self.block_size
+
+    def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
         """Give a sequence its cached blocks and new ones behind them; the tokens that it need not compute."""
+        if filled is None:
+            filled = num_tokens
         size, pool = self.block_size, self.pool
         free = pool.num_free
         hits = self.hold(sequence, num_tokens)
@@ -114,16 +120,21 @@ class CachingAllocator(Allocator):
         shared = tokens - (free - pool.num_free) * size  # in blocks that somebody holds already
         sequence.block_table = hits
         sequence.capacity = held = self.reserve(sequence, num_tokens)
-        sequence.origin = num_tokens
+        sequence.origin = filled
         self.num_held += held - shared
-        self.num_tokens += num_tokens - shared
+        self.num_tokens += filled - shared
         if held > sequence.final_tokens:
             self.num_internal += held - sequence.final_tokens
         self.sequences.add(sequence)
-        self.held(sequence, num_tokens)
+        self.held(sequence, filled)
         if self.probe is not None:
             self.probe.begin(sequence)
         return tokens
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> None:
+        """Fill the next slots of a prompt that is computed in part."""
+        super().extend(sequence, num_tokens)
+        self.held(sequence, sequence.origin)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """Append the blocks that the table lacks."""

@@ -106,7 +106,7 @@ class PagedAllocator(Allocator):
         """A new block if the last is full, a copy of the last if others share it, else nothing."""
         tokens = sequence.num_tokens
         if tokens >= sequence.capacity:
-            self._grow_one(sequence)
+            self._grow_to(sequence, sequence.capacity + 1)
             return 0
         shared = sequence.block_table[-1]
         if self.pool.references[shared] == 1:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from sim.allocators.base import Admission, Allocator
 from sim.decode_set import DecodeSet, arrival_order
 from sim.registry import Registry
-from sim.request import Request, Sequence
+from sim.request import NEVER, Request, Sequence
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -45,6 +45,7 @@ class Scheduler(ABC):
         self.decodes = DecodeSet()
         self.waiting: deque[Request] = deque()
         self.running: dict[Request, None] = {}
+        self.partial: dict[Request, None] = {}  # of those, whose prompts are not computed to their ends
         self.swapped: dict[Request, None] = {}
         self.num_seqs = 0  # branches that running requests have or will fork, those that are done aside
         self.head_refused = False  # the head of the queue waits for memory
@@ -104,7 +105,7 @@ class Scheduler(ABC):
     @property
     def full(self) -> bool:
         """Whether the head of the queue would exceed max_num_seqs."""
-        return self.num_seqs + _branches(self.waiting[0]) > self.max_num_seqs
+        return self.num_seqs + branches(self.waiting[0]) > self.max_num_seqs
 
     def admit_in_order(self, step: Step, now: int) -> None:
         """Admit from the head of the queue until memory, sequences or prompt tokens are used up."""
@@ -120,23 +121,51 @@ class Scheduler(ABC):
             batched += tokens
             self.admit(self.waiting.popleft(), step, now)
 
-    def admit(self, request: Request, step: Step, now: int) -> None:
-        """Give a queued request its slots, and what of its prompt is not cached to this step."""
-        tokens = request.prefill_tokens
-        self.num_seqs += _branches(request)
+    def admit(
+        self, request: Request, step: Step, now: int, budget: int = FOREVER, *, whole: bool = True
+    ) -> int:
+        """Give a queued request its slots, and what of its prompt is not cached to this step; the tokens of that.
+
+        Where they exceed the budget, the prompt is computed in part. Slots are reserved for the whole prompt, or
+        only for what is filled with this step.
+        """
+        known = filled = request.prefill_tokens
+        if budget < known:
+            filled = min(known, self.allocator.cached_tokens(request, known) + budget)
+        self.num_seqs += branches(request)
         if request.sequences:
             sequence = request.sequences[0]
-            cached = self.allocator.admit(sequence, tokens)
-            self.recomputed_tokens += tokens - 1 - cached
+            computed = sequence.origin
         else:
             sequence = Sequence(request, 0, 0, request.prompt_tokens + request.output_tokens - 1)
             request.sequences.append(sequence)
             request.first_scheduled_time = now
-            request.cached_tokens = cached = self.allocator.admit(sequence, tokens)
+            computed = 0
+        if filled < known:
+            self.partial[request] = None
+            cached = self.allocator.admit(sequence, known if whole else filled, filled)
+        else:
+            cached = self.allocator.admit(sequence, known)
+        if computed > cached:
+            self.recomputed_tokens += computed - cached
+        elif not request.preemptions:
+            request.cached_tokens = cached
         request.status = "running"
         self.running[request] = None
-        step.chunks.append((sequence, cached, tokens - cached))
-        step.num_prefill_tokens += tokens - cached
+        tokens = filled - cached
+        step.chunks.append((sequence, cached, tokens))
+        step.num_prefill_tokens += tokens
+        return tokens
+
+    def compute(self, request: Request, tokens: int, step: Step) -> None:
+        """Give the next tokens of a prompt that is computed in part to this step; slots that it lacks are taken."""
+        sequence = request.sequences[0]
+        start = sequence.origin
+        self.allocator.extend(sequence, tokens)
+        if start + tokens == request.prefill_tokens:
+            del self.partial[request]
+        step.chunks.append((sequence, start, tokens))
+        step.num_prefill_tokens += tokens
 
     def grow(self, step: Step) -> None:
         """Give every decoding sequence a slot for its next token and put them into the step.
@@ -156,14 +185,18 @@ class Scheduler(ABC):
         elif pending:
             for sequence in sorted({*growing, *pending}, key=arrival_order):
                 step.copied_blocks += allocator.append(sequence)
-            decodes.copy_pending = []
-            self._note_grown(tick)
+            self.note_grown()
         elif growing:
             decodes.grow_next(allocator)
+        self.decode(step)
+
+    def decode(self, step: Step) -> None:
+        """Put the decode set into the step: its slots are taken."""
+        decodes = self.decodes
         if not decodes.size:
             return
         decodes.advance()
-        allocator.num_tokens += decodes.size
+        self.allocator.num_tokens += decodes.size
         step.num_decodes = decodes.size
         step.decode_context = decodes.context
 
@@ -173,9 +206,8 @@ class Scheduler(ABC):
 
     def _grow_one_by_one(self, step: Step) -> None:
         """In order of arrival, as vLLM V0 does where blocks are short."""
-        allocator, decodes = self.allocator, self.decodes
-        tick = decodes.clock + 1
-        queue = sorted([request for request in self.running if request.sequences[0].decodes], key=_arrival)
+        allocator = self.allocator
+        queue = sorted([request for request in self.running if request.sequences[0].decodes], key=arrival)
         index = 0
         while index < len(queue):
             request = queue[index]
@@ -188,25 +220,43 @@ class Scheduler(ABC):
                     break
                 queue.remove(chosen)
             else:
-                for sequence in request.sequences:
-                    step.copied_blocks += allocator.append(sequence)
-        decodes.copy_pending = []
-        self._note_grown(tick)
+                self.append(request, step)
+        self.note_grown()
 
-    def _note_grown(self, tick: int) -> None:
+    def drop(self, request: Request, reason: str, step: Step) -> None:
+        """Give up a running request of which nothing decodes."""
+        for sequence in request.sequences:
+            self.release(sequence)
+        del self.running[request]
+        self.partial.pop(request, None)
+        self.num_seqs -= branches(request)
+        self.reject(request, reason, step)
+
+    def append(self, request: Request, step: Step) -> None:
+        """Give every branch of a decoding request a slot for its next token."""
+        for sequence in request.sequences:
+            step.copied_blocks += self.allocator.append(sequence)
+
+    def note_grown(self) -> None:
+        """Note that all sequences that need a slot or a copy at the next tick have theirs."""
+        tick = self.decodes.clock + 1
+        self.decodes.copy_pending = []
         self.decodes.note_grown(tick, self.decodes.growths.pop(tick, []), None)
 
     def preempt(self, request: Request, step: Step) -> None:
         """Take a running request's memory: move it to the host, or drop it and compute it again later.
 
         `auto` follows vLLM V0: a single sequence is recomputed, a group is swapped. A single sequence that
-        the host has no room for is recomputed too; a group in that place can only be given up.
+        the host has no room for is recomputed too; a group in that place can only be given up. What is
+        computed again is the prompt, as far as it was asked for, and the tokens generated since.
         """
         allocator, decodes = self.allocator, self.decodes
         single = len(request.sequences) == 1
+        count = branches(request)
         for sequence in request.sequences:
-            decodes.leave(sequence)
-        wants_swap = self.preemption == "swap" or not single
+            if sequence.decodes is not None:
+                decodes.leave(sequence)
+        wants_swap = self.preemption == "swap" or count > 1
         if wants_swap and allocator.can_swap_out(request):
             if allocator.probe is not None:
                 for sequence in request.sequences:
@@ -216,7 +266,8 @@ class Scheduler(ABC):
             self.swapped[request] = None
         elif single:
             (sequence,) = request.sequences
-            request.prefill_tokens = sequence.num_tokens + 1
+            if sequence.origin >= request.prefill_tokens:
+                request.prefill_tokens = sequence.origin + 1
             self.release(sequence)
             request.status = "waiting"
             self.waiting.appendleft(request)
@@ -229,19 +280,27 @@ class Scheduler(ABC):
                 step,
             )
         del self.running[request]
-        self.num_seqs -= len(request.sequences)
+        self.partial.pop(request, None)
+        self.num_seqs -= count
         request.preemptions += 1
         step.preempted.append(request)
 
-    def swap_in(self, step: Step) -> None:
-        """Bring swapped requests back in order of arrival while they fit; they decode in this very step."""
+    def swap_in(self, step: Step, budget: int = FOREVER) -> int:
+        """Bring swapped requests back in order of arrival while they fit; they go on in this very step.
+
+        Returns what they leave of a budget of tokens.
+        """
         allocator = self.allocator
-        for request in sorted(self.swapped, key=_arrival):
+        for request in sorted(self.swapped, key=arrival):
             admission = allocator.swap_in_admission(request)
             if admission is Admission.LATER and not allocator.sequences:
                 admission = Admission.NEVER  # nobody is left to wait for
-            branches = len(request.sequences)
-            over = self.num_seqs + branches > self.max_num_seqs
+            count = branches(request)
+            first = request.sequences[0]
+            tokens = min(request.prefill_tokens - first.origin, budget)
+            if tokens <= 0:  # its prompt is computed, or nothing is left
+                tokens = len(request.sequences)
+            over = tokens > budget or self.num_seqs + count > self.max_num_seqs
             if admission is Admission.LATER or (admission is Admission.OK and over):
                 break
             del self.swapped[request]
@@ -255,13 +314,19 @@ class Scheduler(ABC):
             step.swapped_in_blocks += allocator.swap_in(request)
             request.status = "running"
             self.running[request] = None
-            self.num_seqs += branches
+            self.num_seqs += count
+            budget -= tokens
+            if first.origin < request.prefill_tokens:
+                self.partial[request] = None
+                self.compute(request, tokens, step)
+                continue
             for sequence in request.sequences:
                 step.copied_blocks += allocator.append(sequence)
                 self._rejoin(sequence)
-            allocator.num_tokens += branches
-            step.num_decodes += branches
+            allocator.num_tokens += tokens
+            step.num_decodes += tokens
             step.decode_context = self.decodes.context
+        return budget
 
     def _rejoin(self, sequence: Sequence) -> None:
         """Join the tick in flight: the sequence's new token belongs to it."""
@@ -307,9 +372,11 @@ class Scheduler(ABC):
             )
 
 
-def _arrival(request: Request) -> int:
+def arrival(request: Request) -> int:
+    """Requests are numbered as they arrive."""
     return request.id
 
 
-def _branches(request: Request) -> int:
-    return len(request.sequences) or request.width
+def branches(request: Request) -> int:
+    """Sequences that a request has, or will fork once its prompt is computed."""
+    return request.width if request.first_token_time == NEVER else len(request.sequences)

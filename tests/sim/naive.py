@@ -182,7 +182,9 @@ def run_naively(
         now += duration
         for sequence, begin, tokens in step.chunks:
             request = sequence.request
-            assert begin + tokens == request.prefill_tokens
+            assert begin + tokens == sequence.num_tokens <= request.prefill_tokens
+            if begin + tokens < request.prefill_tokens:
+                continue
             if allocator.keeps_freed:
                 allocator.computed(sequence)
             branches = [sequence]

@@ -188,3 +188,43 @@ def test_single_sequences(scheduler_kind, allocator_name, rows, slots, clock, ma
 def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, turnover):
     workload = Given(rows, beams=(turnover, 1))
     assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, preemption=preemption))
+
+
+CHUNKED = {"vllm_v0": {"chunked_prefill": True}}
+
+
+@pytest.mark.parametrize("scheduler_kind", CHUNKED)
+@pytest.mark.parametrize("allocator_name", ALLOCATORS)
+@settings(max_examples=12)
+@given(
+    rows=st.lists(single, min_size=1, max_size=14),
+    slots=st.sampled_from([64, 96, 150, 400]),
+    clock=st.sampled_from(list(TIMINGS)),
+    budget=st.sampled_from([1, 2, 5, 16, 40, 100]),
+    max_num_seqs=st.sampled_from([1, 3, 32]),
+    preemption=st.sampled_from(["auto", "swap"]),
+    who=st.sampled_from(["latest", "earliest", "most_slots"]),
+)
+def test_prompts_in_chunks(
+    scheduler_kind, allocator_name, rows, slots, clock, budget, max_num_seqs, preemption, who
+):
+    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": who}
+    fields |= {"max_num_batched_tokens": budget, **CHUNKED[scheduler_kind]}
+    assert_equal(*both(Given(rows), allocator_name, scheduler_kind, clock, slots, **fields))
+
+
+@pytest.mark.parametrize("scheduler_kind", CHUNKED)
+@pytest.mark.parametrize("allocator_name", ["paged 1", "paged 4", "paged 4 little host"])
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
+    slots=st.sampled_from([96, 150, 400]),
+    clock=st.sampled_from(["fixed", "roofline"]),
+    budget=st.sampled_from([4, 9, 16, 40]),
+    preemption=st.sampled_from(["auto", "swap"]),
+    turnover=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_groups_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, budget, preemption, turnover):
+    fields = {"max_num_batched_tokens": budget, "preemption": preemption, **CHUNKED[scheduler_kind]}
+    workload = Given(rows, beams=(turnover, 1))
+    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))

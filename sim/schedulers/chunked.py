@@ -1,0 +1,84 @@
+"""Steps that mix decodes with parts of prompts, within a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from sim.allocators.base import Allocator
+from sim.request import Request, Sequence
+from sim.schedulers.base import Preemption, Scheduler, branches
+from sim.schedulers.victims import Victim, latest
+from sim.schedulers.victims import victim as victims
+from sim.step import Step
+from sim.units import FOREVER
+
+
+class ChunkedScheduler(Scheduler):
+    """A scheduler whose steps compute prompts in chunks beside decodes (Agrawal et al., OSDI 2024).
+
+    While memory is plenty and the budget reaches everybody, the decode set moves as one group and only prompts
+    are looked at one by one. Otherwise a policy walks its running requests in its own order for that step;
+    those that get no token are put to rest: they leave the decode set, keep their slots, and are back with
+    the next plan.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        *,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        preemption: Preemption = "auto",
+        victim: Annotated[Victim, victims] = latest,
+    ) -> None:
+        super().__init__(
+            allocator,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            preemption=preemption,
+            victim=victim,
+        )
+        self.resting: list[Sequence] = []  # decode, but have no token of this step
+        self.resting_seqs = 0  # branches of all running requests that have none
+        self._woken = False
+
+    def begin(self) -> None:
+        """Start a plan: whoever rested takes part again."""
+        self.head_refused = False
+        self.resting_seqs = 0
+        self._woken = bool(self.resting)
+        for sequence in self.resting:
+            self.decodes.join(sequence)
+            if sequence.request.width > 1:
+                self.decodes.copy_pending.append(sequence)
+        self.resting = []
+
+    def rest(self, requests: Iterable[Request]) -> None:
+        """Leave running requests without a token of this step."""
+        for request in requests:
+            self.resting_seqs += branches(request)
+            if request not in self.partial:
+                for sequence in request.sequences:
+                    self.decodes.leave(sequence)
+                    self.resting.append(sequence)
+
+    def left(self, request: Request) -> int:
+        """Prompt tokens of a running request that are not computed yet."""
+        return request.prefill_tokens - request.sequences[0].origin
+
+    def ample(self, demand: int) -> bool:
+        """Whether nobody can be refused: all decodes grow, and prompts take `demand` of the headroom."""
+        decodes = self.decodes
+        growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending)
+        return self.allocator.headroom - growing - demand >= self._widest
+
+    def decode_walked(self, step: Step) -> None:
+        """Put the decode set into the step after a walk over the requests."""
+        self.tight = True
+        self.note_grown()
+        self.decode(step)
+
+    def quiet_for(self, now: int) -> int:
+        """Nothing depends on time; but prompts in parts, and who rested, change every step."""
+        return 0 if self.partial or self.resting or self._woken else FOREVER
