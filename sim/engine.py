@@ -69,7 +69,7 @@ class Engine:
         self.swapped_in_blocks = 0
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
-        recorder.num_slots = self.allocator.num_slots
+        recorder.num_slots = timing.num_slots = self.allocator.num_slots
         if probe is not None:
             probe.start(self.allocator)
         self.process = env.process(self._run())

@@ -22,6 +22,7 @@ CHUNK = 1 << 15
 REQUEST_COLUMNS = (
     "request_id", "arrival_time", "prompt_tokens", "output_tokens", "status", "reason",
     "first_scheduled_time", "first_token_time", "finish_time", "preemptions", "cached_tokens",
+    "reused_tokens",
 )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ class Recorder:
         self.num_slots = 0
         self.num_steps = 0
         self.last_arrival = 0
-        self._requests = array("q")  # ten figures a request
+        self._requests = array("q")  # eleven figures a request
         self._others: dict[int, tuple[str, str]] = {}  # status and reason of those that did not finish
         # One row a stretch of steps: start, steps, prefill tokens, decoding sequences, running and waiting
         # requests, token states in the first step and more per step, blocks saved by sharing.
@@ -57,15 +58,15 @@ class Recorder:
     def request(self, request: Request) -> None:
         """A request is over."""
         if request.status != "finished":
-            self._others[len(self._requests) // 10] = (request.status, request.reason)
+            self._others[len(self._requests) // 11] = (request.status, request.reason)
         self._requests.extend(
             (
                 request.id, request.arrival_time, request.prompt_tokens, request.output_tokens, request.width,
                 request.first_scheduled_time, request.first_token_time, request.finish_time,
-                request.preemptions, request.cached_tokens,
+                request.preemptions, request.cached_tokens, request.reused_tokens,
             )
         )  # fmt: skip
-        if len(self._requests) >= 10 * CHUNK:
+        if len(self._requests) >= 11 * CHUNK:
             self._flush_requests()
 
     def stretch(
@@ -113,8 +114,10 @@ class Recorder:
     def _flush_requests(self) -> None:
         if not self._requests:
             return
-        rows: Ints = np.array(self._requests).reshape(-1, 10).T
-        ids, arrival, prompts, outputs, widths, scheduled, first_token, finish, preemptions, cached = rows
+        rows: Ints = np.array(self._requests).reshape(-1, 11).T
+        (
+            ids, arrival, prompts, outputs, widths, scheduled, first_token, finish, preemptions, cached, reused
+        ) = rows  # fmt: skip
         status = np.full(len(ids), "finished", object)
         reason = np.full(len(ids), "", object)
         for index, (what, why) in self._others.items():
@@ -136,6 +139,7 @@ class Recorder:
             "reason": reason,
             "preemptions": preemptions,
             "cached_tokens": cached,
+            "reused_tokens": reused,
         }
         for name, values in times.items():
             columns[name] = np.where(values == NEVER, np.nan, values / 1e9)

@@ -58,8 +58,8 @@ class Request:
     __slots__ = (
         "arrival_time", "beam_width", "cached_tokens", "content", "content_grain", "finish_time",
         "first_scheduled_time", "first_token_time", "id", "n", "next_branch", "output_tokens",
-        "preemptions", "prefill_tokens", "priority", "prompt_tokens", "reason", "sequences", "status", "tenant",
-        "width",
+        "preemptions", "prefill_tokens", "priority", "prompt_tokens", "reason", "reused_tokens",
+        "sequences", "status", "tenant", "width",
     )  # fmt: skip
 
     def __init__(
@@ -96,7 +96,8 @@ class Request:
         self.first_token_time = NEVER
         self.finish_time = NEVER
         self.preemptions = 0
-        self.cached_tokens = 0
+        self.cached_tokens = 0  # found at the first admission
+        self.reused_tokens = 0  # most found at one of them
 
     def __repr__(self) -> str:
         return f"request {self.id}"

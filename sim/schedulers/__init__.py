@@ -1,9 +1,11 @@
 """Schedulers: who runs in the next step. Importing the package registers the built-in ones."""
 
+from sim.schedulers.aisimulate import AISimulate
 from sim.schedulers.base import Scheduler, scheduler
 from sim.schedulers.orca import Orca
 from sim.schedulers.static import Static
 from sim.schedulers.victims import victim
+from sim.schedulers.vidur import Vidur
 from sim.schedulers.vllm_v0 import VllmV0
 
-__all__ = ["Orca", "Scheduler", "Static", "VllmV0", "scheduler", "victim"]
+__all__ = ["AISimulate", "Orca", "Scheduler", "Static", "Vidur", "VllmV0", "scheduler", "victim"]

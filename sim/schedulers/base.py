@@ -150,6 +150,7 @@ class Scheduler(ABC):
             self.recomputed_tokens += computed - cached
         elif not request.preemptions:
             request.cached_tokens = cached
+        request.reused_tokens = max(request.reused_tokens, cached)
         request.status = "running"
         self.running[request] = None
         tokens = filled - cached
@@ -297,7 +298,8 @@ class Scheduler(ABC):
                 admission = Admission.NEVER  # nobody is left to wait for
             count = branches(request)
             first = request.sequences[0]
-            tokens = min(request.prefill_tokens - first.origin, budget)
+            room = first.capacity + (allocator.growth or 0)  # a fresh block is there for every branch
+            tokens = min(request.prefill_tokens - first.origin, budget, room - first.origin)
             if tokens <= 0:  # its prompt is computed, or nothing is left
                 tokens = len(request.sequences)
             over = tokens > budget or self.num_seqs + count > self.max_num_seqs

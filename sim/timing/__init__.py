@@ -1,10 +1,22 @@
 """Timing models: seconds for a step. Importing the package registers the built-in ones."""
 
+from sim.timing.aisimulate import AISimulatePolynomial
 from sim.timing.base import StepTime, timing
 from sim.timing.fixed import Fixed
 from sim.timing.linear import Linear
 from sim.timing.roofline import Roofline
 from sim.timing.table import Table
 from sim.timing.transfers import Transfers
+from sim.timing.vidur import Vidur
 
-__all__ = ["Fixed", "Linear", "Roofline", "StepTime", "Table", "Transfers", "timing"]
+__all__ = [
+    "AISimulatePolynomial",
+    "Fixed",
+    "Linear",
+    "Roofline",
+    "StepTime",
+    "Table",
+    "Transfers",
+    "Vidur",
+    "timing",
+]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from sim.registry import Registry
 from sim.step import Step
+from sim.units import FOREVER
 
 timing: Registry[type[StepTime]] = Registry("timing")
 
@@ -22,6 +23,8 @@ class StepTime(ABC):
 
     context_free: ClassVar[bool] = False
     """True if a decode step's time depends on the number of sequences only."""
+    num_slots: int = FOREVER
+    """KV slots of the device; the engine says it before the first step."""
 
     @abstractmethod
     def seconds(self, step: Step) -> float:

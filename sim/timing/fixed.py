@@ -34,7 +34,9 @@ class Fixed(StepTime):
 
     def seconds(self, step: Step) -> float:
         """Both constants, each if the step has such tokens."""
-        return (self.prefill if step.chunks else 0.0) + (self.decode if step.num_decodes else 0.0)
+        prompts = len(step.chunks) > step.num_unprompted
+        decodes = step.num_decodes or step.num_resumed
+        return (self.prefill if prompts else 0.0) + (self.decode if decodes else 0.0)
 
     def decode_seconds(self, num_decodes: int, context: int) -> float:
         """The decode constant."""

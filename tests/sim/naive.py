@@ -99,6 +99,7 @@ def run_naively(
     scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
     scheduler.add = scheduler.waiting.append
     allocator = scheduler.allocator
+    timing.num_slots = allocator.num_slots
     search = None if beams is None else BeamSearch(*beams)
     outcome = Outcome()
     counters = dict.fromkeys(("preemptions", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks"), 0)

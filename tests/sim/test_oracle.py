@@ -190,7 +190,7 @@ def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, 
     assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, preemption=preemption))
 
 
-CHUNKED = {"vllm_v0": {"chunked_prefill": True}}
+CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "aisimulate": {}}
 
 
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)

@@ -1,0 +1,160 @@
+"""AISimulate's model of a vLLM rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from typing import Annotated
+
+from sim.allocators.base import Admission, Allocator
+from sim.registry import PositiveInt
+from sim.request import NEVER, Request
+from sim.schedulers.base import Preemption, branches, scheduler
+from sim.schedulers.chunked import ChunkedScheduler
+from sim.schedulers.victims import Victim, earliest, latest
+from sim.schedulers.victims import victim as victims
+from sim.step import Step
+
+
+@scheduler("aisimulate")
+class AISimulate(ChunkedScheduler):
+    """Running requests first, then the queue, within a budget of tokens, as AISimulate models vLLM (core 0.13.0).
+
+    Running requests take their tokens in order of admission, prompts in chunks, with blocks for the chunk
+    alone. Where blocks are short one gives way, at worst one that has its tokens of this step already; they
+    go back to the budget, but not the turn of who stood behind the one being served and is passed over. If
+    nobody gave way, the head of the queue is admitted while all of it would fit. What is computed again ends in
+    a further token, and that counts as a decode. Beside the allocator `prefix` it gives AISimulate's times.
+
+    Fields:
+        max_num_seqs: Most sequences that run together; a group counts all its samples or beams.
+        max_num_batched_tokens: Most tokens of a step.
+        preemption: What happens to a victim (see vllm_v0); AISimulate recomputes.
+        victim: Who gives way when blocks run out; latest and earliest are by admission here.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        *,
+        max_num_seqs: PositiveInt = 256,
+        max_num_batched_tokens: PositiveInt = 2048,
+        preemption: Preemption = "auto",
+        victim: Annotated[Victim, victims] = latest,
+    ) -> None:
+        super().__init__(
+            allocator,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            preemption=preemption,
+            victim=victim,
+        )
+
+    def plan(self, now: int) -> Step:
+        """A token or a chunk for who runs, and chunks of who can be admitted."""
+        step = Step()
+        self.begin()
+        left = self._run(step)
+        if not step.preempted:
+            if self.swapped:
+                left = self.swap_in(step, left)
+            if not self.swapped:
+                self._admit_chunks(step, now, left)
+        for sequence, start, tokens in step.chunks:
+            request = sequence.request
+            step.num_unprompted += start >= request.prompt_tokens
+            resumed = request.first_token_time != NEVER and start + tokens == request.prefill_tokens
+            step.num_resumed += resumed
+        return step
+
+    def _run(self, step: Step) -> int:
+        """Running requests in order of admission; what they leave of the step's tokens."""
+        partial = self.partial
+        left = budget = self.max_num_batched_tokens - self.decodes.size
+        chunks = []
+        demand = 0
+        for request in partial:
+            tokens = min(self.left(request), left)
+            chunks.append(tokens)
+            left -= tokens
+            demand += self.allocator.demand(request.sequences[0], tokens)
+        if budget < 0 or not self.ample(demand) or not self._decodes_first(left):
+            return self._walk(step)
+        self.grow(step)
+        for request, tokens in zip(list(partial), chunks, strict=True):
+            if tokens:
+                self.compute(request, tokens, step)
+            else:
+                self.resting_seqs += branches(request)
+        return left
+
+    def _decodes_first(self, left: int) -> bool:
+        """Whether the chunks leave every decode its token in order of admission."""
+        behind = zip(reversed(self.running), self.partial, strict=False)
+        return left > 0 or all(request in self.partial for request, _ in behind)
+
+    def _walk(self, step: Step) -> int:
+        queue = list(self.running)
+        chunked: set[Request] = set()
+        served: dict[Request, int] = {}
+        left = self.max_num_batched_tokens
+        index = 0
+        while index < len(queue) and left > 0:
+            request = queue[index]
+            tokens = len(request.sequences)
+            if request in self.partial:
+                tokens = min(self.left(request), left)
+            while not self._has_room(request, tokens):
+                chosen = self._choose([each for each in queue if each not in chunked])
+                queue.remove(chosen)
+                if chosen in served:
+                    left += served.pop(chosen)
+                    self._forget_growth(chosen)
+                self.preempt(chosen, step)
+                if chosen is request:
+                    break
+            else:
+                if request in self.partial:
+                    self.compute(request, tokens, step)
+                    chunked.add(request)
+                else:
+                    self.append(request, step)
+                served[request] = tokens
+                left -= tokens
+                index += 1
+        self.rest([request for request in queue if request not in served])
+        self.decode_walked(step)
+        return left
+
+    def _has_room(self, request: Request, tokens: int) -> bool:
+        if request in self.partial:
+            return self.allocator.demand(request.sequences[0], tokens) <= self.allocator.headroom
+        return self.allocator.can_append(request)
+
+    def _choose(self, candidates: Ordered[Request]) -> Request:
+        if self._choose_victim is latest:
+            return candidates[-1]
+        return candidates[0] if self._choose_victim is earliest else self._choose_victim(candidates)
+
+    def _forget_growth(self, request: Request) -> None:
+        """A victim has its slot of this step: it stands in the calendar by the slots that it had before."""
+        decodes = self.decodes
+        growing = decodes.growths.get(decodes.clock + 1, [])
+        for sequence in request.sequences:
+            if sequence in growing:
+                growing.remove(sequence)
+                if sequence.capacity < sequence.final_tokens:
+                    decodes.await_growth(sequence)
+
+    def _admit_chunks(self, step: Step, now: int, left: int) -> None:
+        while self.waiting and left > 0:
+            admission = self.head_admission(step)
+            if admission is Admission.NEVER:
+                continue
+            if admission is Admission.LATER or self.full:
+                return
+            left -= self.admit(self.waiting.popleft(), step, now, left, whole=False)
+
+    @property
+    def open_to_arrivals(self) -> bool:
+        """Behind a head that waits, and while a group is swapped out, nobody is looked at."""
+        return not self.waiting and not self.swapped
