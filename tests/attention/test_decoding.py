@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention.swap_space import SwapSpace
 
 from attention.agreement import compare
 from attention.beam_search import BeamSearch
@@ -15,6 +14,7 @@ from attention.cache import OutOfBlocks, PagedKVCache
 from attention.decoding import Decoding, decode
 from attention.sampling import Greedy, Sampling
 from attention.search import DecodingRequest
+from attention.swap_space import SwapSpace
 from tests.attention.generation import (
     EOS,
     METHODS,
