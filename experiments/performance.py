@@ -45,7 +45,12 @@ def perform(job: Job, progress: Progress | None = None) -> Failure | None:
         raise  # nobody waits for the result any more
     except UserError as error:
         return Failure(str(error), True, traceback.format_exc())
-    except (Stalled, ProbeError) as error:
+    except ProbeError as error:
+        from experiments.failures import store_failure
+
+        left = store_failure(Path(job.folder), job.run_id, job.manifest, error)
+        return Failure(f"{error}\n  to look into it: {left}", False, traceback.format_exc())
+    except Stalled as error:
         return Failure(str(error), False, traceback.format_exc())
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
