@@ -38,12 +38,13 @@ def run(
     capacity = make_capacity(experiment, model, device)
     scheduler = make_scheduler(experiment, make_allocator(experiment, capacity))
     workload = make_workload(experiment, capacity, replication)
-    probe = make_probe(experiment, workload)
+    step_time = make_timing(experiment, model, device)
+    probe = make_probe(experiment, workload.num_requests, model, step_time)
     figures = _simulate(
         probe,
         workload,
         scheduler=scheduler,
-        timing=make_timing(experiment, model, device),
+        timing=step_time,
         transfers=make_transfers(experiment, model, device, scheduler.allocator),
         recorder=Recorder(sink, **experiment.record),
         max_model_len=capacity.max_model_len,
@@ -51,7 +52,7 @@ def run(
     )
     if probe is None:
         return {**figures, "probe_steps": 0, "probe_max_error": None}, 0.0
-    return {**figures, "probe_steps": probe.num_samples, "probe_max_error": probe.max_error}, probe.cpu_s
+    return {**figures, **probe.figures}, probe.cpu_s
 
 
 def _simulate(probe: AttentionProbe | None, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -173,13 +174,15 @@ def make_transfers(
     return made
 
 
-def make_probe(experiment: Experiment, over: Any) -> AttentionProbe | None:
-    """The probe of a run over this workload; None where the experiment wants none."""
+def make_probe(
+    experiment: Experiment, num_requests: int | None, model: Model | None, step_time: StepTime | None
+) -> AttentionProbe | None:
+    """The probe of a run of so many requests; None where the experiment wants none."""
     settings = experiment.probe
     if settings is False:
         return None
     fields = {} if settings is True else settings
-    made: AttentionProbe = construct(AttentionProbe, fields, ("probe",), over.num_requests)
+    made: AttentionProbe = construct(AttentionProbe, fields, ("probe",), num_requests, model, step_time)
     return made
 
 

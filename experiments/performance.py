@@ -89,5 +89,11 @@ def _perform(job: Job, progress: Progress | None) -> None:
         write_json(folder / "summary.json", {**figures, **spent})
         versions = {"python": platform.python_version(), "numpy": numpy.__version__}
         versions |= {"simpy": simpy.__version__, "pyarrow": pyarrow.__version__}
-        told = {"capacity": capacity_told(experiment), "versions": versions, "platform": sys.platform}
+        reproducible = not (isinstance(experiment.probe, dict) and experiment.probe.get("calibrate"))
+        told = {
+            "reproducible": reproducible,
+            "capacity": capacity_told(experiment),
+            "versions": versions,
+            "platform": sys.platform,
+        }
         write_json(folder / "manifest.json", {**job.manifest, **told, **spent, "probe_cpu_s": probe_cpu})

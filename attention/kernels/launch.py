@@ -41,7 +41,7 @@ def refusal(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | No
         if interpreted():
             return "TRITON_INTERPRET=1 is set, which runs kernels on tensors of the CPU, got tensors on a GPU"
         if torch.version.hip is not None:
-            return None
+            return "its kernels are made for GPUs of NVIDIA, got one of AMD"
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"its kernels need a GPU of compute capability 8.0 or later, got {major}.{minor}"
@@ -101,8 +101,8 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor, given: Given) -> None
     splits = call.num_splits
     if splits is None:
         longest = min(call.max_seq_len, window or call.max_seq_len)
-        slots = num_sms(call.q.device) * chosen.programs_per_sm
-        splits = plan.num_splits(num_seqs * programs_per_seq, longest, slots)
+        sms = num_sms(call.q.device)
+        splits = plan.num_splits(num_seqs * programs_per_seq, longest, sms, chosen.programs_per_sm)
     direct = splits == 1
     part_out, part_lse = out, lse
     if not direct:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from attention.kernels.configurations import Configuration, power_of_two
 
 MOST_SPLITS = 128
-SHORTEST_SPLIT = 256
-"""Tokens; shorter shares would write more partial results than is worth it."""
-
+SPLIT_TILE = 64
+"""Tokens in the unit of the model of `num_splits`; its other constants are in units of the time for so many."""
+LONELY = 0.75
+PARTIAL = 0.3
+COMBINE = 2.5
+COMBINE_SPLIT = 0.05
 
 UNALIGNED = {
     "decode": Configuration(tile=16, rows=16, num_warps=8, num_stages=1),
@@ -47,19 +52,32 @@ def step_of(strides: Sequence[int], item_size: int) -> int:
     return step if all(stride % step == 0 for stride in strides) else 1
 
 
-def num_splits(num_programs: int, longest: int, slots: int) -> int:
-    """Shares per history for a grid of `num_programs` without splits on a device that runs `slots` at a time.
+def num_splits(num_programs: int, longest: int, num_sms: int, programs_per_sm: int) -> int:
+    """Shares per history for decoding with `num_programs` programs before splitting, on so many multiprocessors.
 
-    FlashAttention's rule: none if the grid alone fills 80 % of the device; otherwise the fewest whose last wave is
-    within 85 % of the best fill. `longest` is rounded up to a power of two, so that it rarely changes.
+    `longest` is a bound of the lengths; it is rounded up to a power of two, so that the grid rarely changes.
     """
-    if num_programs >= 0.8 * slots:
-        return 1
-    most = max(1, min(MOST_SPLITS, power_of_two(longest) // SHORTEST_SPLIT))
-    fill = [
-        num_programs * splits / slots / -(-num_programs * splits // slots) for splits in range(1, most + 1)
-    ]
-    return next(splits for splits, share in enumerate(fill, 1) if share >= 0.85 * max(fill))
+    return _num_splits(num_programs, power_of_two(max(longest, 1)), num_sms, programs_per_sm)
+
+
+@functools.lru_cache(maxsize=4096)
+def _num_splits(num_programs: int, longest: int, num_sms: int, programs_per_sm: int) -> int:
+    """The number with the least time in a model of it, in units of a tile at full bandwidth; the fewest of equals.
+
+    The busiest multiprocessor does `waves` programs. A share costs its tiles and the writing of its partial result;
+    where fewer than programs_per_sm run at a time, their waiting shows. Splitting costs the launch of `combine`,
+    which reads all shares. The form is that of FlashInfer's planner; the constants are estimates for an H100.
+    """
+    tiles = longest / SPLIT_TILE
+    best, least = 1, math.inf
+    for splits in range(1, min(MOST_SPLITS, math.ceil(tiles)) + 1):
+        waves = math.ceil(num_programs * splits / num_sms)
+        waiting = 1 + LONELY * max(0, programs_per_sm - waves) / programs_per_sm
+        cost = waves * waiting * (tiles / splits + (PARTIAL if splits > 1 else 0))
+        cost += COMBINE + COMBINE_SPLIT * splits if splits > 1 else 0
+        if cost < least:
+            best, least = splits, cost
+    return best
 
 
 def fitted(

@@ -101,3 +101,27 @@ def test_a_device_that_is_not_there_is_the_users_mistake(kvsim: Kvsim, write: Wr
     said = kvsim("run", "small.yaml", "--no-plots", "--set", "probe.device=teapot")
     assert said.code == 2
     assert "probe.device: got 'teapot', expected auto or a device of torch" in said.err
+
+
+def test_sampled_steps_correct_a_profile(kvsim: Kvsim, write: Write) -> None:
+    model = (
+        "{num_layers: 2, hidden_size: 64, num_heads: 4, num_kv_heads: 2, head_dim: 16, num_params: 1e8, "
+        "max_model_len: 400}"
+    )
+    text = SMALL.replace("model: opt-13b", f"model: {model}").replace("kv_memory: 2 GiB", "num_blocks: 400")
+    text = text.replace("device: a100-40gb\n", "")
+    text = text[: text.index("timing:")] + "timing: {kind: calibrated, profile: cpu-xeon}\n"
+    write("small.yaml", text)
+    said = kvsim("run", "small.yaml", "--no-plots", "--set", "probe={every: 10, calibrate: true}")
+    assert said.code == 0, said.err
+    summary, manifest = stored("summary"), stored("manifest")
+    assert manifest["reproducible"] is False
+    assert summary["calibrated_steps"] >= 10
+    assert summary["attention_error_before_median"] > 0
+    assert summary["attention_error_after_median"] > 0
+    assert f"attention on {summary['calibrated_steps']} steps: by the profile " in said.out
+
+    said = kvsim("check", "small.yaml", "--set", "probe.calibrate=true", "--set", "model=null",
+                 "--set", "timing={kind: fixed}")  # fmt: skip
+    assert said.code == 2
+    assert "probe: calibrate needs a model" in said.err

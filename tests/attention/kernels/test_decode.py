@@ -29,8 +29,12 @@ def test_any_number_of_splits(device, num_splits):
     case(device, (5, 100, 0, 300)).check(num_splits=num_splits)
 
 
+def test_more_shares_than_are_merged_at_a_time(device):
+    case(device, (5, 700), heads=2, kv_heads=1, sharpness=3.0).check(num_splits=40)
+
+
 def test_splits_are_chosen_from_what_is_known_at_launch(device):
-    paged = case(device, (1, 700), kv_heads=1)
+    paged = case(device, (1, 300), heads=2, kv_heads=1, head_dim=16)
     paged.check(num_splits=None)
     paged.check(num_splits=None, max_seq_len=1)  # a bound that is too low may be slow, never wrong
     paged.check(num_splits=None, max_seq_len=100_000)
@@ -43,7 +47,7 @@ def test_a_window_reads_nothing_outside(device, window):
     paged.check(num_splits=4)
 
 
-@pytest.mark.parametrize("soft_cap", [0.5, 30.0])
+@pytest.mark.parametrize("soft_cap", [0.5, 30.0, 2000.0])
 def test_soft_cap(device, soft_cap):
     case(device, (1, 40, 130), soft_cap=soft_cap, sharpness=3.0).check(num_splits=2)
 

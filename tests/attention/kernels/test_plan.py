@@ -57,22 +57,23 @@ def test_a_kind_that_nobody_knows_is_named():
         configuration(key_of("training", 128, "float16", 4, 16))
 
 
-@given(num_programs=st.integers(1, 5000), longest=st.integers(0, 200_000), slots=st.integers(1, 800))
-def test_splits_fill_the_device_and_stay_long(num_programs, longest, slots):
-    splits = plan.num_splits(num_programs, longest, slots)
-    assert 1 <= splits <= plan.MOST_SPLITS
-    if num_programs >= slots:
-        assert splits == 1
-    if splits > 1:
-        assert longest / splits > plan.SHORTEST_SPLIT / 2
+@given(num_programs=st.integers(1, 5000), longest=st.integers(0, 200_000), programs_per_sm=st.integers(1, 6))
+def test_splits_are_no_more_than_there_are_tiles(num_programs, longest, programs_per_sm):
+    splits = plan.num_splits(num_programs, longest, 132, programs_per_sm)
+    assert 1 <= splits <= min(plan.MOST_SPLITS, max(1, 2 * longest / plan.SPLIT_TILE))
 
 
 def test_splits_of_well_known_batches_on_an_h100():
-    slots = 132 * 3
-    assert plan.num_splits(8, 32768, slots) * 8 >= 0.6 * slots  # one long sequence, 8 KV heads
-    assert plan.num_splits(8, 200, slots) == 1
-    assert plan.num_splits(64 * 8, 4096, slots) == 1
-    assert plan.num_splits(8, 5000, slots) == plan.num_splits(8, 8000, slots)  # rarely another grid
+    def splits(batch: int, context: int) -> int:
+        return plan.num_splits(8 * batch, context, 132, 3)  # 8 KV heads
+
+    assert splits(1, 32768) * 8 >= 0.9 * 132 * 3  # one long sequence fills the device
+    assert splits(1, 40) == 1
+    assert splits(1, 1024) > 4  # a short one is split too, so that nobody waits for a long share
+    assert splits(64, 4096) == 1
+    assert splits(256, 1024) == 1
+    assert splits(52, 4096) > 1  # 3.15 programs a multiprocessor: most would idle while a few do a fourth
+    assert splits(1, 5000) == splits(1, 8000)  # rarely another grid
 
 
 def test_strides_are_counted_in_16_bytes_where_they_allow_it():
