@@ -18,8 +18,8 @@ from sim.request import Sequence
 from sim.timing.base import StepTime
 
 if TYPE_CHECKING:
+    from attention.calibration.recalibration import Recalibration
     from attention.comparison import Comparison, Window
-    from attention.recalibration import Recalibration
 
 MAX_SEQUENCES = 4
 MAX_TOKENS = 256
@@ -108,7 +108,7 @@ class AttentionProbe:
     def _measure(self, model: Model, sequences: Ordered[Sequence]) -> None:
         """Time attention over the sequences that decode in this step."""
         if self._recalibration is None:
-            from attention.recalibration import Recalibration
+            from attention.calibration.recalibration import Recalibration
 
             block_size = self.audit.ledger.device.block_size
             self._recalibration = Recalibration(model, self._timing, block_size, self.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from experiments.text import table
 
 if TYPE_CHECKING:
-    from attention.benchmark import AttentionBenchmark, Case, Result
+    from attention.calibration.benchmark import AttentionBenchmark, Case, Result
 
 GOAL_CPU = 0.40
 GOAL_GPU, FLOOR_S, ABOVE_FLOOR_S = 0.90, 45e-6, 8e-6
@@ -17,9 +17,9 @@ GOAL_PREFILL = 0.60
 
 def bench_attention(folder: Path) -> str:
     """All tables, on the GPU if there is one; ratios are taken between calls that alternate."""
-    from attention.benchmark import AttentionBenchmark, decode_cases, flex_cases, prefill_cases
-    from attention.measuring import device_name
-    from attention.rivals import RIVALS
+    from attention.calibration.benchmark import AttentionBenchmark, decode_cases, flex_cases, prefill_cases
+    from attention.calibration.measuring import device_name
+    from attention.calibration.rivals import RIVALS
 
     bench = AttentionBenchmark()
     kind = bench.device.type

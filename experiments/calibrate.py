@@ -20,8 +20,8 @@ def run_calibrate(device: str, out: Path, quick: bool) -> int:
     The file appears when everything is measured, or stays as it was. Raises UserError for a device that is not
     there and for a file that cannot be written, before anything is measured.
     """
-    from attention.calibration import calibrate
-    from attention.measuring import find_device
+    from attention.calibration.calibrate import calibrate
+    from attention.calibration.measuring import find_device
     from experiments.identity import version
 
     find_device(device)

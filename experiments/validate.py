@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from experiments.text import aligned
 
 if TYPE_CHECKING:
-    from attention.validation import Row
+    from attention.validation.validate import Row
 
 HEADER = ("property", "implementation", "type", "cases", "worst error", "bound", "share", "ok")
 NUMBERS = (False, False, False, True, True, True, True, False)
@@ -21,8 +21,8 @@ def run_validate(device: str) -> int:
 
     Raises UserError for a device that is not there.
     """
-    from attention.measuring import find_device, one_thread
-    from attention.validation import implementations, validate
+    from attention.calibration.measuring import find_device, one_thread
+    from attention.validation.validate import implementations, validate
 
     where = find_device(device)
     with one_thread(), _line() as progress:

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
+from attention.calibration.measuring import Call, bandwidths, rotations, seconds
+from attention.calibration.trials import Bench, Heads
 from attention.call import AttentionCall
 from attention.kernels.configurations import SHIPPED, Configuration, Key, configuration, key_of
 from attention.kernels.launch import attend, refusal
-from attention.measuring import Call, bandwidths, rotations, seconds
-from attention.trials import Bench, Heads
 
 SHARED_MEMORY = 232448
 QUERY_HEADS = 32

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attention import benchmark, measuring
-from attention.benchmark import AttentionBenchmark, Case, Result, decode_cases, prefill_cases
+from attention.calibration import benchmark, measuring
+from attention.calibration.benchmark import AttentionBenchmark, Case, Result, decode_cases, prefill_cases
+from attention.calibration.rivals import RIVALS, Contiguous, FlashInfer, Varlen, pieces
+from attention.calibration.trials import Bench, Heads
 from attention.plain import plain_attention
-from attention.rivals import RIVALS, Contiguous, FlashInfer, Varlen, pieces
-from attention.trials import Bench, Heads
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 8)

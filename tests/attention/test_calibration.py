@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attention import calibration, measuring
-from attention.calibration import calibrate, fitted, measure
-from attention.calibration_grid import GRIDS, TERMS, cases
-from attention.fitting import predict
+from attention.calibration import calibrate as calibration
+from attention.calibration import measuring
+from attention.calibration.calibrate import calibrate, fitted, measure
+from attention.calibration.fitting import predict
+from attention.calibration.grid import GRIDS, TERMS, cases
+from attention.calibration.measuring import Stopwatch, find_device, rotations, seconds
+from attention.calibration.refining import MIN_STEPS, Refinement
+from attention.calibration.trials import Bench, Heads, StepTimer, layer_weights, ragged, time_step
 from attention.functional import paged_attention
-from attention.measuring import Stopwatch, find_device, rotations, seconds
-from attention.refining import MIN_STEPS, Refinement
-from attention.trials import Bench, Heads, StepTimer, layer_weights, ragged, time_step
 from sim.errors import UserError
 from sim.timing.profile import DecodeCost
 
@@ -41,7 +42,7 @@ def bench(monkeypatch):
 
 def test_the_trials_compute_attention(bench, monkeypatch):
     """Each call of a rotation is real attention, through tables of its own."""
-    monkeypatch.setattr("attention.trials.rotations", lambda size, device: 3)
+    monkeypatch.setattr("attention.calibration.trials.rotations", lambda size, device: 3)
     outs = [call() for call in bench.attention([9, 5, 12], 4, HEADS)]
     assert [out.shape for out in outs] == [(3, 4, 8)] * 3
     assert not torch.equal(outs[0], outs[1])
@@ -326,7 +327,7 @@ def test_a_step_is_timed_on_its_own_shape(monkeypatch):
         shapes.append((tuple(q.shape), k_cache.shape[1:], tuple(seq_lens.tolist())))
         return paged_attention(q, k_cache, v_cache, block_tables, seq_lens, **options)
 
-    monkeypatch.setattr("attention.trials.paged_attention", spied)
+    monkeypatch.setattr("attention.calibration.trials.paged_attention", spied)
     assert time_step([5, 30, 17], 8, 4, 2, 8, "cpu") > 0
     assert {*shapes} == {((3, 4, 8), (8, 2, 8), (5, 30, 17))}
     timer = StepTimer(8, HEADS, "cpu")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.fitting import Errors, Observation, fit, halves, monotone, non_negative, predict
+from attention.calibration.fitting import Errors, Observation, fit, halves, monotone, non_negative, predict
 
 
 def smallest_by_search(matrix, wanted):
@@ -66,7 +66,7 @@ def test_a_few_strange_calls_do_not_bend_the_others(monkeypatch):
     ]
     measured = [one.seconds for one in made]
     assert Errors.of(predict(fit([*made, *strange]), made), measured).median < 0.03
-    monkeypatch.setattr("attention.fitting.ROBUST", 100.0)  # plain squares
+    monkeypatch.setattr("attention.calibration.fitting.ROBUST", 100.0)  # plain squares
     assert Errors.of(predict(fit([*made, *strange]), made), measured).median > 0.1
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.grids import GRIDS
-from attention.quantization import Quantization, Quantized
+from attention.swap.grids import GRIDS
+from attention.swap.quantization import Quantization, Quantized
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FORMATS = tuple(name for name in GRIDS if name != "fp8" or hasattr(torch, "float8_e4m3fn"))

@@ -11,15 +11,15 @@ from random import Random
 import pytest
 import torch
 
-from attention import block_copies
-from attention.block_copies import CopyStream, batches, runs
 from attention.cache import BlockAllocator, OutOfBlocks, PagedKVCache
 from attention.functional import paged_attention
-from attention.quantization import Quantization
-from attention.swap_space import SwapSpace
-from attention.swapped import stored_rows
-from attention.swapping import swap_in, swap_out
-from attention.twin import Form, Twin
+from attention.swap import block_copies
+from attention.swap.block_copies import CopyStream, batches, runs
+from attention.swap.quantization import Quantization
+from attention.swap.swap_space import SwapSpace
+from attention.swap.swapping import swap_in, swap_out
+from attention.validation.swapped import stored_rows
+from attention.validation.twin import Form, Twin
 
 FORM = Form(block_size=4, num_heads=4, num_kv_heads=2, head_dim=8, num_layers=3)
 
@@ -411,9 +411,9 @@ def test_copies_and_compute_wait_for_each_other_in_this_order(monkeypatch):
         logged = partial(
             lambda name, original, *args: (diary.append(name), original(*args))[1], name, original
         )
-        for module in ("attention.swapping", "attention.swap_space"):
+        for module in ("attention.swap.swapping", "attention.swap.swap_space"):
             monkeypatch.setattr(f"{module}.{name}", logged)
-    for module in ("attention.swapping", "attention.swap_space"):
+    for module in ("attention.swap.swapping", "attention.swap.swap_space"):
         monkeypatch.setattr(f"{module}.CopyStream", lambda device, stream: order)
     twin = twins()
     members = family(twin)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from attention.functional import paged_attention
-from attention.matrix import matrix
-from attention.swap_space import SwapSpace
-from attention.twin import Form, Problem, Twin
-from attention.validation import Row, implementations, validate
+from attention.swap.swap_space import SwapSpace
+from attention.validation.matrix import matrix
+from attention.validation.twin import Form, Problem, Twin
+from attention.validation.validate import Row, implementations, validate
 
 CPU = torch.device("cpu")
 PROPERTIES = (
@@ -149,7 +149,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_a_broken_implementation_is_over_its_bound(broken, monkeypatch):
     dtype, properties = BROKEN[broken]
-    monkeypatch.setattr("attention.validation.DTYPES", (getattr(torch, dtype),))
+    monkeypatch.setattr("attention.validation.validate.DTYPES", (getattr(torch, dtype),))
     over = {row.name for row in validate(CPU, {"broken": broken}, small=True) if not row.ok}
     assert properties <= over
     if broken in (wrong_lse, no_cap):

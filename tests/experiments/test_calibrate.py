@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from attention import calibration, measuring
-from attention.calibration_grid import GRIDS
+from attention.calibration import calibrate as calibration
+from attention.calibration import measuring
+from attention.calibration.grid import GRIDS
 from experiments import profiles
 from experiments.bench_attention import bench_attention
 from experiments.calibrate import run_calibrate, written
@@ -166,8 +167,8 @@ def test_a_profile_is_readable_yaml() -> None:
 
 
 def test_the_benchmark_has_a_row_for_every_case(monkeypatch, tmp_path: Path) -> None:
-    from attention import benchmark
-    from attention.trials import Heads
+    from attention.calibration import benchmark
+    from attention.calibration.trials import Heads
 
     small = [benchmark.Case(Heads(4, 2, 16), 2, 32, block_size) for block_size in (4, 16)]
     monkeypatch.setattr(measuring, "CPU_CACHE_BYTES", 1 << 18)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-import attention.validation
+from attention.validation import validate as validation
 from attention.functional import paged_attention
 from experiments.validate import run_validate
 from sim.errors import UserError
@@ -16,11 +16,11 @@ from sim.errors import UserError
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Few problems, without Triton's interpreter, in one type."""
-    validate, implementations = attention.validation.validate, attention.validation.implementations
-    monkeypatch.setattr(attention.validation, "validate", partial(validate, small=True))
-    monkeypatch.setattr(attention.validation, "DTYPES", (torch.float32,))
+    validate, implementations = validation.validate, validation.implementations
+    monkeypatch.setattr(validation, "validate", partial(validate, small=True))
+    monkeypatch.setattr(validation, "DTYPES", (torch.float32,))
     monkeypatch.setattr(
-        attention.validation, "implementations",
+        validation, "implementations",
         lambda device: {name: attend for name, attend in implementations(device).items() if name != "triton"},
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_an_implementation_that_is_wrong_exits_with_1(monkeypatch, capsys):
     def broken(**arguments):
         return paged_attention(**{**arguments, "sliding_window": None}, impl="torch")
 
-    monkeypatch.setattr(attention.validation, "implementations", lambda _: {"broken": broken})
+    monkeypatch.setattr(validation, "implementations", lambda _: {"broken": broken})
     assert run_validate("cpu") == 1
     lines = capsys.readouterr().out.splitlines()
     over = [line for line in lines if line.endswith("  OVER")]
@@ -69,7 +69,7 @@ def test_a_device_that_is_not_there(device):
 
 
 def test_threads_are_left_as_they_were(monkeypatch):
-    monkeypatch.setattr(attention.validation, "validate", lambda *_, **__: [])
+    monkeypatch.setattr(validation, "validate", lambda *_, **__: [])
     torch.set_num_threads(2)
     try:
         assert run_validate("cpu") == 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention.call import AttentionCall
 from attention.functional import paged_attention
 
 NOWHERE = 2**30
@@ -36,6 +37,19 @@ class Case:
             query_start_loc=self.query_start_loc, return_lse=True, impl="triton",
             **{"check": False, "max_query_len": self.longest_query, "max_seq_len": int(self.seq_lens.max())}
             | self.options | options,
+        )  # fmt: skip
+
+    def call(self) -> AttentionCall:
+        """What the implementation gets."""
+        options = {
+            "scale": 1 / math.sqrt(self.q.shape[2]),
+            "sliding_window": None,
+            "soft_cap": None,
+        } | self.options
+        return AttentionCall(
+            q=self.q, k_cache=self.k_cache, v_cache=self.v_cache, block_tables=self.block_tables,
+            seq_lens=self.seq_lens, query_start_loc=self.query_start_loc, max_query_len=self.longest_query,
+            max_seq_len=int(self.seq_lens.max()), num_splits=None, return_lse=True, **options,
         )  # fmt: skip
 
     @property

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention.kernels import launch
+from attention.kernels.configurations import Configuration
 from tests.attention.kernels.cases import NOWHERE, case
 
 RAGGED = (1, 33, 0, 150, 16, 70)

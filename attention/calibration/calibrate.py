@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from attention import measuring
-from attention.calibration_grid import GRIDS, TERMS, Case, Grid, cases
-from attention.fitting import Errors, Observation, fit, monotone, predict
-from attention.measuring import Stopwatch, find_device
-from attention.trials import Bench, capturable, default_dtype
+from attention.calibration import measuring
+from attention.calibration.fitting import Errors, Observation, fit, monotone, predict
+from attention.calibration.grid import GRIDS, TERMS, Case, Grid, cases
+from attention.calibration.measuring import Stopwatch, find_device
+from attention.calibration.trials import Bench, capturable, default_dtype
 from sim.timing.profile import Curve
 
 DIGITS = 4

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attention.block_copies import CopyStream, batches, from_host, index, staging_bytes, to_host
 from attention.checks import INTEGERS, check_shape
+from attention.swap.block_copies import CopyStream, batches, from_host, index, staging_bytes, to_host
 
 
 def swap_out(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attention.refining import Refinement
-from attention.trials import Heads, StepTimer
+from attention.calibration.refining import Refinement
+from attention.calibration.trials import Heads, StepTimer
 from sim.hardware import Model
 from sim.timing.base import StepTime
 from sim.timing.calibrated import Calibrated

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from attention.fitting import Observation
-from attention.measuring import Call
-from attention.trials import Bench, Heads, layer_weights, ragged
+from attention.calibration.fitting import Observation
+from attention.calibration.measuring import Call
+from attention.calibration.trials import Bench, Heads, layer_weights, ragged
 from sim.timing.profile import S_PER_WEIGHT, US, DecodeCost, MoveCost, PrefillCost
 
 HELD_BACK = 0.25

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attention.agreement import compare
-from attention.beam_search import BeamSearch
 from attention.cache import BlockAllocator, PagedKVCache
-from attention.decoding import BetweenSteps, Decoded, decode
-from attention.kv import KV, ContiguousKV, PagedKV
-from attention.sampling import Greedy, Sampling
-from attention.search import DecodingRequest
-from attention.swap_space import SwapSpace
-from attention.transformer import Transformer, TransformerConfig
+from attention.generation.agreement import compare
+from attention.generation.beam_search import BeamSearch
+from attention.generation.decoding import BetweenSteps, Decoded, decode
+from attention.generation.kv import KV, ContiguousKV, PagedKV
+from attention.generation.sampling import Greedy, Sampling
+from attention.generation.search import DecodingRequest
+from attention.generation.transformer import Transformer, TransformerConfig
+from attention.swap.swap_space import SwapSpace
 
 TOLERANCE = 1e-5
 BLOCK_SIZE = 4

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from attention.fitting import Errors, Observation, fit, halves, predict
-from attention.trials import Heads
+from attention.calibration.fitting import Errors, Observation, fit, halves, predict
+from attention.calibration.trials import Heads
 from sim.timing.profile import DecodeCost
 
 MIN_STEPS = 4
@@ -39,7 +39,7 @@ class RefinementReport:
 class Refinement:
     """Decode steps as they were predicted and measured; a better cost for the shapes of this run.
 
-    The kernel is timed on a step's real shape (`attention.trials.StepTimer`, one layer) and told here with that
+    The kernel is timed on a step's real shape (`trials.StepTimer`, one layer) and told here with that
     shape. The refined cost stays near the profile's where the steps say little, and is fitted afresh where the
     run had no profile.
 

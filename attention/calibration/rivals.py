@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attention.measuring import Call, rotations
-from attention.trials import Bench, Heads
+from attention.calibration.measuring import Call, rotations
+from attention.calibration.trials import Bench, Heads
 
 WORKSPACE = 128 << 20
 """Bytes that FlashInfer asks for."""

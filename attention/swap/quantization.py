@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention.grids import GRIDS, Grid
+from attention.swap.grids import GRIDS, Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.continued import continued
 from attention.functional import IMPLEMENTATIONS, implementation, paged_attention
-from attention.matrix import SHARPER, matrix
-from attention.swapped import swapped
-from attention.twin import Problem
+from attention.validation.continued import continued
+from attention.validation.matrix import SHARPER, matrix
+from attention.validation.swapped import swapped
+from attention.validation.twin import Problem
 
 TOLERANCE = 1e-5
 LSE = "log-sum-exp"

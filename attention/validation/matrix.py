@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from attention.swap_space import SwapSpace
-from attention.twin import Form, Problem, Twin
+from attention.swap.swap_space import SwapSpace
+from attention.validation.twin import Form, Problem, Twin
 
 SHARPER = "queries x10"
 """The property whose bound is twice the error of torch's own attention, in float32 too."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention.calibration.measuring import Call, cache_bytes, find_device, rotations, seconds
 from attention.functional import copy_blocks, paged_attention
-from attention.measuring import Call, cache_bytes, find_device, rotations, seconds
-from attention.swapping import swap_in, swap_out
+from attention.swap.swapping import swap_in, swap_out
 
 SEED = 20231023
 RAGGED = 0.1

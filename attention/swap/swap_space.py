@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention.block_copies import CopyStream, batches, from_host, index, staging_bytes, to_host
 from attention.cache import CachedSequence, PagedKVCache
-from attention.quantization import Quantization, QuantizationError, Quantized
+from attention.swap.block_copies import CopyStream, batches, from_host, index, staging_bytes, to_host
+from attention.swap.quantization import Quantization, QuantizationError, Quantized
 from sim.block_pool import BlockPool
 
 

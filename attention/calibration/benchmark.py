@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from attention.calibration.measuring import Call, Stopwatch, alternated, bandwidths, copier, find_device
+from attention.calibration.rivals import RIVALS, Rival, pieces
+from attention.calibration.trials import Bench, Heads, capturable, default_dtype, ragged
 from attention.functional import IMPLEMENTATIONS
-from attention.measuring import Call, Stopwatch, alternated, bandwidths, copier, find_device
-from attention.rivals import RIVALS, Rival, pieces
-from attention.trials import Bench, Heads, capturable, default_dtype, ragged
 
 GQA, MHA = Heads(32, 8, 128), Heads(32, 32, 128)
 BLOCK_SIZE = 16

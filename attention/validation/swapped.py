@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.grids import GRIDS
-from attention.quantization import Quantization
-from attention.swap_space import SwapSpace
-from attention.twin import Form, Twin
+from attention.swap.grids import GRIDS
+from attention.swap.quantization import Quantization
+from attention.swap.swap_space import SwapSpace
+from attention.validation.twin import Form, Twin
 
 FORM = Form(block_size=8, num_heads=4, num_kv_heads=2, head_dim=32, num_layers=2)
 
