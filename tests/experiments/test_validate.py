@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from attention.validation import validate as validation
 from attention.functional import paged_attention
+from attention.validation import validate as validation
 from experiments.validate import run_validate
 from sim.errors import UserError
 
