@@ -116,6 +116,26 @@ def test_query_start_loc_tells_the_row(device):
     paged.check(num_splits=2)
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_rows_of_sequences_with_other_numbers_of_queries_are_left_alone(device, splits):
+    paged = case(device, (20, 50, 7, 30), (1, 3, 0, 1))
+    out, lse = torch.full_like(paged.q, 7.0), torch.full(paged.q.shape[:2], 7.0, device=device)
+    launch._decode(dataclasses.replace(paged.call(), num_splits=splits), out, lse, None)
+    want, _ = paged.expected()
+    assert (out[[0, 4]].cpu() - want[[0, 4]]).abs().max().item() <= 1e-5
+    assert bool((out[1:4] == 7.0).all())
+    assert bool((lse[1:4] == 7.0).all())
+
+
+@pytest.mark.parametrize("tile", [16, 64, 128])
+@pytest.mark.parametrize("block_size", [48, 64, 256])
+def test_any_tile(device, tile, block_size):
+    paged = case(device, (300, 5), heads=3, kv_heads=1, head_dim=16, block_size=block_size)
+    out, _ = launch.attend(paged.call(), {"decode": Configuration(tile, 16, 4, 3)})
+    want, _ = paged.expected()
+    assert (out.cpu() - want).abs().max().item() <= 1e-5
+
+
 @pytest.mark.parametrize(
     "layout", ["heads first", "beside each other", "odd rows", "odd start", "dims apart"]
 )
