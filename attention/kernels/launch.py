@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attention.call import AttentionCall
 from attention.kernels import plan
-from attention.kernels.configurations import Configuration, configuration, key_of, power_of_two
+from attention.kernels.configurations import Configuration, configuration, key_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Given = Mapping[str, Configuration] | None
@@ -34,21 +34,25 @@ def refusal(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | No
         return f"its kernels take head sizes from 16 to 256 in steps of 8, got {head_dim}"
     if dtype not in DTYPES:
         return f"its kernels take {', '.join(map(str, DTYPES))}, got {dtype}"
-    missing = _missing()
-    if missing:
-        return missing
-    if device.type == "cuda":
-        if interpreted():
-            return "TRITON_INTERPRET=1 is set, which runs kernels on tensors of the CPU, got tensors on a GPU"
-        if torch.version.hip is not None:
-            return "its kernels are made for GPUs of NVIDIA, got one of AMD"
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"its kernels need a GPU of compute capability 8.0 or later, got {major}.{minor}"
-        return None
+    return absence(device)
+
+
+def absence(device: torch.device) -> str | None:
+    """Why no kernel, for whatever shape, can run on this device, in words; None where they can."""
+    if not _installed():
+        return "triton is not installed; the extra kvsim[triton] installs it"
     if device.type == "cpu" and interpreted():
         return None
-    return f"it needs a GPU (or TRITON_INTERPRET=1, slow, for tests), got tensors on {device}"
+    if device.type != "cuda":
+        return f"it needs a GPU (or TRITON_INTERPRET=1, slow, for tests), got tensors on {device}"
+    if interpreted():
+        return "TRITON_INTERPRET=1 is set, which runs kernels on tensors of the CPU, got tensors on a GPU"
+    if torch.version.hip is not None:
+        return "its kernels are made for GPUs of NVIDIA, got one of AMD"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"its kernels need a GPU of compute capability 8.0 or later, got {major}.{minor}"
+    return None
 
 
 def interpreted() -> bool:
@@ -57,10 +61,8 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; the extra kvsim[triton] installs it"
-    return None
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def attend(call: AttentionCall, configurations: Given = None) -> tuple[Tensor, Tensor | None]:
@@ -110,7 +112,7 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor, given: Given) -> None
         part_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=out.device)
         part_lse = torch.empty(shape, dtype=torch.float32, device=out.device)
     ragged = call.query_start_loc is not None
-    starts = call.query_start_loc if ragged else call.seq_lens  # not read
+    starts = call.query_start_loc if ragged else call.seq_lens  # read only where ragged
     flags = {"RAGGED": ragged, "WINDOWED": window > 0, "LSE": call.return_lse}
     decode_kernel[(splits, programs_per_seq, num_seqs)](
         out, lse, part_out, part_lse, *_operands(call), starts, *_scales(call), window, splits, num_heads,
@@ -121,7 +123,7 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor, given: Given) -> None
         sizes = {name: sizes[name] for name in ("HEAD_DIM", "DIMS", "BLOCK_SIZE", "TILE")}
         combine_kernel[(num_heads, num_seqs)](
             out, lse, part_out, part_lse, call.seq_lens, starts, window, splits, max_blocks, **sizes, **flags,
-            SPLITS=min(16, power_of_two(splits)), UPCAST=layout["UPCAST"], num_warps=4 if head_dim > 64 else 2,
+            SPLITS=16, UPCAST=layout["UPCAST"], num_warps=4 if head_dim > 64 else 2,
         )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def _prefill(call: AttentionCall, out: Tensor, lse: Tensor, given: Given, *, mix
     prefill_kernel[(pieces, programs_per_piece)](
         out, lse, *_operands(call), call.query_start_loc, *_scales(call), window, num_seqs, num_heads, max_blocks,
         *strides, **sizes, **layout, MIXED=mixed, WINDOWED=window > 0, LSE=call.return_lse,
-        SEQS=min(128, power_of_two(num_seqs)), num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        SEQS=128, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
 
 

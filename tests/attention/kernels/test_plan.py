@@ -121,6 +121,44 @@ def test_tuning_says_what_it_needs(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "table.json").exists()
 
 
+def test_tuning_writes_a_table_that_is_read_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    for name, fake in {
+        "refusal": lambda *_: None,
+        "bandwidths": lambda _: (2e12, 3e12),
+        "ProcessPoolExecutor": FakePool,
+        "Bench": lambda *_: None,
+        "timer": lambda *_: lambda candidate: 1e-4 * candidate.tile / candidate.num_stages,
+    }.items():
+        monkeypatch.setattr(tuning, name, fake)
+    out = tmp_path / "table.json"
+    assert tuning.main(["--out", str(out), "--groups", "4", "--block-sizes", "16"]) == 0
+    entries = [entry for entry in read(out) if "group" in entry.given]
+    assert [(entry.given["kind"], entry.configuration.tile) for entry in entries] == [
+        ("decode", 32),
+        ("prefill", 32),
+    ]
+    assert len(read(out)) == len(read(SHIPPED)) + 2
+    assert "reads 3.00 TB/s" in capsys.readouterr().out
+
+
+class FakePool:
+    """Compiles nothing."""
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def __enter__(self) -> FakePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, *_: object) -> list[None]:
+        return []
+
+
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "words"),
     [
