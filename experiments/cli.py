@@ -143,15 +143,16 @@ def _close_stdout() -> None:
 def _run(options: argparse.Namespace) -> int:
     from experiments.config import load
     from experiments.progress import bar
-    from experiments.summary_table import calibration_told, summary_table
+    from experiments.summary_table import calibration_told, probe_told, summary_table
     from experiments.sweep import run_sweep
 
     plan = load(options.config, options.sets, probe=not options.no_probe)
     outcome = run_sweep(plan, options.out, options.jobs, bar)
     if outcome.rows:
         _tell(summary_table(outcome.rows, plan.swept))
-        if told := calibration_told(outcome.rows):
-            _tell(told)
+        for told in (probe_told(outcome.rows), calibration_told(outcome.rows)):
+            if told:
+                _tell(told)
     for failure, points in outcome.failures.items():
         others = f" and {len(points) - 1} more" if len(points) > 1 else ""
         told = failure.details if options.debug else failure.message
