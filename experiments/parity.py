@@ -44,9 +44,12 @@ def _build_v0(header: Row) -> Driver:
 
 
 def _build_v1(header: Row) -> Driver:
-    from experiments.parity_v1 import ManagerDriver
+    from experiments.parity_v1 import ManagerDriver, SchedulerDriver
 
-    return ManagerDriver(header["config"], keyless_first="0.10.0" not in header["version"])
+    oldest = header["version"] == "0.10.0"
+    if "requests" in header:
+        return SchedulerDriver(header["config"], header["requests"], oldest=oldest)
+    return ManagerDriver(header["config"], keyless_first=not oldest)
 
 
 def _build_nano(header: Row) -> Driver:
