@@ -37,9 +37,15 @@ class Difference(AssertionError):
 
 def _build_v0(header: Row) -> Driver:
     from experiments.parity_v0 import ManagerDriver, SchedulerDriver
+    from experiments.parity_v0_cached import CachedManagerDriver
+    from experiments.parity_v0_chunked import ChunkedDriver
 
+    if header["config"].get("chunked_prefill"):
+        return ChunkedDriver(header["config"], header["requests"])
     if "requests" in header:
         return SchedulerDriver(header["config"], header["requests"])
+    if header["config"].get("prefix_caching"):
+        return CachedManagerDriver(header["config"])
     return ManagerDriver(header["config"])
 
 

@@ -145,6 +145,7 @@ class SchedulerDriver:
         self.rows: dict[Job, Row] = {}
         self.numbers: dict[Job, int] = {}
         self.tokens: dict[Job, list[int]] = {}
+        self.keys: dict[Job, list[int]] = {}
         self.generated: dict[Job, int] = {}
 
     def perform(self, op: Row) -> tuple[Row, Row]:
@@ -177,6 +178,7 @@ class SchedulerDriver:
         keys = block_keys(prompt, self.cache.block_size)
         job = Job(row["id"], len(prompt), keys, self.cache, order=self.order, priority=row.get("priority", 0))
         self.order += 1
+        self.keys[job] = keys
         self.rows[job], self.numbers[job], self.tokens[job], self.generated[job] = row, number, prompt, 0
         self.loop.add(job)
 
@@ -189,7 +191,7 @@ class SchedulerDriver:
             self.tokens[job].append(100_000 * (self.numbers[job] + 1) + self.generated[job])
             self.generated[job] += 1
             job.num_tokens += 1
-            job.keys = block_keys(self.tokens[job], self.cache.block_size, job.keys)
+            job.keys = self.keys[job] = block_keys(self.tokens[job], self.cache.block_size, self.keys[job])
             done = self.generated[job] >= self.rows[job]["max_tokens"]
             if done or job.num_tokens >= self.loop.max_model_len:
                 self.loop.finish(job)

@@ -12,7 +12,6 @@ from experiments.parity import Difference, block_keys, canonical, replay
 from tests.experiments.conftest import Kvsim
 
 RECORDINGS = Path(__file__).parent / "recordings"
-NOT_BUILT = ("v0_sched_chunked_prefill",)
 
 
 @pytest.mark.parametrize("path", sorted(RECORDINGS.glob("*.jsonl")), ids=lambda path: path.stem)
@@ -26,8 +25,6 @@ def test_all_shared_recordings(shared):
     files = [path for folder in ("vllm_v0", "vllm_v1", "nano_vllm", "radix") for path in
              sorted((shared / "parity" / folder).glob("*.jsonl"))]  # fmt: skip
     for path in files:
-        if path.name.startswith(NOT_BUILT):
-            continue
         try:
             assert replay(path)
         except Difference as difference:
