@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sim.errors import UserError
+from sim.errors import IntegrityError, UserError
 
 Row = dict[str, Any]
 
@@ -147,6 +147,10 @@ def replay(path: Path) -> int:
                 f"{path}:{number}: got the operation {row['op']}, which is not of this format "
                 f"({type(error).__name__}: {error})"
             ) from error
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError) as error:
+            raise Difference(
+                f"{path}:{number}: ours raises {error!r}, after {json.dumps(row['op'])}"
+            ) from error
         if "engine_error" in row["out"]:  # the engine died where ours gives one group up
             if not driver.gave_up:
                 raise Difference(f"{path}:{number}: out.engine_error: expected an engine error, got none")
@@ -159,7 +163,10 @@ def replay(path: Path) -> int:
                         f"{path}:{number}: {part}.{field}: expected {expected.get(field)}, "
                         f"got {ours.get(field)}, after {json.dumps(row['op'])}"
                     )
-        driver.check_integrity()
+        try:
+            driver.check_integrity()
+        except IntegrityError as error:
+            raise Difference(f"{path}:{number}: our books: {error}, after {json.dumps(row['op'])}") from error
     return len(operations)
 
 

@@ -187,8 +187,12 @@ class SchedulerDriver:
         return out, state
 
     def check_integrity(self) -> None:
-        """The allocator's books."""
-        self.memory.check_integrity()
+        """The pools' books; what is waste is not told, as only here samples of one request end apart."""
+        memory = self.memory
+        memory.pool.check_integrity(branch.block_table for branch in memory.sequences)
+        memory.host_pool.check_integrity(
+            branch.block_table for request in self.policy.swapped for branch in request.sequences
+        )
 
     def _add(self, row: dict[str, Any]) -> None:
         request = Request(
@@ -240,6 +244,9 @@ class SchedulerDriver:
         return over
 
     def _complete(self, sequence: Sequence, over: list[Request]) -> None:
+        pending = self.policy.decodes.copy_pending
+        if sequence in pending:  # it was forked with its last token
+            pending.remove(sequence)
         if self.policy.complete(sequence):
             sequence.request.status = "finished"
             over.append(sequence.request)
@@ -261,15 +268,17 @@ class SchedulerDriver:
     def _turn_over(self, request: Request) -> None:
         """At every third token the first beam is forked and the last one dies; the fork takes its place."""
         decodes = self.policy.decodes
-        first, *_, last = request.sequences
+        first, last = request.sequences[0], request.sequences[-1]
         generated = first.num_tokens + 1 - request.prompt_tokens
         if generated % 3:
             return
         child = fork(self.memory, first)
         self._assign(child, self.samples[last])
+        request.sequences.append(child)
         decodes.leave(last)
         self.policy.release(last)
         request.sequences.remove(last)
-        request.sequences.append(child)
         decodes.join(child)
-        decodes.copy_pending += [each for each in (first, child) if each not in decodes.copy_pending]
+        decodes.copy_pending += [
+            each for each in (first, child) if each is not last and each not in decodes.copy_pending
+        ]

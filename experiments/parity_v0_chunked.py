@@ -236,14 +236,14 @@ class ChunkedDriver:
 
     def _turn_over(self, group: Group) -> None:
         """At every third token the first beam is forked and the last one dies; the fork takes its place."""
-        first, *_, last = group.branches
+        first, last = group.branches[0], group.branches[-1]
         if (first.num_tokens + 1 - group.row["prompt_len"]) % 3:
             return
         child = fork(self.memory, first)
         group.samples[child] = group.samples[last]
+        group.branches.append(child)
         self.memory.free(last)
         group.branches.remove(last)
-        group.branches.append(child)
 
     def check_integrity(self) -> None:
         """The allocator's books."""

@@ -27,7 +27,7 @@ def run(driver: SchedulerDriver, steps: int) -> list[tuple]:
     seen = []
     for step in range(steps):
         out, state = driver.perform({"step": step})
-        driver.memory.check_integrity()
+        driver.check_integrity()
         seen.append((out["scheduled"], out["cow"], state["blocks"], out["finished"]))
     return seen
 
@@ -122,21 +122,22 @@ def test_decodes_and_pieces_of_prompts_from_the_tests_of_vllm():
 group_rows = st.builds(
     lambda prompt, outs, step, beam: {
         "prompt_len": prompt, "arrival_step": step, "n": len(outs), "beam": beam and len(outs) > 1,
-        "out_lens": [outs[0]] * len(outs) if beam else outs,
+        "out_lens": outs,
     },
     st.integers(1, 30), st.lists(st.integers(2, 12), min_size=1, max_size=3), st.integers(0, 6), st.booleans(),
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", [driver, chunked])
 @settings(max_examples=100)
 @given(rows=st.lists(group_rows, min_size=1, max_size=8), blocks=st.sampled_from([14, 20, 40]))
-def test_every_group_comes_to_its_end(rows, blocks):
-    driver = chunked(rows, num_gpu_blocks=blocks)
+def test_every_group_comes_to_its_end(mode, rows, blocks):
+    engine = mode(rows, num_gpu_blocks=blocks)
     over: list[str] = []
     for step in range(400):
-        out, state = driver.perform({"step": step})
-        driver.check_integrity()
-        if driver.gave_up:
+        out, state = engine.perform({"step": step})
+        engine.check_integrity()
+        if engine.gave_up:
             return
         over += out["finished"] + out["ignored"]
         if len(over) == len(rows):
