@@ -126,7 +126,7 @@ class SchedulerDriver:
             config["usable_blocks"],
             config["block_size"],
             caching=config["prefix_caching"],
-            watermark_blocks=int(config.get("watermark", 0.0) * blocks),
+            watermark_blocks=config.get("watermark_blocks", int(config.get("watermark", 0.0) * blocks)),
             keyless_first=not oldest,
         )
         self.loop = TokenSchedule(
