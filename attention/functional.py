@@ -168,6 +168,11 @@ def write(
     checks.check_index("slot_mapping", slot_mapping, (k.shape[0],), k_cache)
     if check:
         checks.check_slots(slot_mapping, k_cache)
+    if _fused(k.device):
+        from attention.kernels import moving
+
+        moving.write(k, v, k_cache, v_cache, slot_mapping)
+        return
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
     places = slots // k_cache.shape[1], slots % k_cache.shape[1]
@@ -192,8 +197,22 @@ def copy_blocks(caches: Sequence[Tensor], block_mapping: Tensor, *, check: bool 
     sources, targets = block_mapping.unbind(1)
     if check:
         _check_mapping(caches, block_mapping)
+    if _fused(caches[0].device):
+        from attention.kernels import moving
+
+        moving.copy_blocks(caches, block_mapping)
+        return
     for cache in caches:
         cache[targets] = cache[sources]
+
+
+def _fused(device: torch.device) -> bool:
+    """Whether kernels write and copy there without waiting for the device, as indexing by values does."""
+    if device.type != "cuda":
+        return False
+    from attention.kernels.launch import absence
+
+    return absence(device) is None
 
 
 def _check_mapping(caches: Sequence[Tensor], block_mapping: Tensor) -> None:

@@ -11,11 +11,14 @@ import numpy as np
 
 from sim.allocators.base import Allocator
 from sim.audit import Audit
-from sim.errors import ProbeError
+from sim.errors import ProbeError, UserError
+from sim.hardware import Model
 from sim.registry import PositiveFloat, PositiveInt
 from sim.request import Sequence
+from sim.timing.base import StepTime
 
 if TYPE_CHECKING:
+    from attention.calibration.recalibration import Recalibration
     from attention.comparison import Comparison, Window
 
 MAX_SEQUENCES = 4
@@ -28,7 +31,8 @@ class AttentionProbe:
     After the audit of every slot of every sequence, paged attention runs over a few sequences drawn anew each
     time, at most 256 tokens in all: through the real block tables, over a cache that holds what the ledger
     says, against plain attention over what the sequences' histories say. torch is imported for the first of
-    them, not before. Its first parameter is the number of requests, None if nobody knows it.
+    them, not before. Its first parameters are the number of requests, None if nobody knows it, and the run's model
+    and timing.
 
     Fields:
         samples: Sampled steps at most, spread over the run; the first eight steps are always among them.
@@ -36,18 +40,25 @@ class AttentionProbe:
         share: Share of the run's CPU time that samples may take, so that short runs have fewer of them.
         device: Where torch runs: auto, cpu, cuda, ...
         tolerance: Largest difference from plain attention.
+        calibrate: Time attention on the real shapes of sampled steps, correct a calibrated timing by it, and
+            report predicted against measured; such a run cannot be repeated to the bit.
     """
 
     def __init__(
         self,
         num_requests: int | None = None,
+        model: Model | None = None,
+        timing: StepTime | None = None,
         *,
         samples: PositiveInt = 64,
         every: PositiveInt | None = None,
         share: PositiveFloat = 0.08,
         device: str = "auto",
         tolerance: PositiveFloat = 1e-5,
+        calibrate: bool = False,
     ) -> None:
+        if calibrate and model is None:
+            raise UserError("calibrate needs a model, as attention is timed with its heads")
         self.audit = Audit(samples=samples, every=every, num_requests=num_requests, share=share)
         self.device = device
         self.tolerance = tolerance
@@ -56,6 +67,9 @@ class AttentionProbe:
         self.cpu_s = 0.0
         self._random = random.Random(0)
         self._comparison: Comparison | None = None
+        self._model = model if calibrate else None
+        self._timing = timing
+        self._recalibration: Recalibration | None = None
 
     @property
     def num_samples(self) -> int:
@@ -71,6 +85,8 @@ class AttentionProbe:
         begin = clock.process_time()
         self.audit.sample(step, time, sequences)
         self._attend(step, [sequence for sequence in sequences if sequence.num_tokens])
+        if self._model is not None:
+            self._measure(self._model, sequences)
         self.next_sample = self.audit.next_sample
         self.cpu_s += clock.process_time() - begin
 
@@ -79,6 +95,26 @@ class AttentionProbe:
         begin = clock.process_time()
         self.audit.finish()
         self.cpu_s += clock.process_time() - begin
+
+    @property
+    def figures(self) -> dict[str, float | int | None]:
+        """What the samples came to, for the summary of the run."""
+        told: dict[str, float | int | None] = {
+            "probe_steps": self.num_samples,
+            "probe_max_error": self.max_error,
+        }
+        return told | (self._recalibration.figures() if self._recalibration is not None else {})
+
+    def _measure(self, model: Model, sequences: Ordered[Sequence]) -> None:
+        """Time attention over the sequences that decode in this step."""
+        if self._recalibration is None:
+            from attention.calibration.recalibration import Recalibration
+
+            block_size = self.audit.ledger.device.block_size
+            self._recalibration = Recalibration(model, self._timing, block_size, self.device)
+        self._recalibration.observe(
+            [sequence.num_tokens for sequence in sequences if sequence.decodes is not None]
+        )
 
     def _attend(self, step: int, live: list[Sequence]) -> None:
         if not live:

@@ -142,13 +142,15 @@ def _say(message: str, code: int) -> int:
 def _run(options: argparse.Namespace) -> int:
     from experiments.config import load
     from experiments.progress import bar
-    from experiments.summary_table import summary_table
+    from experiments.summary_table import calibration_told, summary_table
     from experiments.sweep import run_sweep
 
     plan = load(options.config, options.sets, probe=not options.no_probe)
     outcome = run_sweep(plan, options.out, options.jobs, bar)
     if outcome.rows:
         print(summary_table(outcome.rows, plan.swept))
+        if told := calibration_told(outcome.rows):
+            print(told)
     for failure, points in outcome.failures.items():
         others = f" and {len(points) - 1} more" if len(points) > 1 else ""
         told = failure.details if options.debug else failure.message

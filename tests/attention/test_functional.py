@@ -123,7 +123,7 @@ def ragged(draw):
     scale=st.sampled_from([None, 0.3]),
     sliding_window=st.sampled_from([None, 1, 4, 7]),
     soft_cap=st.sampled_from([None, 0.5, 30.0]),
-    pieces=st.sampled_from([1, 50, 1 << 22]),
+    pieces=st.sampled_from([1, 50, 300, 1 << 22]),
 )
 def test_the_implementations_agree(
     ragged, block_size, group, num_kv_heads, head_dim, index, scale, sliding_window, soft_cap, pieces
@@ -136,6 +136,7 @@ def test_the_implementations_agree(
     expected, expected_lse = case.expected(**options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gathered, "MAX_SCORES", pieces)
+        patch.setattr(gathered, "PIECE_BYTES", pieces)
         for impl in IMPLEMENTATIONS:
             np.testing.assert_allclose(case.run(impl, **options), expected, rtol=0, atol=1e-12)
             out, lse = case.run(impl, **options, return_lse=True)
