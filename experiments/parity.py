@@ -52,7 +52,7 @@ def _build_v0(header: Row) -> Driver:
 def _build_v1(header: Row) -> Driver:
     from experiments.parity_v1 import ManagerDriver, SchedulerDriver
 
-    oldest = header["version"] == "0.10.0"
+    oldest = header["version"].endswith("0.10.0")
     if "requests" in header:
         return SchedulerDriver(header["config"], header["requests"], oldest=oldest)
     return ManagerDriver(header["config"], keyless_first=not oldest)
@@ -122,7 +122,7 @@ def _row(path: Path, number: int, line: str, last: bool) -> Row:
 
 def build(path: Path, header: Row) -> Driver:
     """Our side of a recording. Raises UserError for one that is not known."""
-    peer, version = str(header.get("peer")), str(header.get("version"))
+    peer, version = str(header.get("peer")), str(header.get("version")).removeprefix("v")
     for word, (versions, driver) in FORMATS.items():
         if peer.split(" ")[0] == word:
             if version not in versions:
