@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out", type=Path, default=Path("results"), metavar="DIR", help="where results go (results)"
     )
-    made.add_argument("--jobs", type=_jobs, metavar="N", help="processes that run points (one per core)")
+    made.add_argument("--jobs", type=_count, metavar="N", help="processes that run points (one per core)")
     made.add_argument("--no-plots", action="store_true", help="draw no plots and write no report")
     made.add_argument("--no-probe", action="store_true", help="check no steps with real attention")
     made = command("list", "list policies, models and devices with their fields")
@@ -61,6 +61,17 @@ def parser() -> argparse.ArgumentParser:
     _add_device(made)
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the profile goes")
     made.add_argument("--quick", action="store_true", help="a coarse grid, in seconds")
+    made = command("parity", "replay recorded engine cases, a line a file: ok or the first difference")
+    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, JSON lines")
+    made = command("hit-rate", "tell what prefix caches of several sizes would find in a trace")
+    made.add_argument("trace", type=Path, metavar="TRACE", help="a trace whose prompts are named by hash ids")
+    made.add_argument("--format", default="mooncake", metavar="F", help="the trace's format (mooncake)")
+    made.add_argument(
+        "--capacity", nargs="+", type=_count, default=[], metavar="N", help="sizes, in blocks of the trace"
+    )
+    made.add_argument(
+        "--eviction", nargs="+", default=[], metavar="E", help="orders of eviction (lru fifo lfu belady)"
+    )
     command("demo", "show on the terminal what paging does")
     made = command("bench", "measure the simulator and the attention core")
     made.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
@@ -71,7 +82,7 @@ def _add_device(made: argparse.ArgumentParser) -> None:
     made.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ... (auto)")
 
 
-def _jobs(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
     return int(text)
@@ -229,6 +240,19 @@ def _calibrate(options: argparse.Namespace) -> int:
     return run_calibrate(options.device, options.out, options.quick)
 
 
+def _parity(options: argparse.Namespace) -> int:
+    from experiments.parity import run_parity
+
+    return run_parity(options.files)
+
+
+def _hit_rate(options: argparse.Namespace) -> int:
+    from experiments.hit_rate import run_hit_rate
+
+    print(run_hit_rate(options.trace, options.format, options.capacity, options.eviction), end="")
+    return DONE
+
+
 def _demo(options: argparse.Namespace) -> int:
     from experiments.demo import run_demo
 
@@ -243,5 +267,6 @@ def _bench(options: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "run": _run, "check": _check, "list": _list, "schema": _schema, "plot": _plot, "report": _report,
-    "validate": _validate, "calibrate": _calibrate, "demo": _demo, "bench": _bench,
+    "validate": _validate, "calibrate": _calibrate, "parity": _parity, "hit-rate": _hit_rate,
+    "demo": _demo, "bench": _bench,
 }  # fmt: skip

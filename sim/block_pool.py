@@ -96,6 +96,10 @@ class BlockPool:
         else:
             self.extra_references -= 1
 
+    def unheld(self) -> Iterable[int]:
+        """Every block that nobody holds, as the pool's own lists have it."""
+        return self.free
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare the counts with the tables that hold the blocks. Raises IntegrityError with the equation."""
         held = np.fromiter(chain.from_iterable(tables), np.int64)
@@ -113,12 +117,13 @@ class BlockPool:
                 f"!= tables holding it({counts[block]})"
             )
         used = np.count_nonzero(counts)
-        distinct = np.count_nonzero(np.bincount(np.fromiter(self.free, np.int64), minlength=self.num_blocks))
-        if distinct != len(self.free):
-            raise IntegrityError(f"{self.tier} pool: distinct free({distinct}) != free({len(self.free)})")
-        if used + len(self.free) != self.num_blocks:
+        free = np.fromiter(self.unheld(), np.int64)
+        distinct = np.count_nonzero(np.bincount(free, minlength=self.num_blocks))
+        if distinct != len(free):
+            raise IntegrityError(f"{self.tier} pool: distinct free({distinct}) != free({len(free)})")
+        if used + len(free) != self.num_blocks:
             raise IntegrityError(
-                f"{self.tier} pool: used({used}) + free({len(self.free)}) != total({self.num_blocks})"
+                f"{self.tier} pool: used({used}) + free({len(free)}) != total({self.num_blocks})"
             )
         if len(held) - used != self.extra_references:
             raise IntegrityError(

@@ -256,6 +256,8 @@ class Engine:
             request = sequence.request
             if begin + tokens < request.prefill_tokens:
                 continue
+            if self.allocator.keeps_freed:
+                self.allocator.computed(sequence)
             if request.first_token_time == NEVER:
                 request.first_token_time = end
                 if request.width > 1:

@@ -30,7 +30,7 @@ def mixed(word: int) -> int:
     return word ^ word >> 31
 
 
-def _mix(words: Words) -> Words:
+def mixed_words(words: Words) -> Words:
     """`mixed` for every word, in place."""
     shifted = words >> np.uint64(30)
     words ^= shifted
@@ -70,7 +70,7 @@ class History:
             covered = min(len(request.content) * grain, request.prompt_tokens)
             starts += range(0, covered, grain)
             words = np.array([name & _MASK for name in request.content[: len(starts)]], np.uint64)
-            seeds += _mix(_mix(words) + np.uint64(_CONTENT)).tolist()
+            seeds += mixed_words(mixed_words(words) + np.uint64(_CONTENT)).tolist()
         if covered < request.prompt_tokens:
             starts.append(covered)
             seeds.append(mixed(mixed(request.id) + _OWN & _MASK))
@@ -95,7 +95,7 @@ class History:
         for start, stop, seed in zip(self.starts, [*self.starts[1:], end], self.seeds, strict=True):
             if begin < stop and start < end:
                 keys[max(0, start - begin) : stop - begin] += np.uint64(seed)
-        sums = _mix(keys).cumsum()
+        sums = mixed_words(keys).cumsum()
         sums += np.uint64(total)
         after = int(sums[-1]) if len(sums) else total
         sums >>= np.uint64(1)
@@ -127,7 +127,7 @@ def identities(histories: Ordered[History], lengths: Ordered[int]) -> tuple[Ints
     keys *= np.uint64(_STEP)
     keys += np.repeat(seeds, spans)
     sums = np.zeros(len(keys) + 1, np.uint64)
-    np.cumsum(_mix(keys), out=sums[1:])
+    np.cumsum(mixed_words(keys), out=sums[1:])
     before = sums[first]
     totals = sums[first + long] - before
     chained = sums[1:]

@@ -136,8 +136,11 @@ class Allocator(ABC):
 
     # What the engine calls
 
-    def admit(self, sequence: Sequence, num_tokens: int) -> None:
-        """Give a sequence that holds nothing its first slots, `num_tokens` of them filled in this step."""
+    def admit(self, sequence: Sequence, num_tokens: int) -> int:
+        """Give a sequence that holds nothing its first slots, `num_tokens` of them filled in this step.
+
+        Returns how many of these tokens need not be computed, since cached blocks hold them.
+        """
         held = self.reserve(sequence, num_tokens)
         sequence.capacity = held
         sequence.origin = num_tokens
@@ -148,6 +151,10 @@ class Allocator(ABC):
         self.sequences.add(sequence)
         if self.keeps_freed and self.probe is not None:
             self.probe.begin(sequence)
+        return 0
+
+    def computed(self, sequence: Sequence) -> None:  # noqa: B027 - most need not know
+        """The sequence's prompt is computed by now; told to allocators that keep freed blocks."""
 
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """Give each sequence, whose slots are all filled, room for one more token; batch by batch.
@@ -275,7 +282,7 @@ class Allocator(ABC):
         if distinct < len(slots):
             for sequence, table in zip(self.sequences, tables, strict=True):
                 _equal(f"{sequence}: distinct slots", len(np.unique(table)), "slots", len(table))
-        if not self.can_fork:
+        if not self.can_fork and not self.keeps_freed:
             _equal("distinct slots of all sequences", distinct, "slots of all sequences", len(slots))
             held = [(sequence.capacity, sequence.final_tokens) for sequence in self.sequences]
             _equal("held", self.num_held, "slots held by all sequences", sum(slots for slots, _ in held))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.allocators.base import Admission, Allocator, Capacity, allocator
+from sim.allocators.blocks import block_slots, grow_by_block
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
@@ -90,29 +91,7 @@ class PagedAllocator(Allocator):
 
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """One more block for each sequence of each batch."""
-        size = self.block_size
-        held, internal = self.num_held, self.num_internal
-        needed = 0
-        for _, sequences in batches:
-            needed += len(sequences)
-        blocks = iter(self.pool.take(needed))
-        books = []
-        for tick, sequences in batches:
-            unfinished = len(sequences)
-            held += unfinished * size
-            for sequence, block in zip(sequences, blocks, strict=False):  # `blocks` serves all batches
-                sequence.block_table.append(block)
-                sequence.capacity = capacity = sequence.capacity + size
-                if capacity >= sequence.final_tokens:
-                    internal += capacity - sequence.final_tokens
-                    unfinished -= 1
-            if unfinished < len(sequences):
-                sequences[:] = [
-                    sequence for sequence in sequences if sequence.capacity < sequence.final_tokens
-                ]
-            books.append((tick, held, internal))
-        self.num_held, self.num_internal = held, internal
-        return books
+        return grow_by_block(self, self.pool, batches)
 
     @property
     def headroom(self) -> int:
@@ -240,9 +219,7 @@ class PagedAllocator(Allocator):
 
     def slots(self, sequence: Sequence) -> NDArray[np.int64]:
         """Block table times block size plus offset, shape [num_tokens]."""
-        table = np.asarray(sequence.block_table, dtype=np.int64)
-        slots = table[:, None] * self.block_size + np.arange(self.block_size)
-        return slots.reshape(-1)[: sequence.num_tokens]
+        return block_slots(sequence.block_table, self.block_size, sequence.num_tokens)
 
     @property
     def blocks_saved(self) -> int:

@@ -121,21 +121,22 @@ class Scheduler(ABC):
             self.admit(self.waiting.popleft(), step, now)
 
     def admit(self, request: Request, step: Step, now: int) -> None:
-        """Give a queued request its slots and its whole prompt to this step."""
+        """Give a queued request its slots, and what of its prompt is not cached to this step."""
         tokens = request.prefill_tokens
         self.num_seqs += _branches(request)
         if request.sequences:
             sequence = request.sequences[0]
-            self.recomputed_tokens += tokens - 1
+            cached = self.allocator.admit(sequence, tokens)
+            self.recomputed_tokens += tokens - 1 - cached
         else:
             sequence = Sequence(request, 0, 0, request.prompt_tokens + request.output_tokens - 1)
             request.sequences.append(sequence)
             request.first_scheduled_time = now
-        self.allocator.admit(sequence, tokens)
+            request.cached_tokens = cached = self.allocator.admit(sequence, tokens)
         request.status = "running"
         self.running[request] = None
-        step.chunks.append((sequence, 0, tokens))
-        step.num_prefill_tokens += tokens
+        step.chunks.append((sequence, cached, tokens - cached))
+        step.num_prefill_tokens += tokens - cached
 
     def grow(self, step: Step) -> None:
         """Give every decoding sequence a slot for its next token and put them into the step.

@@ -110,7 +110,7 @@ def run_naively(
             (
                 request.id, request.arrival_time, request.prompt_tokens, request.output_tokens * request.width,
                 request.status, request.first_scheduled_time, request.first_token_time, request.finish_time,
-                request.preemptions, request.reason,
+                request.preemptions, request.reason, request.cached_tokens,
             )
         )  # fmt: skip
 
@@ -183,6 +183,8 @@ def run_naively(
         for sequence, begin, tokens in step.chunks:
             request = sequence.request
             assert begin + tokens == request.prefill_tokens
+            if allocator.keeps_freed:
+                allocator.computed(sequence)
             branches = [sequence]
             if request.first_token_time == NEVER:
                 request.first_token_time = now

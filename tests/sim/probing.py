@@ -15,7 +15,7 @@ GROUPS = [kind for kind in allocator.kinds if allocator[kind].can_fork]
 
 def requests(seed: int, number: int = 12, *, groups: bool = False, longest: int = 60) -> list[Request]:
     """Requests that crowd each other out of 64 to 200 slots; half of them samples or beams if `groups`."""
-    draw = random.Random(seed)
+    draw, names = random.Random(seed), random.Random(seed)
     at = 0
     made = []
     for name in range(number):
@@ -26,6 +26,7 @@ def requests(seed: int, number: int = 12, *, groups: bool = False, longest: int 
             Request(
                 name, at, draw.randint(1, longest), draw.randint(1, longest),
                 n=1 if beams else width, beam_width=width if beams else 1,
+                content=tuple(names.randint(0, 1) for _ in range(names.randint(0, 9))), content_grain=6,
             )
         )  # fmt: skip
     return made

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 
 from sim import Admission, Capacity, Request, Sequence, allocator
 from sim.beams import fork
+from sim.eviction import eviction
 
 MAX_MODEL_LEN = 48
 
@@ -38,6 +39,14 @@ SETTINGS = {
         {"block_size": 4, "watermark": 0.2, "num_host_blocks": 6},
         {"block_size": 7, "num_host_blocks": 0},
     ],
+    "prefix": [
+        {"block_size": 4},
+        {"block_size": 3, "watermark": 0.1},
+        {"block_size": 4, "keyless_first": False},
+        {"block_size": 4, "prefix_caching": False},
+        {"block_size": 8},
+    ],
+    "radix": [{}, {"block_size": 4}, {"block_size": 3, "eviction": eviction["mru"], "watermark": 0.1}],
 }
 
 CASES = [
@@ -53,8 +62,9 @@ class Ownership(RuleBasedStateMachine):
     kind = "paged"
     fields: dict = {}  # noqa: RUF012
 
-    @initialize(num_slots=st.sampled_from([100, 129, 150, 512]))
-    def build(self, num_slots):
+    @initialize(num_slots=st.sampled_from([100, 129, 150, 512]), grain=st.sampled_from([4, 6]))
+    def build(self, num_slots, grain):
+        self.grain = grain
         self.memory = allocator[self.kind](
             Capacity(num_slots=num_slots, max_model_len=MAX_MODEL_LEN), **self.fields
         )
@@ -64,6 +74,8 @@ class Ownership(RuleBasedStateMachine):
         self.retired: list[Request] = []
         self.tokens: dict[Sequence, list[object]] = {}  # what each token is: equal only where shared
         self.places: dict[Sequence, list[int]] = {}  # where each token was put
+        self.contents: dict[int, object] = {}  # the last token put into each slot
+        self.uncomputed: list[Sequence] = []
         self.num_requests = 0
 
     # What the model knows
@@ -80,6 +92,14 @@ class Ownership(RuleBasedStateMachine):
             assert copied, f"{sequence}: tokens {moved} moved without a copy"
             assert len(before) - moved[0] <= self.memory.block_size, f"{sequence}: tokens {moved} moved"
         self.places[sequence] = places
+        self.contents.update(zip(places, self.tokens[sequence], strict=True))
+
+    def _find(self, sequence: Sequence, tokens: int) -> None:
+        """The first tokens were not computed again: their slots hold them."""
+        for slot, token in zip(
+            self.memory.slots(sequence)[:tokens].tolist(), self.tokens[sequence], strict=False
+        ):
+            assert self.contents[slot] == token
 
     def _grow_by_one(self, request: Request, appended: set[Sequence]) -> None:
         for sequence in request.sequences:
@@ -98,10 +118,15 @@ class Ownership(RuleBasedStateMachine):
 
     # What happens
 
-    @rule(prompt=st.integers(1, 40), output=st.integers(1, 30))
-    def admit(self, prompt, output):
+    @rule(
+        prompt=st.integers(1, 40),
+        output=st.integers(1, 30),
+        content=st.lists(st.integers(0, 1), max_size=9),
+    )
+    def admit(self, prompt, output, content):
+        grain = self.grain
         output = min(output, MAX_MODEL_LEN - prompt)
-        request = Request(self.num_requests, 0, prompt, output)
+        request = Request(self.num_requests, 0, prompt, output, content=tuple(content), content_grain=grain)
         self.num_requests += 1
         before = self.memory.usage()
         admission = self.memory.admission(request, prompt)
@@ -113,11 +138,73 @@ class Ownership(RuleBasedStateMachine):
             return
         sequence = Sequence(request, 0, 0, prompt + output - 1)
         request.sequences.append(sequence)
-        self.memory.admit(sequence, prompt)
+        hit = self.memory.admit(sequence, prompt)
         assert sequence.num_tokens == prompt <= sequence.capacity
         self.live.append(request)
-        self.tokens[sequence] = [(request.id, 0, position) for position in range(1, prompt + 1)]
+        self.tokens[sequence] = [
+            ("prompt", position, *content[: position // grain + 1])
+            if position < len(content) * grain
+            else (request.id, 0, position)
+            for position in range(prompt)
+        ]
+        self._begin(sequence, hit)
+
+    def _begin(self, sequence: Sequence, hit: int) -> None:
+        assert 0 <= hit < sequence.num_tokens
+        assert hit == 0 or self.memory.keeps_freed
+        self._find(sequence, hit)
         self._put(sequence)
+        self.uncomputed.append(sequence)
+
+    @precondition(lambda self: self.memory.keeps_freed and self.uncomputed)
+    @rule(data=st.data())
+    def compute(self, data):
+        """A prompt is computed; equal content that is there already may take the place of its own."""
+        sequence = data.draw(st.sampled_from(self.uncomputed), label="sequence")
+        self.uncomputed.remove(sequence)
+        self.memory.computed(sequence)
+        self._find(sequence, sequence.num_tokens)
+        self.places[sequence] = self.memory.slots(sequence).tolist()
+
+    @precondition(lambda self: self._decoding())
+    @rule(data=st.data(), others=st.booleans())
+    def preempt(self, data, others):
+        """A request gives way, and comes back with what it had generated if it fits at once."""
+        request = self._pick(data, self._decoding())
+        if len(request.sequences) > 1:
+            return
+        (sequence,) = request.sequences
+        tokens = sequence.num_tokens + 1
+        self.memory.free(sequence)
+        if sequence in self.uncomputed:
+            self.uncomputed.remove(sequence)
+        request.preemptions += 1
+        del self.places[sequence]
+        if others:
+            self._churn()
+        if self.memory.admission(request, tokens) is not Admission.OK:
+            del self.tokens[sequence]
+            self.live.remove(request)
+            return
+        hit = self.memory.admit(sequence, tokens)
+        self.tokens[sequence].append((request.id, 0, "generated", tokens))
+        self._begin(sequence, hit)
+
+    def _churn(self) -> None:
+        """A request of its own content takes what it can get, and leaves."""
+        request = Request(1000 + self.num_requests, 0, MAX_MODEL_LEN - 1, 2)
+        self.num_requests += 1
+        while request.prompt_tokens and (
+            self.memory.admission(request, request.prompt_tokens) is not Admission.OK
+        ):
+            request.prompt_tokens -= 1
+        if request.prompt_tokens:
+            sequence = Sequence(request, 0, 0, request.prompt_tokens + 1)
+            request.sequences.append(sequence)
+            self.memory.admit(sequence, request.prompt_tokens)
+            for slot in self.memory.slots(sequence).tolist():
+                self.contents[slot] = None
+            self.memory.free(sequence)
 
     @precondition(lambda self: self._decoding())
     @rule(data=st.data(), steps=st.integers(1, 5))
@@ -173,6 +260,8 @@ class Ownership(RuleBasedStateMachine):
         request = self._pick(data, self.live + self.swapped + self.retired)
         sequence = data.draw(st.sampled_from(request.sequences), label="branch")
         self.memory.free(sequence)
+        if sequence in self.uncomputed:
+            self.uncomputed.remove(sequence)
         request.sequences.remove(sequence)
         del self.tokens[sequence]
         self.places.pop(sequence, None)
@@ -187,9 +276,13 @@ class Ownership(RuleBasedStateMachine):
         request = self._pick(data, self.live)
         before = self.memory.usage()
         distinct = {slot for sequence in request.sequences for slot in self.places[sequence]}
+        for sequence, places in self.places.items():
+            if sequence not in request.sequences:
+                distinct.difference_update(places)
         self.memory.retire(request)
         assert self.memory.usage().token_states == before.token_states - len(distinct)
-        assert self.memory.usage().free == before.free
+        assert self.memory.usage().free == before.free or self.memory.keeps_freed
+        self.uncomputed = [each for each in self.uncomputed if each not in request.sequences]
         self.live.remove(request)
         self.retired.append(request)
         for sequence in request.sequences:
@@ -242,7 +335,8 @@ class Ownership(RuleBasedStateMachine):
             assert usage.total == self.memory.num_slots
         usage = self.memory.usage()
         assert usage.token_states == len({slot for places in self.places.values() for slot in places})
-        if all(len(request.sequences) == 1 for request in self.live + self.retired):
+        alone = all(len(request.sequences) == 1 for request in self.live + self.retired)
+        if alone and not self.memory.blocks_saved:
             waste = [max(0, each.capacity - each.final_tokens) for each in present]
             assert usage.internal == sum(waste)
             held = sum(each.capacity for each in present)
@@ -261,7 +355,7 @@ class Ownership(RuleBasedStateMachine):
         for sequence, places in self.places.items():
             for slot, token in zip(places, self.tokens[sequence], strict=True):
                 assert holder.setdefault(slot, token) == token, f"slot {slot} holds {holder[slot]}, {token}"
-        for one, other in combinations(self.live, 2):
+        for one, other in combinations(self.live, 2) if not self.memory.keeps_freed else ():
             slots = [
                 {slot for each in request.sequences for slot in self.places[each]} for request in (one, other)
             ]

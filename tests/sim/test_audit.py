@@ -186,6 +186,7 @@ class Cached(PagedAllocator):
     def admit(self, sequence, num_tokens):
         super().admit(sequence, num_tokens)
         self._recount()
+        return 0  # what it found is computed again
 
     def _recount(self):
         """The books of the base class know no blocks that requests share."""

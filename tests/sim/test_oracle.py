@@ -20,6 +20,7 @@ from sim import (
     timing,
     victim,
 )
+from sim.eviction import eviction
 from tests.sim.naive import run_naively
 
 MODEL = Model(
@@ -37,6 +38,11 @@ ALLOCATORS = {
     "paged 4": ("paged", {"block_size": 4}),
     "paged 16 no watermark": ("paged", {"block_size": 16, "watermark": 0.0}),
     "paged 4 little host": ("paged", {"block_size": 4, "num_host_blocks": 6}),
+    "prefix 4": ("prefix", {"block_size": 4}),
+    "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
+    "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
+    "radix 1": ("radix", {}),
+    "radix 4 lfu": ("radix", {"block_size": 4, "eviction": eviction["lfu"], "watermark": 0.1}),
 }
 TIMINGS = {
     "fixed": timing["fixed"](None, None, prefill_ms=7.0, decode_ms=3.0),
@@ -58,10 +64,11 @@ class Given:
         at = 0
         for number, (gap, prompt, output, width, beam) in enumerate(self.rows):
             at += gap
+            named = {"content": (number % 3, number % 2, *range(number % 5)), "content_grain": 6}
             if beam:
-                yield Request(number, at, prompt, output, beam_width=width)
+                yield Request(number, at, prompt, output, beam_width=width, **named)
             else:
-                yield Request(number, at, prompt, output, n=width)
+                yield Request(number, at, prompt, output, n=width, **named)
 
 
 def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
@@ -106,7 +113,7 @@ def assert_equal(summary, tables, naive) -> None:
         zip(
             requests["request_id"], as_ns["arrival_time"], requests["prompt_tokens"], requests["output_tokens"],
             requests["status"], as_ns["first_scheduled_time"], as_ns["first_token_time"], as_ns["finish_time"],
-            requests["preemptions"], requests["reason"], strict=True,
+            requests["preemptions"], requests["reason"], requests["cached_tokens"], strict=True,
         )
     )  # fmt: skip
     assert sorted(rows) == sorted(naive.requests)

@@ -1,62 +1,25 @@
-"""Replays of recorded vLLM V0 cases: our block manager and scheduler against the engine's own answers.
-
-A file is one scenario: a header with the configuration, then a line an operation with what the engine
-returned (`out`) and what could be observed afterwards (`state`). `replay` performs the operations on ours and
-raises `Difference` at the first field that disagrees.
-"""
+"""Recordings of vLLM V0: its block manager, and its scheduler over it."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from sim import Admission, Capacity, Request, Sequence, allocator, scheduler
+from experiments.parity import canonical, histogram
+from sim import Admission, Capacity, Request, Sequence, Step
+from sim.allocators import PagedAllocator
 from sim.beams import fork
 from sim.request import NEVER
+from sim.schedulers import VllmV0
 
 ENDLESS = 1 << 30
 """Tokens that a sequence of a manager file may grow to: those files name no end."""
 
 
-class Difference(AssertionError):
-    """The first place where our answer is not the recorded one."""
-
-
-def replay(path: Path) -> int:
-    """Replay one recorded file; the number of operations compared. Raises Difference."""
-    header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    config = header["config"]
-    if "max_num_seqs" in config:
-        driver: ManagerDriver | SchedulerDriver = SchedulerDriver(config, header["requests"])
-    else:
-        driver = ManagerDriver(config)
-    for number, line in enumerate(lines, start=2):
-        out, state = driver.perform(line["op"])
-        if (
-            "engine_error" in line["out"]
-        ):  # V0 dies where ours gives one group up: nothing to compare after it
-            if not driver.gave_up:
-                raise Difference(f"{path.name}:{number}: recorded an engine error, ours goes on")
-            return number - 1
-        for part, ours in (("out", out), ("state", state)):
-            expected = line[part]
-            for field in sorted(expected.keys() | ours.keys()):
-                if expected.get(field) != ours.get(field):
-                    raise Difference(
-                        f"{path.name}:{number}: {part}.{field} after {line['op']}: "
-                        f"recorded {expected.get(field)}, got {ours.get(field)}"
-                    )
-        driver.memory.check_integrity()
-    return len(lines)
-
-
-def build_memory(config: dict[str, Any], max_model_len: int):
+def build_memory(config: dict[str, Any], max_model_len: int) -> PagedAllocator:
     """The paged allocator that a header describes."""
     blocks, size = config["num_gpu_blocks"], config["block_size"]
-    memory = allocator["paged"](
+    memory = PagedAllocator(
         Capacity(num_slots=blocks * size, max_model_len=max_model_len, num_blocks=blocks),
         block_size=size,
         watermark=config.get("watermark", (config["watermark_blocks"] + 0.5) / blocks),
@@ -64,20 +27,6 @@ def build_memory(config: dict[str, Any], max_model_len: int):
     )
     assert memory.watermark_blocks == config["watermark_blocks"]
     return memory
-
-
-def canonical(tables: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Tables with blocks renumbered in order of appearance, as the files have them."""
-    labels: dict[int, int] = {}
-    return {
-        name: [labels.setdefault(block, len(labels)) for block in tables[name]]
-        for name in sorted(tables, key=lambda name: (len(name), name))
-    }
-
-
-def histogram(references: list[int]) -> dict[str, int]:
-    """Reference count to the number of blocks that have it."""
-    return {str(count): blocks for count, blocks in sorted(Counter(references).items()) if count}
 
 
 class ManagerDriver:
@@ -150,6 +99,10 @@ class ManagerDriver:
         self.swapped.discard(g)
         return {"status": "OK", "blocks": self.memory.swap_in(self.groups[g])}
 
+    def check_integrity(self) -> None:
+        """The allocator's books."""
+        self.memory.check_integrity()
+
     def _branch(self, request: Request, name: int) -> Sequence:
         return next(sequence for sequence in request.sequences if self.names[sequence] == name)
 
@@ -185,7 +138,7 @@ class SchedulerDriver:
 
     def __init__(self, config: dict[str, Any], requests: list[dict[str, Any]]) -> None:
         self.memory = build_memory(config, config["max_model_len"])
-        self.policy = scheduler["vllm_v0"](
+        self.policy = VllmV0(
             self.memory,
             max_num_seqs=config["max_num_seqs"],
             max_num_batched_tokens=config["max_num_batched_tokens"],
@@ -233,6 +186,14 @@ class SchedulerDriver:
         state["free_gpu_after"] = memory.pool.num_free
         return out, state
 
+    def check_integrity(self) -> None:
+        """The pools' books; what is waste is not told, as only here samples of one request end apart."""
+        memory = self.memory
+        memory.pool.check_integrity(branch.block_table for branch in memory.sequences)
+        memory.host_pool.check_integrity(
+            branch.block_table for request in self.policy.swapped for branch in request.sequences
+        )
+
     def _add(self, row: dict[str, Any]) -> None:
         request = Request(
             len(self.rows), 0, row["prompt_len"], max(row["out_lens"]),
@@ -241,7 +202,7 @@ class SchedulerDriver:
         self.rows[request] = row
         self.policy.add(request)
 
-    def _follow(self, step) -> list[list[Any]]:
+    def _follow(self, step: Step) -> list[list[Any]]:
         """Keep the orders that V0 shows, and name the step's batch: [group, tokens, running sequences]."""
         stayed = [request for request in self.running if request in self.policy.running]
         joined = [request for request in self.policy.running if request not in stayed]
@@ -258,10 +219,10 @@ class SchedulerDriver:
         self.running = stayed + joined
         return batch
 
-    def _names(self, requests: Iterator[Request] | list[Request]) -> list[str]:
+    def _names(self, requests: Iterable[Request]) -> list[str]:
         return [self.rows[request]["id"] for request in requests]
 
-    def _execute(self, step) -> list[Request]:
+    def _execute(self, step: Step) -> list[Request]:
         """Give every scheduled sequence its token; the requests that are done with it."""
         over: list[Request] = []
         for sequence, _, _ in step.chunks:
@@ -283,6 +244,9 @@ class SchedulerDriver:
         return over
 
     def _complete(self, sequence: Sequence, over: list[Request]) -> None:
+        pending = self.policy.decodes.copy_pending
+        if sequence in pending:  # it was forked with its last token
+            pending.remove(sequence)
         if self.policy.complete(sequence):
             sequence.request.status = "finished"
             over.append(sequence.request)
@@ -304,15 +268,17 @@ class SchedulerDriver:
     def _turn_over(self, request: Request) -> None:
         """At every third token the first beam is forked and the last one dies; the fork takes its place."""
         decodes = self.policy.decodes
-        first, *_, last = request.sequences
+        first, last = request.sequences[0], request.sequences[-1]
         generated = first.num_tokens + 1 - request.prompt_tokens
         if generated % 3:
             return
         child = fork(self.memory, first)
         self._assign(child, self.samples[last])
+        request.sequences.append(child)
         decodes.leave(last)
         self.policy.release(last)
         request.sequences.remove(last)
-        request.sequences.append(child)
         decodes.join(child)
-        decodes.copy_pending += [each for each in (first, child) if each not in decodes.copy_pending]
+        decodes.copy_pending += [
+            each for each in (first, child) if each is not last and each not in decodes.copy_pending
+        ]

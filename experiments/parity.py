@@ -1,0 +1,214 @@
+"""Parity: what real engines were recorded to answer, against the same operations on our own classes.
+
+A recorded file is one scenario: a header with the configuration, then a line an operation with what the engine
+returned (`out`) and what could be observed afterwards (`state`). Every field of both is compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sim.errors import IntegrityError, UserError
+
+Row = dict[str, Any]
+
+
+class Driver(Protocol):
+    """Performs the operations of one recorded scenario on ours."""
+
+    def perform(self, op: Row) -> tuple[Row, Row]:
+        """One operation: what it returns, and the state afterwards."""
+
+    def check_integrity(self) -> None:
+        """Recount our own books."""
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether ours gave a group up where the engine died; nothing can be compared after that."""
+
+
+class Difference(AssertionError):
+    """The first place where our answer is not the recorded one."""
+
+
+def _build_v0(header: Row) -> Driver:
+    from experiments.parity_v0 import ManagerDriver, SchedulerDriver
+    from experiments.parity_v0_cached import CachedManagerDriver
+    from experiments.parity_v0_chunked import ChunkedDriver
+
+    if header["config"].get("chunked_prefill"):
+        return ChunkedDriver(header["config"], header["requests"])
+    if "requests" in header:
+        return SchedulerDriver(header["config"], header["requests"])
+    if header["config"].get("prefix_caching"):
+        return CachedManagerDriver(header["config"])
+    return ManagerDriver(header["config"])
+
+
+def _build_v1(header: Row) -> Driver:
+    from experiments.parity_v1 import ManagerDriver, SchedulerDriver
+
+    oldest = header["version"].endswith("0.10.0")
+    if "requests" in header:
+        return SchedulerDriver(header["config"], header["requests"], oldest=oldest)
+    return ManagerDriver(header["config"], keyless_first=not oldest)
+
+
+def _build_nano(header: Row) -> Driver:
+    from experiments.parity_nano import ManagerDriver, SchedulerDriver
+
+    if "requests" in header:
+        return SchedulerDriver(header["config"], header["requests"])
+    return ManagerDriver(header["config"])
+
+
+def _build_radix(header: Row) -> Driver:
+    from experiments.parity_radix import CacheDriver
+
+    return CacheDriver(header["config"])
+
+
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Driver]]] = {
+    "vllm-V0": (("0.4.2",), _build_v0),
+    "vllm-V1": (("main 2026-08-17", "0.10.0"), _build_v1),
+    "nano-vllm": (("main 2026-04-26",), _build_nano),
+    "mini-sglang": (("main 2026-03-13",), _build_radix),
+}
+"""First word of a recording's peer: the versions that are known, and who performs its operations."""
+
+
+def read(path: Path) -> tuple[Row, list[Row]]:
+    """Header and operations of a recorded file. Raises UserError with the line that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+    lines = text.splitlines()
+    rows = [_row(path, number, line, last=number == len(lines)) for number, line in enumerate(lines, 1)]
+    if not rows:
+        raise UserError(f"{path}:1: got an empty file, expected the header of a recording")
+    header, *operations = rows
+    if header.get("kind") != "header" or not isinstance(header.get("config"), dict):
+        raise UserError(f'{path}:1: got no header, expected an object with "kind": "header" and "config"')
+    for number, row in enumerate(operations, 2):
+        for name in ("op", "out", "state"):
+            if not isinstance(row.get(name), dict):
+                raise UserError(f"{path}:{number}: got {row.get(name)!r} as {name}, expected an object")
+        if row.get("i") != number - 2:
+            raise UserError(f"{path}:{number}: got operation {row.get('i')}, expected {number - 2}")
+    totals = header.get("totals")
+    steps = totals.get("steps") if isinstance(totals, dict) else None
+    if steps not in (None, len(operations)):
+        what = f"got {len(operations)} operations, expected the {steps} of the header's totals"
+        raise UserError(f"{path}:{len(rows)}: truncated: {what}")
+    return header, operations
+
+
+def _row(path: Path, number: int, line: str, last: bool) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        what = "truncated: " if last else ""
+        raise UserError(f"{path}:{number}: {what}got no JSON ({error}), expected an object") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: got {row!r}, expected an object")
+    return row
+
+
+def build(path: Path, header: Row) -> Driver:
+    """Our side of a recording. Raises UserError for one that is not known."""
+    peer, version = str(header.get("peer")), str(header.get("version")).removeprefix("v")
+    for word, (versions, driver) in FORMATS.items():
+        if peer.split(" ")[0] == word:
+            if version not in versions:
+                known = " or ".join(versions)
+                raise UserError(f"{path}:1: got a recording of {word} {version!r}, expected version {known}")
+            try:
+                return driver(header)
+            except KeyError as error:
+                raise UserError(f"{path}:1: the configuration lacks {error}") from error
+    raise UserError(f"{path}:1: got a recording of {peer!r}, expected one of {', '.join(FORMATS)}")
+
+
+def replay(path: Path) -> int:
+    """Replay one recorded file; the number of operations compared. Raises Difference or UserError."""
+    header, operations = read(path)
+    driver = build(path, header)
+    for number, row in enumerate(operations, 2):
+        try:
+            out, state = driver.perform(row["op"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}:{number}: got the operation {row['op']}, which is not of this format "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError) as error:
+            raise Difference(
+                f"{path}:{number}: ours raises {error!r}, after {json.dumps(row['op'])}"
+            ) from error
+        if "engine_error" in row["out"]:  # the engine died where ours gives one group up
+            if not driver.gave_up:
+                raise Difference(f"{path}:{number}: out.engine_error: expected an engine error, got none")
+            return number - 1
+        for part, ours in (("out", out), ("state", state)):
+            expected = row[part]
+            for field in sorted(expected.keys() | ours.keys()):
+                if expected.get(field) != ours.get(field):
+                    raise Difference(
+                        f"{path}:{number}: {part}.{field}: expected {expected.get(field)}, "
+                        f"got {ours.get(field)}, after {json.dumps(row['op'])}"
+                    )
+        try:
+            driver.check_integrity()
+        except IntegrityError as error:
+            raise Difference(f"{path}:{number}: our books: {error}, after {json.dumps(row['op'])}") from error
+    return len(operations)
+
+
+def run_parity(paths: Sequence[Path]) -> int:
+    """Replay files, a line for each; 0 all equal, 1 something differs. Raises UserError behind the last file."""
+    differ = False
+    wrong = []
+    for path in paths:
+        try:
+            print(f"{path}: ok, {replay(path)} operations", flush=True)
+        except Difference as difference:
+            differ = True
+            print(difference, flush=True)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return int(differ)
+
+
+# What drivers share
+
+
+def canonical(tables: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Tables with blocks renumbered in order of appearance, as the files have them."""
+    labels: dict[int, int] = {}
+    return {
+        name: [labels.setdefault(block, len(labels)) for block in tables[name]]
+        for name in sorted(tables, key=lambda name: (len(name), name))
+    }
+
+
+def histogram(counts: Iterable[int]) -> dict[str, int]:
+    """Each number but 0 to how often it occurs."""
+    return {str(count): number for count, number in sorted(Counter(counts).items()) if count}
+
+
+def block_keys(tokens: Sequence[int], block_size: int, known: Sequence[int] = ()) -> list[int]:
+    """A key for each full block, chained along the tokens; `known` are those of the first blocks."""
+    keys = list(known)
+    key = keys[-1] if keys else 0
+    for end in range((len(keys) + 1) * block_size, len(tokens) + 1, block_size):
+        key = hash((key, *tokens[end - block_size : end]))
+        keys.append(key)
+    return keys

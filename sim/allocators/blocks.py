@@ -1,0 +1,46 @@
+"""What allocators of equal blocks share: growth by a block at a time, and the slots of a block table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.allocators.base import Allocator
+from sim.block_pool import BlockPool
+from sim.request import Sequence
+
+
+def grow_by_block(
+    owner: Allocator, pool: BlockPool, batches: Collection[tuple[int, list[Sequence]]]
+) -> list[tuple[int, int, int]]:
+    """`Allocator.grow` with one more block of the pool for each sequence of each batch."""
+    size = owner.block_size
+    held, internal = owner.num_held, owner.num_internal
+    needed = 0
+    for _, sequences in batches:
+        needed += len(sequences)
+    blocks = iter(pool.take(needed))
+    books = []
+    for tick, sequences in batches:
+        unfinished = len(sequences)
+        held += unfinished * size
+        for sequence, block in zip(sequences, blocks, strict=False):  # `blocks` serves all batches
+            sequence.block_table.append(block)
+            sequence.capacity = capacity = sequence.capacity + size
+            if capacity >= sequence.final_tokens:
+                internal += capacity - sequence.final_tokens
+                unfinished -= 1
+        if unfinished < len(sequences):
+            sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
+        books.append((tick, held, internal))
+    owner.num_held, owner.num_internal = held, internal
+    return books
+
+
+def block_slots(table: list[int], block_size: int, num_tokens: int) -> NDArray[np.int64]:
+    """Block table times block size plus offset, shape [num_tokens]."""
+    blocks = np.asarray(table, dtype=np.int64)
+    slots = blocks[:, None] * block_size + np.arange(block_size)
+    return slots.reshape(-1)[:num_tokens]

@@ -1,0 +1,233 @@
+"""What allocators with a prefix cache share: admission beside hits, and books over blocks that requests share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Collection
+from collections.abc import Sequence as Ordered
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.allocators.base import Admission, Allocator, Capacity
+from sim.allocators.blocks import block_slots, grow_by_block
+from sim.block_pool import BlockPool
+from sim.errors import IntegrityError
+from sim.request import Request, Sequence
+
+
+class CachingAllocator(Allocator):
+    """Blocks that keep their content when they are freed, and are shared by requests that begin alike.
+
+    A policy says which leading blocks of a request are cached (`cached`), hands them out (`hold`), keeps what
+    a sequence leaves behind (`finished`) and takes its table back (`release`). Only full blocks are shared, and
+    the last block of a sequence never is before it is full; so what a sequence wastes is its own. Cached blocks
+    that nobody references count as free.
+    """
+
+    keeps_freed = True
+    pool: BlockPool
+
+    def __init__(self, capacity: Capacity, block_size: int, watermark: float) -> None:
+        super().__init__(capacity)
+        self.num_blocks = (
+            capacity.num_slots // block_size if capacity.num_blocks is None else capacity.num_blocks
+        )
+        if capacity.num_blocks is not None:
+            self.num_slots = self.num_blocks * block_size
+        self.block_size = self.growth = block_size
+        self.watermark_blocks = int(watermark * self.num_blocks)
+        self._remainder = self.num_slots - self.num_blocks * block_size  # too short for a block
+        self._retired: Counter[int] = Counter()  # references of sequences that are done, by block
+        self._done: set[Sequence] = set()
+
+    # What a policy decides
+
+    @abstractmethod
+    def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:
+        """Leading blocks of the request that are cached, and how many of them nobody references.
+
+        Never all of its tokens: one at least is left to compute. Changes nothing.
+        """
+
+    @abstractmethod
+    def hold(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """The cached leading blocks, with one more reference each."""
+
+    @abstractmethod
+    def held(self, sequence: Sequence, num_tokens: int) -> None:
+        """The sequence's table is filled for so many tokens."""
+
+    @abstractmethod
+    def finished(self, sequence: Sequence) -> None:
+        """The sequence has all its tokens: its full blocks are worth keeping."""
+
+    # Room
+
+    def num_external(self, head_refused: bool) -> int:
+        """The slots behind the last whole block."""
+        return self._remainder
+
+    def admission(self, request: Request, num_tokens: int) -> Admission:
+        """Room for the whole prompt: its new blocks, and those of its hits that nobody holds.
+
+        The watermark stays free unless nobody else runs.
+        """
+        needed = -(-num_tokens // self.block_size)
+        if needed > self.num_blocks:
+            return Admission.NEVER
+        hits, unreferenced = self.cached(request, num_tokens)
+        spare = self.pool.num_free - (self.watermark_blocks if self.sequences else 0)
+        return Admission.OK if needed - hits + unreferenced <= spare else Admission.LATER
+
+    def refusal(self, request: Request, num_tokens: int) -> str:
+        """Blocks needed against blocks there."""
+        needed = -(-num_tokens // self.block_size)
+        return (
+            f"{num_tokens} tokens need {needed} blocks of {self.block_size} slots, "
+            f"the pool has {self.num_blocks}"
+        )
+
+    @property
+    def headroom(self) -> int:
+        """Free blocks, cached ones included."""
+        return self.pool.num_free
+
+    def can_append(self, request: Request) -> bool:
+        """A free block for every branch whose blocks are full."""
+        free = self.pool.num_free
+        if free >= len(request.sequences):
+            return True
+        return sum([sequence.num_tokens >= sequence.capacity for sequence in request.sequences]) <= free
+
+    # The life of a sequence
+
+    def admit(self, sequence: Sequence, num_tokens: int) -> int:
+        """Give a sequence its cached blocks and new ones behind them; the tokens that it need not compute."""
+        size, pool = self.block_size, self.pool
+        free = pool.num_free
+        hits = self.hold(sequence, num_tokens)
+        if hits:
+            self.revive(hits)
+            if self.probe is not None:
+                self.probe.touch(pool.tier, hits)
+        tokens = len(hits) * size
+        shared = tokens - (free - pool.num_free) * size  # in blocks that somebody holds already
+        sequence.block_table = hits
+        sequence.capacity = held = self.reserve(sequence, num_tokens)
+        sequence.origin = num_tokens
+        self.num_held += held - shared
+        self.num_tokens += num_tokens - shared
+        if held > sequence.final_tokens:
+            self.num_internal += held - sequence.final_tokens
+        self.sequences.add(sequence)
+        self.held(sequence, num_tokens)
+        if self.probe is not None:
+            self.probe.begin(sequence)
+        return tokens
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """Append the blocks that the table lacks."""
+        table = sequence.block_table
+        table += self.pool.take(-(-num_tokens // self.block_size) - len(table))
+        return len(table) * self.block_size
+
+    def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
+        """One more block for each sequence of each batch."""
+        return grow_by_block(self, self.pool, batches)
+
+    def free(self, sequence: Sequence) -> None:
+        """Take back the sequence's references; only blocks that nobody else holds leave the books."""
+        done = sequence in self._done
+        if not done and sequence.origin >= sequence.final_tokens:
+            self.finished(sequence)
+        size, table = self.block_size, sequence.block_table
+        if self._retired:
+            self._bury(sequence)
+        shared = 0
+        if self.pool.extra_references:
+            references = self.pool.references
+            shared = sum([references[block] > 1 for block in table])
+        self.num_held -= sequence.capacity - shared * size
+        if done:
+            self._done.discard(sequence)
+            self.num_internal -= sequence.capacity - shared * size
+        else:
+            self.num_tokens -= sequence.origin - shared * size
+            self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
+        self.sequences.discard(sequence)
+        self.release(sequence)
+        sequence.block_table = []
+        sequence.capacity = 0
+
+    # Sequences that are done and keep their blocks
+
+    def retire(self, request: Request) -> None:
+        """The branches are done: their blocks are internal waste as far as nobody else uses them."""
+        size, references, retired = self.block_size, self.pool.references, self._retired
+        for sequence in request.sequences:
+            self.finished(sequence)
+            retired.update(sequence.block_table)
+            used = sum([references[block] > retired[block] for block in sequence.block_table])
+            self.num_tokens -= sequence.num_tokens - used * size
+            self.num_internal += sequence.capacity - used * size
+            self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
+            sequence.origin = sequence.final_tokens = 0
+            self._done.add(sequence)
+
+    def revive(self, blocks: Ordered[int]) -> None:
+        """These blocks got one more reference each: those that only retired sequences held have a user again."""
+        if not self._retired:
+            return
+        references, retired = self.pool.references, self._retired
+        revived = sum([0 < retired[block] == references[block] - 1 for block in blocks])
+        self.num_internal -= revived * self.block_size
+        self.num_tokens += revived * self.block_size
+
+    def _bury(self, sequence: Sequence) -> None:
+        """Before a sequence leaves: blocks that only retired ones hold from then on are waste."""
+        references, retired = self.pool.references, self._retired
+        if sequence in self._done:
+            retired.subtract(sequence.block_table)
+            self._retired = +retired
+            return
+        buried = sum([0 < retired[block] == references[block] - 1 for block in sequence.block_table])
+        self.num_tokens -= buried * self.block_size
+        self.num_internal += buried * self.block_size
+
+    # Where tokens live
+
+    def slots(self, sequence: Sequence) -> NDArray[np.int64]:
+        """Block table times block size plus offset, shape [num_tokens]."""
+        return block_slots(sequence.block_table, self.block_size, sequence.num_tokens)
+
+    @property
+    def blocks_saved(self) -> int:
+        """References beyond the first of every block."""
+        return self.pool.extra_references
+
+    def check_books(self) -> None:
+        """Reference counts against tables, and the counters against a recount of the blocks."""
+        size = self.block_size
+        self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
+        filled: dict[int, int] = {}
+        internal = 0
+        for sequence in self.sequences:
+            if sequence.capacity != len(sequence.block_table) * size:
+                slots = len(sequence.block_table) * size
+                raise IntegrityError(f"{sequence}: held({sequence.capacity}) != slots of its table({slots})")
+            if sequence not in self._done:
+                internal += max(0, sequence.capacity - sequence.final_tokens)
+                for index, block in enumerate(sequence.block_table):
+                    tokens = min(size, max(0, sequence.num_tokens - index * size))
+                    filled[block] = max(tokens, filled.get(block, 0))
+        held = {block for sequence in self.sequences for block in sequence.block_table}
+        internal += size * len(held - filled.keys())
+        for name, kept, counted in (
+            ("tokens", self.num_tokens, sum(filled.values())),
+            ("held", self.num_held, size * len(held)),
+            ("internal", self.num_internal, internal),
+        ):
+            if kept != counted:
+                raise IntegrityError(f"{name}({kept}) != recount over the block tables({counted})")

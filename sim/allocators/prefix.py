@@ -1,0 +1,99 @@
+"""Prefix caching by block hashes: vLLM V1."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from sim.allocators.base import Capacity, allocator
+from sim.allocators.caching import CachingAllocator
+from sim.prefix_keys import prefix_keys
+from sim.prefix_pool import PrefixPool
+from sim.registry import Bounds, PositiveInt
+from sim.request import Request, Sequence
+
+
+@allocator("prefix")
+class PrefixAllocator(CachingAllocator):
+    """Blocks found again by the hash of their content and of all before it, as in vLLM V1.
+
+    Full blocks can be found from the moment their slots are granted, by requests of the same step too; a
+    request that is preempted finds its own again. Freed blocks queue up for reuse, the tail of a request
+    first, and lose their content only when they are handed out (`vllm/v1/core/block_pool.py`; the rules stand
+    in `sim/prefix_pool.py`). The same content computed twice stays in two blocks. There are no forks and no
+    swapping: parallel samples are requests of their own in V1.
+
+    Fields:
+        block_size: KV slots per block.
+        watermark: Share of the blocks that an admission leaves free while others run.
+        prefix_caching: Whether blocks are found again at all.
+        keyless_first: Whether freed blocks without a hash are reused first (vLLM of 2026), or queue up behind
+            the others (false, vLLM 0.10.0).
+    """
+
+    pool: PrefixPool
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        block_size: PositiveInt = 16,
+        watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.0,
+        prefix_caching: bool = True,
+        keyless_first: bool = True,
+    ) -> None:
+        super().__init__(capacity, block_size, watermark)
+        self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
+        self.prefix_caching = prefix_caching
+        self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
+
+    def _keys(self, request: Request, num_tokens: int) -> list[int]:
+        """Keys of the full blocks; none for a request whose content nobody can have."""
+        if not self.prefix_caching or (not request.content and not request.preemptions):
+            return []
+        blocks = num_tokens // self.block_size
+        known, keys = self._head
+        if known is not request or len(keys) != blocks:
+            keys = prefix_keys(request, blocks, self.block_size)
+            self._head = request, keys
+        return keys
+
+    def _hits(self, request: Request, num_tokens: int) -> list[int]:
+        keys = self._keys(request, num_tokens)
+        if len(keys) * self.block_size == num_tokens:
+            keys = keys[:-1]
+        return self.pool.find_leading(keys)
+
+    def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:
+        """The leading blocks that are found."""
+        hits = self._hits(request, num_tokens)
+        return len(hits), self.pool.unreferenced(hits)
+
+    def hold(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Touch the hits, so that they are not handed out to somebody else."""
+        hits = self._hits(sequence.request, num_tokens)
+        self.pool.touch(hits)
+        return hits
+
+    def held(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let the full blocks be found."""
+        self._register(sequence, self._keys(sequence.request, num_tokens))
+        self._head = None, []
+
+    def _register(self, sequence: Sequence, keys: list[int]) -> None:
+        pool = self.pool
+        known = pool.keys
+        for block, key in zip(sequence.block_table, keys, strict=False):
+            if known[block] is None:
+                pool.register(block, key)
+
+    def finished(self, sequence: Sequence) -> None:
+        """Nobody will ask for what was generated; its blocks queue up all the same."""
+        if self.prefix_caching:
+            self.pool.mark_full(sequence.block_table[: sequence.num_tokens // self.block_size])
+
+    def release(self, sequence: Sequence) -> None:
+        """Queue the blocks, the last one first; one that will be back finds what it generated."""
+        if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
+            full = sequence.num_tokens // self.block_size
+            self._register(sequence, prefix_keys(sequence.request, full, self.block_size))
+        self.pool.release(sequence.block_table[::-1])

@@ -1,0 +1,120 @@
+"""Prefix caching in a radix tree: SGLang."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from sim.allocators.base import Capacity, allocator
+from sim.allocators.caching import CachingAllocator
+from sim.errors import UserError
+from sim.eviction import Eviction, belady, lru
+from sim.eviction import eviction as evictions
+from sim.page_pool import PagePool
+from sim.prefix_keys import prefix_keys
+from sim.radix_tree import Node, RadixTree
+from sim.registry import Bounds, PositiveInt
+from sim.request import Request, Sequence
+
+
+@allocator("radix")
+class RadixAllocator(CachingAllocator):
+    """Pages in a tree of prefixes, as in SGLang's RadixAttention (Zheng et al., NeurIPS 2024).
+
+    A prompt enters the tree when it is computed, a finished request with all that it generated; what the tree
+    has already is given back, so that nothing is cached twice. Requests lock what they use; leaves that nobody
+    uses are evicted whole when pages run out. A preempted request keeps only what is in the tree, as SGLang's
+    retraction does. Asking whether a request fits counts as no use of what it would find.
+
+    Fields:
+        block_size: KV slots per page.
+        watermark: Share of the pages that an admission leaves free while others run.
+        eviction: Which leaf goes first.
+    """
+
+    pool: PagePool
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        block_size: PositiveInt = 1,
+        watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.0,
+        eviction: Annotated[Eviction, evictions] = lru,
+    ) -> None:
+        if eviction is belady:
+            raise UserError(
+                "eviction belady knows the future, which a server does not; kvsim hit-rate takes it"
+            )
+        super().__init__(capacity, block_size, watermark)
+        self.tree = RadixTree(eviction=eviction, refresh="visited")
+        self.pool = PagePool(self.num_blocks, self.tree)
+        self._nodes: dict[Sequence, Node] = {}  # where a sequence's part of the tree ends
+        self._shared: dict[Sequence, int] = {}  # pages up to there
+        self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
+
+    def _keys(self, request: Request, num_tokens: int) -> list[int]:
+        """Keys of the pages that may be found: not the last token's."""
+        pages = (num_tokens - 1) // self.block_size
+        known, keys = self._head
+        if known is not request or len(keys) != pages:
+            keys = prefix_keys(request, pages, self.block_size)
+            self._head = request, keys
+        return keys
+
+    def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:
+        """The pages that a match would give, and how many of them nobody has locked."""
+        if not request.content and not request.preemptions:
+            return 0, 0
+        return self.tree.peek(self._keys(request, num_tokens))
+
+    def hold(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Match and lock."""
+        request = sequence.request
+        pages, node = self.tree.match(self._keys(request, num_tokens), request.priority)
+        self.tree.lock(node)
+        self.pool.touch(pages)
+        self._nodes[sequence] = node
+        self._shared[sequence] = len(pages)
+        self._head = None, []
+        return pages
+
+    def held(self, sequence: Sequence, num_tokens: int) -> None:
+        """Nothing is found before it is computed."""
+
+    def computed(self, sequence: Sequence) -> None:
+        """Enter the prompt into the tree, unless the whole sequence is entered next."""
+        if sequence.num_tokens < sequence.final_tokens:
+            self._enter(sequence, lives=True)
+
+    def finished(self, sequence: Sequence) -> None:
+        """Enter all that was computed."""
+        self._enter(sequence, lives=False)
+
+    def _enter(self, sequence: Sequence, lives: bool) -> None:
+        """Enter the full pages; those that are there already take the place of the sequence's own."""
+        shared, table = self._shared[sequence], sequence.block_table
+        full = sequence.num_tokens // self.block_size
+        keys = prefix_keys(sequence.request, full, self.block_size)
+        known, node = self.tree.insert(keys, table, sequence.request.priority)
+        self.pool.keep(table[known:full])
+        self.tree.lock(node)
+        self.tree.unlock(self._nodes[sequence])
+        self._nodes[sequence], self._shared[sequence] = node, full
+        if known > shared:
+            if lives and self.probe is not None:
+                self.probe.write(sequence)
+            theirs = [page for each in reversed([*self.tree.path(node)]) for page in each.pages][shared:known]
+            references = self.pool.references
+            joined = sum([references[page] > 0 for page in theirs])
+            self.pool.touch(theirs)
+            self.revive(theirs)
+            self.pool.release(table[shared:known])
+            table[shared:known] = theirs
+            self.num_held -= joined * self.block_size
+            self.num_tokens -= joined * self.block_size
+
+    def release(self, sequence: Sequence) -> None:
+        """Unlock; what is not in the tree is free."""
+        self.pool.release(sequence.block_table)
+        self.tree.unlock(self._nodes.pop(sequence))
+        del self._shared[sequence]

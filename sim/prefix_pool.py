@@ -1,0 +1,171 @@
+"""The block pool of a prefix cache: freed blocks keep their content until they are handed out again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+
+from sim.block_pool import BlockPool, OutOfBlocks
+from sim.errors import IntegrityError
+
+UNASKED = -1
+"""Key of content that nobody will ever ask for: it keeps the block's place in the queue, and is not found."""
+
+
+class PrefixPool(BlockPool):
+    """Blocks that can be found again by a key of their content, free or held, as in vLLM V1 (`block_pool.py`).
+
+    Blocks are handed out from the head of a queue, in which free blocks stand whether they hold something or
+    not; there a block loses its key, and that is the whole eviction. A hit takes a block out of the middle of
+    the queue. Freed blocks with a key go to the tail. Those without go to the head (vLLM of 2026), or to the
+    tail too (`keyless_first=False`, vLLM 0.10.0). The same content may be in several blocks; the one that
+    was registered first is found, or with `newest_found` only the one that was registered last (nano-vllm).
+    """
+
+    __slots__ = ("_found", "keyless_first", "keys", "newest_found", "num_keyed")
+
+    free: OrderedDict[int, None]  # type: ignore[assignment]  # a queue instead of a stack
+
+    def __init__(
+        self,
+        num_blocks: int,
+        tier: str = "device",
+        *,
+        keyless_first: bool = True,
+        newest_found: bool = False,
+    ) -> None:
+        super().__init__(num_blocks, tier)
+        self.free = OrderedDict.fromkeys(range(num_blocks))
+        self.keyless_first = keyless_first
+        self.newest_found = newest_found
+        self.keys: list[Hashable | None] = [None] * num_blocks
+        self.num_keyed = 0  # blocks that carry a key, free or held
+        self._found: dict[Hashable, int | list[int]] = {}
+
+    def find(self, key: Hashable) -> int | None:
+        """The block with this content, the first registered of several; None if there is none."""
+        found = self._found.get(key)
+        return found if found is None or isinstance(found, int) else found[0]
+
+    def find_leading(self, keys: Iterable[Hashable]) -> list[int]:
+        """The blocks with these contents up to the first that is not there."""
+        blocks = []
+        for key in keys:
+            found = self._found.get(key)
+            if found is None:
+                break
+            blocks.append(found if isinstance(found, int) else found[0])
+        return blocks
+
+    def unreferenced(self, blocks: Sequence[int]) -> int:
+        """How many of the blocks stand in the free queue."""
+        references = self.references
+        return sum(not references[block] for block in blocks)
+
+    def take(self, count: int = 1) -> list[int]:
+        """Hand out the `count` blocks at the head of the queue. Raises OutOfBlocks and takes none if too few."""
+        free = self.free
+        if count > len(free):
+            raise OutOfBlocks(f"asked for {count} blocks, {len(free)} of {self.num_blocks} are free")
+        pop, references, keys = free.popitem, self.references, self.keys
+        blocks = [pop(False)[0] for _ in range(count)]
+        for block in blocks:
+            references[block] = 1
+            key = keys[block]
+            if key is not None:
+                keys[block] = None
+                self.num_keyed -= 1
+                if key != UNASKED:
+                    self._forget(block, key)
+        if self.fresh is not None:
+            for block in blocks:
+                self.fresh[block] = 1
+        return blocks
+
+    def touch(self, blocks: Sequence[int]) -> None:
+        """Add a reference to each of these blocks, with what they hold; free ones leave the queue."""
+        references = self.references
+        for block in blocks:
+            if references[block]:
+                self.extra_references += 1
+            else:
+                del self.free[block]
+            references[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop a reference to each block; those without any are free again, in this order. Raises ValueError."""
+        references, keys, free = self.references, self.keys, self.free
+        head = []
+        for block in blocks:
+            count = references[block]
+            if count == 0:
+                raise ValueError(f"double free of block {block}")
+            references[block] = count - 1
+            if count > 1:
+                self.extra_references -= 1
+            elif keys[block] is None and self.keyless_first:
+                head.append(block)
+            else:
+                free[block] = None
+        for block in reversed(head):
+            free[block] = None
+            free.move_to_end(block, last=False)
+
+    def register(self, block: int, key: Hashable) -> None:
+        """Let the block be found by the key of its content."""
+        if self.keys[block] is not None:
+            raise ValueError(f"block {block} is registered already, as {self.keys[block]!r}")
+        self.keys[block] = key
+        self.num_keyed += 1
+        if self.newest_found:
+            self._found[key] = block
+            return
+        found = self._found.setdefault(key, block)
+        if isinstance(found, list):
+            found.append(block)
+        elif found != block:
+            self._found[key] = [found, block]
+
+    def mark_full(self, blocks: Iterable[int]) -> None:
+        """Give blocks that have no key one that is never found."""
+        keys = self.keys
+        for block in blocks:
+            if keys[block] is None:
+                keys[block] = UNASKED
+                self.num_keyed += 1
+
+    def _forget(self, block: int, key: Hashable) -> None:
+        found = self._found.get(key)
+        if found == block:
+            del self._found[key]
+        elif isinstance(found, list):
+            found.remove(block)
+            if len(found) == 1:
+                (self._found[key],) = found
+
+    def forget_all(self) -> bool:
+        """Forget all contents, if no block is held; whether that was so."""
+        if len(self.free) < self.num_blocks:
+            return False
+        self.keys = [None] * self.num_blocks
+        self.num_keyed = 0
+        self._found.clear()
+        return True
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """The counts against the tables, and the keys against what is found. Raises IntegrityError."""
+        super().check_integrity(tables)
+        found = [
+            (block, key)
+            for key, blocks in self._found.items()
+            for block in (blocks if isinstance(blocks, list) else (blocks,))
+        ]
+        for block, key in found:
+            if self.keys[block] != key:
+                raise IntegrityError(f"block {block} is found as {key!r}, and holds {self.keys[block]!r}")
+        keyed = self.num_blocks - self.keys.count(None)
+        known = keyed - self.keys.count(UNASKED)
+        if keyed != self.num_keyed or (len(found) != known and not self.newest_found):
+            raise IntegrityError(
+                f"found({len(found)}) != blocks to be found({known}), or {self.num_keyed} != keyed({keyed})"
+            )
