@@ -109,7 +109,8 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         return _COMMANDS[options.command](options)
     except KeyboardInterrupt:
-        return _say("interrupted; what is stored stays, the same command goes on from there", INTERRUPTED)
+        stored = "; what is stored stays, the same command goes on from there"
+        return _say(f"interrupted{stored if options.command == 'run' else ''}", INTERRUPTED)
     except BrokenPipeError:  # kvsim list | head
         _close_stdout()
         return DONE

@@ -24,9 +24,10 @@ def store_failure(folder: Path, run_id: str, manifest: dict[str, Any], error: Pr
     place = folder / f"{run_id}.failed"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    config = manifest["written"] | {"replications": manifest["replication"] + 1}
+    written = manifest["written"]
+    config = written | {"name": f"{written['name']}-replay", "replications": manifest["replication"] + 1}
     with (place / "replay.yaml").open("w", encoding="utf-8") as file:
-        file.write(f"# {' '.join(str(error).split())}\n")
+        file.write(f"# kvsim run this file: {' '.join(str(error).split())}\n")
         YAML().dump(config, file)
     evidence = error.evidence or {"arrays": {}}
     arrays = evidence.pop("arrays")

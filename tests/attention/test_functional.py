@@ -278,9 +278,9 @@ MISTAKES = {
     "query_start_loc[1:3]: got -1 query tokens": {"query_start_loc": torch.tensor([0, 5, 4])},
     "max_query_len: got 2, expected at least 3": {"max_query_len": 2},
     "max_seq_len: got 9, expected at least 10": {"max_seq_len": 9},
-    "sliding_window: got 0, expected a number above 0, or None": {"sliding_window": 0},
+    "sliding_window: got 0, expected an integer >= 1, or None": {"sliding_window": 0},
     "soft_cap: got -1.0, expected a number above 0, or None": {"soft_cap": -1.0},
-    "num_splits: got 0, expected a number above 0, or None": {"num_splits": 0},
+    "num_splits: got 0, expected an integer >= 1, or None": {"num_splits": 0},
 }
 
 
