@@ -27,12 +27,14 @@ class Window:
     """A stretch of a sequence that begins with a block.
 
     `blocks` [num_blocks] are entries of the block table, `found` [num_blocks, block_size] the identities that
-    the ledger has in them, `wanted` [num_tokens] those of the sequence's history.
+    the ledger has in them, `wanted` [num_tokens] those of the sequence's history. Windows that were seen at the
+    same time have the same `layer`.
     """
 
     blocks: Ints
     found: Ints
     wanted: Ints
+    layer: int = 0
 
 
 @functools.cache
@@ -45,16 +47,20 @@ def random_rows() -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Comparison:
-    """A paged cache as large as the simulated one, in small heads, and what it is compared with.
+    """Paged caches as large as the simulated one, in small heads, and what they are compared with.
+
+    The caches of all layers are one piece, so that windows of several layers are attended to at once: block b of
+    layer l is block l * num_blocks + b.
 
     The K and V of a token are rows of a fixed random table, looked up by the token's identity; a slot that is
     unwritten holds no numbers. Attention runs in float32, what it is compared with in float64.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, device: str = "auto") -> None:
+    def __init__(self, num_layers: int, num_blocks: int, block_size: int, device: str = "auto") -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        shape = (num_blocks, block_size, NUM_KV_HEADS, HEAD_DIM)
+        self._num_blocks = num_blocks
+        shape = (num_layers * num_blocks, block_size, NUM_KV_HEADS, HEAD_DIM)
         try:
             self.device = torch.device(device)
             # numpy's zeros take no memory until they are written
@@ -77,11 +83,11 @@ class Comparison:
             torch.set_num_threads(threads)
 
     def _errors(self, windows: Ordered[Window]) -> list[float]:
-        self._fill(windows)
-        widest = max(len(window.blocks) for window in windows)
-        tables = np.full((len(windows), widest), -1)
-        for index, window in enumerate(windows):
-            tables[index, : len(window.blocks)] = window.blocks
+        tables_of = [window.blocks + window.layer * self._num_blocks for window in windows]
+        self._fill(windows, tables_of)
+        tables = np.full((len(windows), max(map(len, tables_of))), -1)
+        for index, blocks in enumerate(tables_of):
+            tables[index, : len(blocks)] = blocks
         rows = [torch.from_numpy(window.wanted % NUM_ROWS) for window in windows]
         queries = torch.stack([self._q[row[-1]] for row in rows])
         out = paged_attention(
@@ -100,9 +106,9 @@ class Comparison:
             errors.append(float((got - plain[0]).abs().max()))
         return errors
 
-    def _fill(self, windows: Ordered[Window]) -> None:
+    def _fill(self, windows: Ordered[Window], tables: list[Ints]) -> None:
         """Put into the cache what the ledger has in the windows' blocks, those that they share once."""
-        blocks, first = np.unique(np.concatenate([window.blocks for window in windows]), return_index=True)
+        blocks, first = np.unique(np.concatenate(tables), return_index=True)
         found = torch.from_numpy(np.concatenate([window.found for window in windows])[first].reshape(-1))
         block_size = self.k_cache.shape[1]
         slots = torch.from_numpy((blocks[:, None] * block_size + np.arange(block_size)).reshape(-1))

@@ -110,9 +110,7 @@ def paged_attention(
             f"q: got {num_tokens} tokens, expected {num_seqs}, one for each row of block_tables; "
             "query_start_loc tells who has how many"
         )
-    _check_positive("sliding_window", sliding_window)
-    _check_positive("soft_cap", soft_cap)
-    _check_positive("num_splits", num_splits)
+    check_options(impl, sliding_window, soft_cap, num_splits)
     computed = implementation(impl, head_dim, q.dtype, q.device)
     if check:
         checks.check_tables(block_tables, seq_lens, k_cache)
@@ -168,6 +166,11 @@ def write(
     checks.check_index("slot_mapping", slot_mapping, (k.shape[0],), k_cache)
     if check:
         checks.check_slots(slot_mapping, k_cache)
+    if _fused(k.device):
+        from attention.kernels import moving
+
+        moving.write(k, v, k_cache, v_cache, slot_mapping)
+        return
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
     places = slots // k_cache.shape[1], slots % k_cache.shape[1]
@@ -192,8 +195,22 @@ def copy_blocks(caches: Sequence[Tensor], block_mapping: Tensor, *, check: bool 
     sources, targets = block_mapping.unbind(1)
     if check:
         _check_mapping(caches, block_mapping)
+    if _fused(caches[0].device):
+        from attention.kernels import moving
+
+        moving.copy_blocks(caches, block_mapping)
+        return
     for cache in caches:
         cache[targets] = cache[sources]
+
+
+def _fused(device: torch.device) -> bool:
+    """Whether kernels write and copy there without waiting for the device, as indexing by values does."""
+    if device.type != "cuda":
+        return False
+    from attention.kernels.launch import absence
+
+    return absence(device) is None
 
 
 def _check_mapping(caches: Sequence[Tensor], block_mapping: Tensor) -> None:
@@ -213,9 +230,7 @@ def _check_mapping(caches: Sequence[Tensor], block_mapping: Tensor) -> None:
 
 
 def implementation(impl: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Implementation:
-    """What computes attention. Raises ValueError for a name that is none, and where it cannot run."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    """What computes attention. Raises ValueError where it cannot run."""
     if impl == "reference":
         return reference
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
@@ -231,6 +246,14 @@ def implementation(impl: str, head_dim: int, dtype: torch.dtype, device: torch.d
     raise ValueError(f"impl: got 'triton', but {why}")
 
 
-def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ValueError(f"{name}: got {value}, expected a number above 0, or None")
+def check_options(
+    impl: str, sliding_window: int | None, soft_cap: float | None, num_splits: int | None = None
+) -> None:
+    """Raises ValueError for options that are none whatever the tensors."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    for name, count in (("sliding_window", sliding_window), ("num_splits", num_splits)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name}: got {count!r}, expected an integer >= 1, or None")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap: got {soft_cap!r}, expected a number above 0, or None")

@@ -1,8 +1,7 @@
 """Paged attention by gathering: the history is copied into one piece, then attended over. Runs anywhere.
 
-On a CPU one sequence follows the other, since a padded batch costs more than a loop, and the buffers for K and V
-are made once a call. Query heads that share a KV head stand in the place of query positions, so that every key
-is read once.
+On a CPU one sequence follows the other, since a padded batch costs more than a loop. Query heads that share a KV
+head stand in the place of query positions, so that every key is read once.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ _Attend = Callable[[AttentionCall, Tensor, Tensor, Tensor], tuple[Tensor, Tensor
 
 MAX_SCORES = 1 << 22
 """Scores of one head that are made at once: longer prompts are attended to in pieces of their queries."""
+PIECE_BYTES = 1 << 21
+"""K of one decode on a CPU that is gathered at once: with its V it stays in the cache until it is used."""
 
 
 def reference(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -38,30 +39,81 @@ def gathered(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 def _loop(call: AttentionCall, attend: _Attend) -> tuple[Tensor, Tensor | None]:
     """One sequence after the other."""
-    block_size = call.k_cache.shape[1]
+    block_size, num_kv_heads, head_dim = call.k_cache.shape[1:]
+    in_pieces = attend is _fast and call.q.device.type == "cpu"
+    piece = max(1, PIECE_BYTES // (block_size * num_kv_heads * head_dim * call.k_cache.element_size()))
     out = torch.zeros_like(call.q)
-    lse = (
-        call.q.new_full(call.q.shape[:2], -torch.inf, dtype=exact(call.q.dtype)) if call.return_lse else None
-    )
-    shape = (-(-call.max_seq_len // block_size), *call.k_cache.shape[1:])
-    buffers = call.k_cache.new_empty(shape), call.v_cache.new_empty(shape)
+    lse = None
+    if call.return_lse:
+        lse = call.q.new_full(call.q.shape[:2], -torch.inf, dtype=exact(call.q.dtype))
+    gather = _Gathering(call)
     for index, begin, end, length in call.rows():
-        oldest = 0
-        if call.sliding_window is not None:  # of what nobody sees, whole blocks are not even gathered
+        oldest = 0  # of what nobody sees, whole blocks are not even gathered
+        if call.sliding_window is not None:
             oldest = max(0, length - (end - begin) + 1 - call.sliding_window) // block_size
         blocks = call.block_tables[index, oldest : -(-length // block_size)]
-        k, v = (
-            torch.index_select(cache, 0, blocks, out=buffer[: len(blocks)])
-            .flatten(0, 1)[: length - oldest * block_size]
-            for cache, buffer in zip((call.k_cache, call.v_cache), buffers, strict=True)
-        )  # fmt: skip
+        tokens = length - oldest * block_size
+        if in_pieces and end - begin == 1:
+            unseen = max(0, tokens - (call.sliding_window or tokens))
+            pieces = [blocks[first : first + piece] for first in range(0, len(blocks), piece)]
+            out[begin] = _decode(call, call.q[begin], gather, pieces, unseen, tokens)
+            continue
+        k, v = gather(blocks, tokens)
         for first in range(begin, end, max(1, MAX_SCORES // length)):
             last = min(end, first + max(1, MAX_SCORES // length))
-            seen = len(k) - (end - last)
+            seen = tokens - (end - last)
             out[first:last], sums = attend(call, call.q[first:last], k[:seen], v[:seen])
             if lse is not None and sums is not None:
                 lse[first:last] = sums
     return out, lse
+
+
+class _Gathering:
+    """Copies blocks out of the caches, into the same buffers again and again."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.caches = call.k_cache, call.v_cache
+        self.buffers = tuple(cache.new_empty(0, *cache.shape[1:]) for cache in self.caches)
+
+    def __call__(self, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V of these blocks' first tokens, `[tokens, num_kv_heads, head_dim]` each, until the next call."""
+        if len(blocks) > len(self.buffers[0]):
+            self.buffers = tuple(cache.new_empty(len(blocks), *cache.shape[1:]) for cache in self.caches)
+        k, v = (
+            torch.index_select(cache, 0, blocks, out=buffer[: len(blocks)]).flatten(0, 1)[:tokens]
+            for cache, buffer in zip(self.caches, self.buffers, strict=True)
+        )
+        return k, v
+
+
+def _decode(
+    call: AttentionCall, q: Tensor, gather: _Gathering, pieces: list[Tensor], unseen: int, tokens: int
+) -> Tensor:
+    """One query q `[num_heads, head_dim]` over a history in pieces, merged as in Flash-Decoding (Dao et al., 2023).
+
+    The first `unseen` tokens are outside the window. torch tells the log-sum-exp in a private operator only.
+    """
+    block_size, num_kv_heads, head_dim = call.k_cache.shape[1:]
+    queries = q.reshape(1, num_kv_heads, -1, head_dim)
+    outs: list[Tensor] = []
+    sums: list[Tensor] = []
+    for number, blocks in enumerate(pieces):
+        before = number * len(pieces[0]) * block_size
+        k, v = gather(blocks, tokens - before)
+        skipped = max(0, unseen - before)
+        if skipped >= len(k):
+            continue
+        keys, values = (tensor[skipped:].transpose(0, 1)[None] for tensor in (k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, scale=call.scale
+        )
+        outs.append(out.reshape_as(q))
+        sums.append(lse.reshape(-1, 1))
+    if len(outs) == 1:
+        return outs[0]
+    weights = torch.softmax(torch.stack(sums), dim=0)  # [pieces, num_heads, 1]
+    merged: Tensor = (torch.stack(outs) * weights).sum(dim=0)
+    return merged
 
 
 def _plainly(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,25 +125,17 @@ def _plainly(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
 
 def _fast(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
     """One sequence; shapes as in `plain_attention`."""
-    query_len, num_heads, head_dim = q.shape
-    seq_len, num_kv_heads, _ = k.shape
-    if query_len == 1:
-        if call.sliding_window is not None:
-            k, v = k[-call.sliding_window :], v[-call.sliding_window :]
-        mask, causal = None, False
-    else:
-        causal = query_len == seq_len and call.sliding_window is None
-        mask = None if causal else visible(query_len, seq_len, call.sliding_window, q.device)
-    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]  # [1, num_kv_heads, seq_len, head_dim]
-    if query_len > 1:
-        queries = q.transpose(0, 1)[None]  # [1, num_heads, query_len, head_dim]
-        grouped = num_heads != num_kv_heads
-        out = scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=causal, scale=call.scale, enable_gqa=grouped
-        )
-        return out[0].transpose(0, 1), None
-    queries = q.reshape(1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    return scaled_dot_product_attention(queries, keys, values, scale=call.scale).reshape_as(q), None
+    query_len, seq_len = len(q), len(k)
+    causal = query_len == seq_len and call.sliding_window is None
+    mask = None if causal else visible(query_len, seq_len, call.sliding_window, q.device)
+    queries, keys, values = (
+        tensor.transpose(0, 1)[None] for tensor in (q, k, v)
+    )  # [1, heads, tokens, head_dim]
+    out = scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=causal, scale=call.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out[0].transpose(0, 1), None
 
 
 def _padded(call: AttentionCall) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.cache import AttentionMetadata, PagedKVCache
-from attention.functional import implementation, paged_attention, write
+from attention.functional import check_options, implementation, paged_attention, write
 from attention.plain import exact
 from attention.rotary import rotate, rotations
 
@@ -52,6 +52,7 @@ class PagedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(impl, sliding_window, soft_cap)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or hidden_dim < 1 or hidden_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, expected a divisor of hidden_dim {hidden_dim}")

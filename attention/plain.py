@@ -36,8 +36,11 @@ def plain_attention(
         scores = soft_cap * torch.tanh(scores / soft_cap)
     if query_len > 1 or sliding_window is not None:
         scores = scores.masked_fill(~visible(query_len, seq_len, sliding_window, q.device), -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    out = torch.einsum("hgqn,nhd->qhgd", torch.exp(scores - lse[..., None]), v)
+    highest = scores.amax(dim=-1, keepdim=True)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.einsum("hgqn,nhd->qhgd", weights / total, v)
+    lse = (highest + total.log())[..., 0]
     return out.reshape_as(q), lse.permute(2, 0, 1).reshape(query_len, num_heads)
 
 

@@ -11,15 +11,20 @@ import numpy as np
 
 from sim.allocators.base import Allocator
 from sim.audit import Audit
-from sim.errors import ProbeError
+from sim.errors import ProbeError, UserError
+from sim.hardware import Model
 from sim.registry import PositiveFloat, PositiveInt
 from sim.request import Sequence
+from sim.timing.base import StepTime
 
 if TYPE_CHECKING:
+    from attention.calibration.recalibration import Recalibration
     from attention.comparison import Comparison, Window
 
 MAX_SEQUENCES = 4
 MAX_TOKENS = 256
+LAYERS = 8
+"""Samples that attention runs on together, each in a layer of the cache of its own."""
 
 
 class AttentionProbe:
@@ -28,7 +33,8 @@ class AttentionProbe:
     After the audit of every slot of every sequence, paged attention runs over a few sequences drawn anew each
     time, at most 256 tokens in all: through the real block tables, over a cache that holds what the ledger
     says, against plain attention over what the sequences' histories say. torch is imported for the first of
-    them, not before. Its first parameter is the number of requests, None if nobody knows it.
+    them, not before. Its first parameters are the number of requests, None if nobody knows it, and the run's model
+    and timing.
 
     Fields:
         samples: Sampled steps at most, spread over the run; the first eight steps are always among them.
@@ -36,18 +42,25 @@ class AttentionProbe:
         share: Share of the run's CPU time that samples may take, so that short runs have fewer of them.
         device: Where torch runs: auto, cpu, cuda, ...
         tolerance: Largest difference from plain attention.
+        calibrate: Time attention on the real shapes of sampled steps, correct a calibrated timing by it, and
+            report predicted against measured; such a run cannot be repeated to the bit.
     """
 
     def __init__(
         self,
         num_requests: int | None = None,
+        model: Model | None = None,
+        timing: StepTime | None = None,
         *,
         samples: PositiveInt = 64,
         every: PositiveInt | None = None,
-        share: PositiveFloat = 0.08,
+        share: PositiveFloat = 0.05,
         device: str = "auto",
         tolerance: PositiveFloat = 1e-5,
+        calibrate: bool = False,
     ) -> None:
+        if calibrate and model is None:
+            raise UserError("calibrate needs a model, as attention is timed with its heads")
         self.audit = Audit(samples=samples, every=every, num_requests=num_requests, share=share)
         self.device = device
         self.tolerance = tolerance
@@ -56,6 +69,11 @@ class AttentionProbe:
         self.cpu_s = 0.0
         self._random = random.Random(0)
         self._comparison: Comparison | None = None
+        self._windows: list[tuple[str, Window]] = []  # of samples that attention has not run on yet
+        self._layer = 0  # the number of those samples
+        self._model = model if calibrate else None
+        self._timing = timing
+        self._recalibration: Recalibration | None = None
 
     @property
     def num_samples(self) -> int:
@@ -65,35 +83,82 @@ class AttentionProbe:
     def start(self, allocator: Allocator) -> None:
         """Open the ledger."""
         self.audit.start(allocator)
+        if self.audit.ledger.on_event is not None:
+            self.audit.ledger.on_event = self._hurry
+
+    def _hurry(self) -> None:
+        self.next_sample = 0
 
     def sample(self, step: int, time: int, sequences: Ordered[Sequence]) -> None:
-        """The audit, then attention. Raises ProbeError with the first thing that is wrong."""
+        """The audit, then attention, which waits for a few samples to come together where samples are rare.
+
+        Raises ProbeError with the first thing that is wrong.
+        """
         begin = clock.process_time()
         self.audit.sample(step, time, sequences)
-        self._attend(step, [sequence for sequence in sequences if sequence.num_tokens])
+        self._draw(step)
+        if self.audit.steps.every is not None or self._layer == LAYERS:
+            self._attend()
+        if self._model is not None:
+            self._measure(self._model, sequences)
         self.next_sample = self.audit.next_sample
         self.cpu_s += clock.process_time() - begin
 
     def finish(self) -> None:
-        """The audit's last checks."""
+        """Attention over what is left, and the audit's last checks."""
         begin = clock.process_time()
+        self._attend()
         self.audit.finish()
         self.cpu_s += clock.process_time() - begin
 
-    def _attend(self, step: int, live: list[Sequence]) -> None:
+    @property
+    def figures(self) -> dict[str, float | int | None]:
+        """What the samples came to, for the summary of the run."""
+        told: dict[str, float | int | None] = {
+            "probe_steps": self.num_samples,
+            "probe_max_error": self.max_error,
+        }
+        return told | (self._recalibration.figures() if self._recalibration is not None else {})
+
+    def _measure(self, model: Model, sequences: Ordered[Sequence]) -> None:
+        """Time attention over the sequences that decode in this step."""
+        if self._recalibration is None:
+            from attention.calibration.recalibration import Recalibration
+
+            block_size = self.audit.ledger.device.block_size
+            self._recalibration = Recalibration(model, self._timing, block_size, self.device)
+        self._recalibration.observe(
+            [sequence.num_tokens for sequence in sequences if sequence.decodes is not None]
+        )
+
+    def _draw(self, step: int) -> None:
+        """Note windows of a few of the sequences that the audit looked at, as they are now."""
+        live = self.audit.looked_at
         if not live:
             return
         block_size = self.audit.ledger.device.block_size
-        number = max(1, min(MAX_SEQUENCES, len(live), MAX_TOKENS // block_size))
-        drawn = self._random.sample(live, number)
-        windows = [self._window(sequence, MAX_TOKENS // number) for sequence in drawn]
-        for sequence, window, error in zip(drawn, windows, self._errors(windows), strict=True):
+        most, tokens = (
+            (MAX_SEQUENCES, MAX_TOKENS) if self.audit.thorough else (MAX_SEQUENCES // 2, MAX_TOKENS // 2)
+        )
+        number = max(1, min(most, len(live), tokens // block_size))
+        for sequence in self._random.sample(live, number):
+            self._windows.append((f"step {step}: {sequence}", self._window(sequence, tokens // number)))
+        self._layer += 1
+
+    def _attend(self) -> None:
+        """Attention over the windows noted."""
+        if not self._windows:
+            return
+        windows = [window for _, window in self._windows]
+        for (where, window), error in zip(self._windows, self._errors(windows), strict=True):
             if not error <= self.tolerance:
                 raise ProbeError(
-                    f"step {step}: {sequence}, {len(window.wanted)} tokens in blocks {window.blocks.tolist()}: "
+                    f"{where}, {len(window.wanted)} tokens in blocks {window.blocks.tolist()}: "
                     f"paged attention differs from plain attention by {error:g}, expected at most {self.tolerance:g}"
                 )
             self.max_error = max(self.max_error or 0.0, error)
+        self._windows.clear()
+        self._layer = 0
 
     def _window(self, sequence: Sequence, limit: int) -> Window:
         """At most `limit` tokens of the sequence, from the start of a block drawn at random."""
@@ -109,11 +174,12 @@ class AttentionProbe:
             blocks = np.array(sequence.block_table[first : -(-end // size)], np.int64)
         else:
             blocks = ledger.allocator.slots(sequence)[begin:end:size] // size
-        return Window(blocks, ledger.device.rows[blocks], ledger.contents(sequence)[begin:end])
+        found, wanted = ledger.device.rows[blocks], ledger.contents(sequence)[begin:end]
+        return Window(blocks, found, wanted, self._layer)
 
     def _errors(self, windows: list[Window]) -> list[float]:
         if self._comparison is None:
             from attention.comparison import Comparison
 
-            self._comparison = Comparison(*self.audit.ledger.device.rows.shape, self.device)
+            self._comparison = Comparison(LAYERS, *self.audit.ledger.device.rows.shape, self.device)
         return self._comparison.errors(windows)

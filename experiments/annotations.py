@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from sim.registry import Field, Registry
+from sim.registry import Field, InFile, Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,14 @@ def registry_in(base: Any, marks: tuple[Any, ...]) -> Registry[Any] | None:
     return next((mark for mark in marks if isinstance(mark, Registry)), None)
 
 
+def file_in(base: Any, marks: tuple[Any, ...]) -> InFile | None:
+    """The mark of a section that stands in a file of its own."""
+    return next((mark for mark in marks if isinstance(mark, InFile)), None)
+
+
 def section_in(base: Any, marks: tuple[Any, ...]) -> type | None:
     """The class whose parameters a nested section gives: the annotation itself, or a mark on a plain dict."""
     return next((mark for mark in (*marks, base) if isinstance(mark, type) and mark not in _PLAIN), None)
 
 
-_PLAIN = (bool, int, float, str, list, tuple, dict)
+_PLAIN = (bool, int, float, str, list, tuple, dict, type(None))

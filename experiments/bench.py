@@ -12,10 +12,15 @@ from sim.registry import nearest
 
 def run_bench(name: str | None) -> int:
     """Run one benchmark, or all; 0 if done. Raises UserError for an unknown name."""
+    from experiments.bench_attention import bench_attention
     from experiments.bench_paper import bench_paper
     from experiments.bench_sim import bench_sim
 
-    benches: dict[str, Callable[[Path], str]] = {"sim": bench_sim, "paper": bench_paper}
+    benches: dict[str, Callable[[Path], str]] = {
+        "sim": bench_sim,
+        "paper": bench_paper,
+        "attention": bench_attention,
+    }
     if name is not None and name not in benches:
         near = nearest(name, list(benches))
         hint = f", did you mean {near!r}?" if near else ""

@@ -11,12 +11,12 @@ from pathlib import Path as File
 from typing import Any
 
 from attention.probe import AttentionProbe
-from experiments import hardware
-from experiments.annotations import alternatives, fields_of, registry_in, section_in
+from experiments import hardware, profiles
+from experiments.annotations import alternatives, fields_of, file_in, registry_in, section_in
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
 from sim.allocators import Allocator, Capacity, allocator
-from sim.errors import UserError
+from sim.errors import ProbeError, UserError
 from sim.hardware import Device, Model
 from sim.recorder import Recorder, Sink
 from sim.registry import Registry
@@ -38,20 +38,31 @@ def run(
     capacity = make_capacity(experiment, model, device)
     scheduler = make_scheduler(experiment, make_allocator(experiment, capacity))
     workload = make_workload(experiment, capacity, replication)
-    probe = make_probe(experiment, workload)
-    figures = simulate(
+    step_time = make_timing(experiment, model, device)
+    probe = make_probe(experiment, workload.num_requests, model, step_time)
+    figures = _simulate(
+        probe,
         workload,
         scheduler=scheduler,
-        timing=make_timing(experiment, model, device),
+        timing=step_time,
         transfers=make_transfers(experiment, model, device, scheduler.allocator),
         recorder=Recorder(sink, **experiment.record),
         max_model_len=capacity.max_model_len,
-        probe=probe,
         progress=progress,
     )
     if probe is None:
         return {**figures, "probe_steps": 0, "probe_max_error": None}, 0.0
-    return {**figures, "probe_steps": probe.num_samples, "probe_max_error": probe.max_error}, probe.cpu_s
+    return {**figures, **probe.figures}, probe.cpu_s
+
+
+def _simulate(probe: AttentionProbe | None, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """A simulation with a probe, whose errors carry the memory as it was found."""
+    try:
+        return simulate(*arguments, **options, probe=probe)
+    except ProbeError as error:
+        if probe is not None:
+            error.evidence = probe.audit.ledger.evidence()
+        raise
 
 
 def capacity_told(experiment: Experiment) -> dict[str, Any]:
@@ -146,7 +157,10 @@ def make_workload(experiment: Experiment, capacity: Capacity, replication: int) 
 
 def make_timing(experiment: Experiment, model: Model | None, device: Device | None) -> StepTime:
     """The timing model."""
-    made: StepTime = make(timing, experiment.timing, ("timing",), model, device)
+    settings = experiment.timing
+    if settings.get("block_size", 0) is None:
+        settings = {**settings, "block_size": experiment.allocator.get("block_size", BLOCK_SIZE)}
+    made: StepTime = make(timing, settings, ("timing",), model, device)
     return made
 
 
@@ -160,13 +174,15 @@ def make_transfers(
     return made
 
 
-def make_probe(experiment: Experiment, over: Any) -> AttentionProbe | None:
-    """The probe of a run over this workload; None where the experiment wants none."""
+def make_probe(
+    experiment: Experiment, num_requests: int | None, model: Model | None, step_time: StepTime | None
+) -> AttentionProbe | None:
+    """The probe of a run of so many requests; None where the experiment wants none."""
     settings = experiment.probe
     if settings is False:
         return None
     fields = {} if settings is True else settings
-    made: AttentionProbe = construct(AttentionProbe, fields, ("probe",), over.num_requests)
+    made: AttentionProbe = construct(AttentionProbe, fields, ("probe",), num_requests, model, step_time)
     return made
 
 
@@ -199,6 +215,8 @@ def _value(annotation: Any, value: Any, path: Path) -> Any:
     for base, marks in alternatives(annotation):
         if isinstance(value, str) and base is File:
             return File(value)
+        if isinstance(value, str) and file_in(base, marks) is not None:
+            return profiles.read(File(value), base)
         if isinstance(value, dict):
             registry, section = registry_in(base, marks), section_in(base, marks)
             if registry is not None:

@@ -109,9 +109,10 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         return _COMMANDS[options.command](options)
     except KeyboardInterrupt:
-        return _say("interrupted; what is stored stays, the same command goes on from there", INTERRUPTED)
+        stored = "; what is stored stays, the same command goes on from there"
+        return _say(f"interrupted{stored if options.command == 'run' else ''}", INTERRUPTED)
     except BrokenPipeError:  # kvsim list | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return DONE
     except Exception as error:
         if options.debug:
@@ -139,22 +140,37 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+def _tell(message: str) -> None:
+    """Print, where somebody still reads; who does not shall not stop the rest of a run (kvsim run | head)."""
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        _close_stdout()
+
+
+def _close_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(options: argparse.Namespace) -> int:
     from experiments.config import load
     from experiments.progress import bar
-    from experiments.summary_table import summary_table
+    from experiments.summary_table import calibration_told, probe_told, summary_table
     from experiments.sweep import run_sweep
 
     plan = load(options.config, options.sets, probe=not options.no_probe)
     outcome = run_sweep(plan, options.out, options.jobs, bar)
     if outcome.rows:
-        print(summary_table(outcome.rows, plan.swept))
+        _tell(summary_table(outcome.rows, plan.swept))
+        for told in (probe_told(outcome.rows), calibration_told(outcome.rows)):
+            if told:
+                _tell(told)
     for failure, points in outcome.failures.items():
         others = f" and {len(points) - 1} more" if len(points) > 1 else ""
         told = failure.details if options.debug else failure.message
         _say(f"failed: {points[0]}{others}: {told}", FAILED)
     stored = f", {outcome.reused} of them stored before" if outcome.reused else ""
-    print(f"{_counted(len(outcome.rows))} in {outcome.folder}{stored}", flush=True)
+    _tell(f"{_counted(len(outcome.rows))} in {outcome.folder}{stored}")
     if outcome.rows and not options.no_plots:
         _draw(outcome.folder)
     if any(failure.mistake for failure in outcome.failures):
@@ -170,8 +186,8 @@ def _draw(folder: Path) -> None:
     from experiments.plots import draw
     from experiments.report import write_report
 
-    print(f"plots: {len(draw(folder))} in {folder / 'plots'}")
-    print(f"report: {write_report(folder)}")
+    _tell(f"plots: {len(draw(folder))} in {folder / 'plots'}")
+    _tell(f"report: {write_report(folder)}")
 
 
 def _check(options: argparse.Namespace) -> int:

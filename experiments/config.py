@@ -12,12 +12,13 @@ from typing import Any
 from experiments import axes, document, plugins
 from experiments.document import Node
 from experiments.experiment import Experiment
-from experiments.forms import FilePath, has, walk
+from experiments.forms import FilePath, Form, has, members, walk
 from experiments.mistakes import Mistake, Mistakes, Path, Position, dotted, shown
 from experiments.rehearsal import Rehearsal
 from experiments.schema import Schema
 from experiments.sections import Section
 from sim.errors import UserError
+from sim.registry import nearest
 
 NAME = re.compile(r"\w[\w.+-]*")
 MEMORY = {
@@ -33,10 +34,12 @@ MEMORY = {
 class Point:
     """One setting of everything, with every default filled in.
 
-    `swept` holds what the sweep varies as it was written, `files` the paths of files that the point reads.
+    `written` is the same without the defaults, which is an experiment by itself; `swept` holds what the sweep
+    varies as it was written, `files` the paths of files that the point reads.
     """
 
     settings: dict[str, Any]
+    written: dict[str, Any]
     swept: dict[str, Any]
     files: dict[Path, str]
 
@@ -119,11 +122,12 @@ class _Reading:
             here = self.root.without("sweep")
             for path, node in [*values.items(), *self.overrides]:
                 here = here.put(path, node)
-            settings, files, wrong = self._point(schema, here)
+            data = here.plain()
+            settings, files, wrong = self._point(schema, here, data)
             self._note([mistake for mistake in wrong if not follows(mistake)], here)
             if settings is not None:
                 written = {dotted(path): node.plain() for path, node in values.items()}
-                points.append(Point(settings, {name: written[name] for name in swept}, files))
+                points.append(Point(settings, data, {name: written[name] for name in swept}, files))
         name = self._name(points)
         return Plan(
             name,
@@ -172,18 +176,23 @@ class _Reading:
         return found.resolve()
 
     def _point(
-        self, schema: Schema, here: Node
+        self, schema: Schema, here: Node, data: dict[str, Any]
     ) -> tuple[dict[str, Any] | None, dict[Path, str], list[Mistake]]:
-        """Settings of a point, None if it has mistakes; the files that it reads; the mistakes."""
-        data = here.plain()
+        """Settings of a point, None if it has mistakes; the files that it reads; the mistakes.
+
+        `data` is what is written in `here`; relative paths in it become absolute.
+        """
         files: dict[Path, str] = {}
         mistakes: list[Mistake] = []
         for path, form, value in walk(schema.form, data):
             if path[:1] != ("plugins",) and isinstance(value, str) and has(form, FilePath):
                 try:
-                    files[path] = str(self._located(value, here.position(path)))
+                    files[path] = str(_shipped(form, value) or self._located(value, here.position(path)))
                 except UserError as error:
-                    mistakes.append(Mistake(str(error), path, got=shown(value)))
+                    expected, guess = (
+                        (form.expected, nearest(value, [*form.words])) if form.words else ("", None)
+                    )
+                    mistakes.append(Mistake(str(error), path, shown(value), expected, guess))
         for path, absolute in files.items():
             _place(data, path, absolute)
         settings, wrong = schema.resolve(data)
@@ -195,6 +204,12 @@ class _Reading:
 
     def _note(self, mistakes: list[Mistake], here: Node) -> None:
         self.mistakes += [mistake.placed(here.position(mistake.path, mistake.on_key)) for mistake in mistakes]
+
+
+def _shipped(form: Form, name: str) -> File | None:
+    """The file that ships under a name, where a form knows such names."""
+    found = (member.shipped.get(name) for member in members(form) if isinstance(member, FilePath))
+    return next((file for file in found if file is not None), None)
 
 
 def _rest(schema: Schema, data: Any, mistakes: list[Mistake]) -> dict[str, Any] | None:

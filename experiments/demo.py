@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.text import aligned
 
 if TYPE_CHECKING:
-    from attention.tour import Picture
+    from attention.generation.tour import Picture
 
 Part = tuple[list[str], bool]
 """Lines to print, and whether all that they say is as it should be."""
@@ -123,7 +123,7 @@ def _bar(row: dict[str, Any]) -> str:
 
 
 def _tables() -> Part:
-    from attention.tour import fork_story
+    from attention.generation.tour import fork_story
 
     lines = ["[3 ooo.]2 is block 3 with three tokens in four slots, held by 2 sequences.", ""]
     pictures = fork_story()
@@ -149,7 +149,7 @@ def _drawn(picture: Picture) -> list[str]:
 
 
 def _decoding() -> Part:
-    from attention.tour import LENGTHS, generations
+    from attention.generation.tour import LENGTHS, generations
 
     made = generations()
     head = ["", "dtype", "equal", "blocks saved", "at most", "copies", "forks", "kills"]
@@ -195,7 +195,7 @@ def _decoding() -> Part:
 
 
 def _correctness() -> Part:
-    from attention.tour import attention_errors
+    from attention.generation.tour import attention_errors
 
     errors = attention_errors()
     head = ["slots a block", "heads/KV heads", "tokens", "largest error", "allowed", ""]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
 
@@ -59,6 +59,11 @@ class FilePath(Form):
     """The path of a file or folder that exists."""
 
     expected: str = "a path"
+    shipped: Mapping[str, File] = field(default_factory=dict)  # by the names that stand for them
+
+    @property
+    def words(self) -> Sequence[str]:  # type: ignore[override]
+        return list(self.shipped)
 
     def schema(self) -> CoreSchema:
         return core.str_schema(strict=True, min_length=1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sim.errors import UserError
+from sim.errors import IntegrityError, UserError
 
 Row = dict[str, Any]
 
@@ -37,16 +37,22 @@ class Difference(AssertionError):
 
 def _build_v0(header: Row) -> Driver:
     from experiments.parity_v0 import ManagerDriver, SchedulerDriver
+    from experiments.parity_v0_cached import CachedManagerDriver
 
     if "requests" in header:
         return SchedulerDriver(header["config"], header["requests"])
+    if header["config"].get("prefix_caching"):
+        return CachedManagerDriver(header["config"])
     return ManagerDriver(header["config"])
 
 
 def _build_v1(header: Row) -> Driver:
-    from experiments.parity_v1 import ManagerDriver
+    from experiments.parity_v1 import ManagerDriver, SchedulerDriver
 
-    return ManagerDriver(header["config"], keyless_first="0.10.0" not in header["version"])
+    oldest = header["version"].endswith("0.10.0")
+    if "requests" in header:
+        return SchedulerDriver(header["config"], header["requests"], oldest=oldest)
+    return ManagerDriver(header["config"], keyless_first=not oldest)
 
 
 def _build_nano(header: Row) -> Driver:
@@ -113,7 +119,7 @@ def _row(path: Path, number: int, line: str, last: bool) -> Row:
 
 def build(path: Path, header: Row) -> Driver:
     """Our side of a recording. Raises UserError for one that is not known."""
-    peer, version = str(header.get("peer")), str(header.get("version"))
+    peer, version = str(header.get("peer")), str(header.get("version")).removeprefix("v")
     for word, (versions, driver) in FORMATS.items():
         if peer.split(" ")[0] == word:
             if version not in versions:
@@ -138,6 +144,10 @@ def replay(path: Path) -> int:
                 f"{path}:{number}: got the operation {row['op']}, which is not of this format "
                 f"({type(error).__name__}: {error})"
             ) from error
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError) as error:
+            raise Difference(
+                f"{path}:{number}: ours raises {error!r}, after {json.dumps(row['op'])}"
+            ) from error
         if "engine_error" in row["out"]:  # the engine died where ours gives one group up
             if not driver.gave_up:
                 raise Difference(f"{path}:{number}: out.engine_error: expected an engine error, got none")
@@ -150,7 +160,10 @@ def replay(path: Path) -> int:
                         f"{path}:{number}: {part}.{field}: expected {expected.get(field)}, "
                         f"got {ours.get(field)}, after {json.dumps(row['op'])}"
                     )
-        driver.check_integrity()
+        try:
+            driver.check_integrity()
+        except IntegrityError as error:
+            raise Difference(f"{path}:{number}: our books: {error}, after {json.dumps(row['op'])}") from error
     return len(operations)
 
 

@@ -183,13 +183,18 @@ class SchedulerDriver:
                 for request in self.running
             },
         }
-        out["finished"] = self._names(self._execute(step))
+        names = [name for name, *_ in groups]
+        out["finished"] = sorted(self._names(self._execute(step)), key=names.index)
         state["free_gpu_after"] = memory.pool.num_free
         return out, state
 
     def check_integrity(self) -> None:
-        """The allocator's books."""
-        self.memory.check_integrity()
+        """The pools' books; what is waste is not told, as only here samples of one request end apart."""
+        memory = self.memory
+        memory.pool.check_integrity(branch.block_table for branch in memory.sequences)
+        memory.host_pool.check_integrity(
+            branch.block_table for request in self.policy.swapped for branch in request.sequences
+        )
 
     def _add(self, row: dict[str, Any]) -> None:
         request = Request(
@@ -221,7 +226,7 @@ class SchedulerDriver:
         policy = self.policy
         tokens = {sequence.request: tokens for sequence, _, tokens in step.chunks}
         stayed = sorted([each for each in self.running if each in policy.running], key=lambda each: each.id)
-        self.returned = [each for each in self.swapped if each in policy.running]
+        self.returned = [each for each in policy.running if each in self.swapped]
         admitted = [each for each in tokens if each not in self.running and each not in self.swapped]
         going_on = [each for each in stayed if each in tokens]
         decoding = [each for each in stayed if each.sequences[0].decodes is not None]
@@ -244,6 +249,7 @@ class SchedulerDriver:
     def _execute(self, step: Step) -> list[Request]:
         """Give every scheduled sequence its token; the requests that are done with it."""
         over: list[Request] = []
+        decoding = [request for request in self.running if request.sequences[0].decodes is not None]
         for sequence, start, tokens in step.chunks:
             request = sequence.request
             if start + tokens < request.prefill_tokens:
@@ -257,7 +263,7 @@ class SchedulerDriver:
                 else:
                     self.policy.decodes.join(branch)
         if step.num_decodes:
-            for request in list(self.running):
+            for request in decoding:
                 if self.rows[request].get("beam"):
                     self._turn_over(request)
             for sequence in self.policy.decodes.take_finished():
@@ -265,6 +271,9 @@ class SchedulerDriver:
         return over
 
     def _complete(self, sequence: Sequence, over: list[Request]) -> None:
+        pending = self.policy.decodes.copy_pending
+        if sequence in pending:  # it was forked with its last token
+            pending.remove(sequence)
         if self.policy.complete(sequence):
             sequence.request.status = "finished"
             over.append(sequence.request)
@@ -286,15 +295,17 @@ class SchedulerDriver:
     def _turn_over(self, request: Request) -> None:
         """At every third token the first beam is forked and the last one dies; the fork takes its place."""
         decodes = self.policy.decodes
-        first, *_, last = request.sequences
+        first, last = request.sequences[0], request.sequences[-1]
         generated = first.num_tokens + 1 - request.prompt_tokens
         if generated % 3:
             return
         child = fork(self.memory, first)
         self._assign(child, self.samples[last])
+        request.sequences.append(child)
         decodes.leave(last)
         self.policy.release(last)
         request.sequences.remove(last)
-        request.sequences.append(child)
         decodes.join(child)
-        decodes.copy_pending += [each for each in (first, child) if each not in decodes.copy_pending]
+        decodes.copy_pending += [
+            each for each in (first, child) if each is not last and each not in decodes.copy_pending
+        ]

@@ -45,7 +45,12 @@ def perform(job: Job, progress: Progress | None = None) -> Failure | None:
         raise  # nobody waits for the result any more
     except UserError as error:
         return Failure(str(error), True, traceback.format_exc())
-    except (Stalled, ProbeError) as error:
+    except ProbeError as error:
+        from experiments.failures import store_failure
+
+        left = store_failure(Path(job.folder), job.run_id, job.manifest, error)
+        return Failure(f"{error}\n  to look into it: {left}", False, traceback.format_exc())
+    except Stalled as error:
         return Failure(str(error), False, traceback.format_exc())
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
@@ -84,5 +89,11 @@ def _perform(job: Job, progress: Progress | None) -> None:
         write_json(folder / "summary.json", {**figures, **spent})
         versions = {"python": platform.python_version(), "numpy": numpy.__version__}
         versions |= {"simpy": simpy.__version__, "pyarrow": pyarrow.__version__}
-        told = {"capacity": capacity_told(experiment), "versions": versions, "platform": sys.platform}
+        reproducible = not (isinstance(experiment.probe, dict) and experiment.probe.get("calibrate"))
+        told = {
+            "reproducible": reproducible,
+            "capacity": capacity_told(experiment),
+            "versions": versions,
+            "platform": sys.platform,
+        }
         write_json(folder / "manifest.json", {**job.manifest, **told, **spent, "probe_cpu_s": probe_cpu})

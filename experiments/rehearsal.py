@@ -59,6 +59,7 @@ class Rehearsal:
                 attempt(build.make_scheduler, owner, key=[memory, experiment.scheduler])
                 attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
         attempt(build.make_timing, model, device, key=[memory[:3], experiment.timing])
+        attempt(build.make_probe, None, model, None, key=[memory[0], experiment.probe])
         return found
 
     def _attempt(

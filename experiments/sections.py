@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import CoreSchema
 from pydantic_core import core_schema as core
 
-from experiments.annotations import DefaultKind, alternatives, fields_of, registry_in, section_in
+from experiments import profiles
+from experiments.annotations import DefaultKind, alternatives, fields_of, file_in, registry_in, section_in
 from experiments.forms import (
     ANYTHING,
     NULL,
@@ -185,6 +186,10 @@ def _one(base: Any, marks: tuple[Any, ...]) -> Form:
         return scalar(base, next((mark for mark in marks if isinstance(mark, Bounds)), None))
     if inspect.isclass(base) and issubclass(base, File):
         return FilePath()
+    in_file = file_in(base, marks)
+    if in_file is not None:
+        names = profiles.shipped(in_file.folder)
+        return FilePath(f"a path, or one of {listed(names)}" if names else "a path", names)
     section = section_in(base, marks)
     if section is not None and fields_of(section):
         return Section(section)

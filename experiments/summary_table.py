@@ -44,6 +44,32 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     return "\n".join([*lines, *more])
 
 
+def probe_told(rows: Sequence[Row]) -> str:
+    """How many steps were checked, and how far attention was off; empty if no run was probed."""
+    probed = [row for row in rows if row.get("probe_steps")]
+    if not probed:
+        return ""
+    checked, steps = (sum(row[name] for row in probed) for name in ("probe_steps", "steps"))
+    errors = [row["probe_max_error"] for row in probed if row["probe_max_error"] is not None]
+    error = f", largest error of attention {max(errors):.1e}" if errors else ""
+    return f"probe: {checked:,} of {steps:,} steps checked{error}"
+
+
+def calibration_told(rows: Sequence[Row]) -> str:
+    """How well attention's time was predicted on sampled steps, a line a run that timed them; empty if none did."""
+    lines = []
+    for row in rows:
+        if not row.get("calibrated_steps"):
+            continue
+        errors = []
+        for name, told in (("before", "by the profile"), ("after", "refined by other steps of the run")):
+            median, largest = (row.get(f"attention_error_{name}_{kind}") for kind in ("median", "max"))
+            if median is not None and largest is not None:
+                errors.append(f"{told} {100 * median:.1f} % off, at most {100 * largest:.0f} %")
+        lines.append(f"attention on {row['calibrated_steps']} steps: {'; '.join(errors) or 'no prediction'}")
+    return "\n".join(lines)
+
+
 def _brief(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(

@@ -88,6 +88,7 @@ def _runs(plan: Plan, folder: Path) -> Iterator[tuple[Row, Job]]:
                 "replication": replication,
                 "swept": point.swept,
                 "config": {"name": plan.name, "replications": plan.replications, **settings},
+                "written": {**point.written, "name": plan.name, "plugins": plan.plugins},
                 "code": identity.code_version(),
                 "inputs": plugins | {file: inputs[dotted(path)] for path, file in point.files.items()},
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -38,7 +38,7 @@ def _in_processes(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator
             if not busy:
                 return
             for pipe in connection.wait(list(busy)):
-                worker = busy[pipe]  # type: ignore[index]
+                worker = busy[pipe]
                 index = worker.job
                 assert index is not None
                 try:

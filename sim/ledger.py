@@ -55,6 +55,11 @@ class Ledger:
         self._forked: dict[Sequence, History] = {}  # of branches, which may have to start again
         self._touched: set[int] = set()
         self._keeps_freed = allocator.keeps_freed
+        self.changed: set[int] = (
+            set()
+        )  # device blocks that were copied or moved to, until somebody clears them
+        self.on_event: Callable[[], None] | None = None  # called at the 1st, 4th, 16th ... event of a kind
+        self._events = dict.fromkeys(("fork", "copy", "swap"), 0)
 
     # What it is told
 
@@ -90,6 +95,7 @@ class Ledger:
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Both go on from the same history, the child as a branch of its own."""
+        self._note("fork")
         written = self.live[parent]
         history = written.history.fork(child.request, child.branch, written.tokens)
         self.live[child] = Written(history, written.tokens, written.total)
@@ -101,6 +107,8 @@ class Ledger:
         if device.fresh[source]:
             device.reset()
         device.fresh[target] = 0
+        self.changed.add(target)
+        self._note("copy")
         device.rows[target] = device.rows[source]
 
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
@@ -110,6 +118,15 @@ class Ledger:
         self.tiers[tier].reset()
         moves = np.array(pairs, np.int64).reshape(-1, 2)
         self.tiers[tier].rows[moves[:, 1]] = other.rows[moves[:, 0]]
+        if tier == "device":
+            self.changed.update(moves[:, 1].tolist())
+        self._note("swap")
+
+    def _note(self, event: str) -> None:
+        """Count an event of a kind, and call for a sample at the 1st, 4th, 16th, ... one."""
+        self._events[event] = count = self._events[event] + 1
+        if self.on_event is not None and not count & (count - 1) and count.bit_length() & 1:
+            self.on_event()
 
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence."""

@@ -67,16 +67,19 @@ class PrefixPool(BlockPool):
         free = self.free
         if count > len(free):
             raise OutOfBlocks(f"asked for {count} blocks, {len(free)} of {self.num_blocks} are free")
-        pop, references, keys, fresh = free.popitem, self.references, self.keys, self.fresh
-        blocks = []
-        for _ in range(count):
-            block, _ = pop(False)
-            blocks.append(block)
+        pop, references, keys = free.popitem, self.references, self.keys
+        blocks = [pop(False)[0] for _ in range(count)]
+        for block in blocks:
             references[block] = 1
-            if keys[block] is not None:
-                self._forget(block)
-            if fresh is not None:
-                fresh[block] = 1
+            key = keys[block]
+            if key is not None:
+                keys[block] = None
+                self.num_keyed -= 1
+                if key != UNASKED:
+                    self._forget(block, key)
+        if self.fresh is not None:
+            for block in blocks:
+                self.fresh[block] = 1
         return blocks
 
     def touch(self, blocks: Sequence[int]) -> None:
@@ -131,12 +134,7 @@ class PrefixPool(BlockPool):
                 keys[block] = UNASKED
                 self.num_keyed += 1
 
-    def _forget(self, block: int) -> None:
-        key = self.keys[block]
-        self.keys[block] = None
-        self.num_keyed -= 1
-        if key == UNASKED:
-            return
+    def _forget(self, block: int, key: Hashable) -> None:
         found = self._found.get(key)
         if found == block:
             del self._found[key]

@@ -47,7 +47,8 @@ class Witness(Protocol):
 class Probe(Protocol):
     """Looks at a run where it wants to. Everything that it finds wrong is a ProbeError.
 
-    `next_sample` is the index of the next engine step that it wants to see.
+    `next_sample` is the index of the next engine step that it wants to see; it may come nearer while a step is
+    planned.
     """
 
     next_sample: int

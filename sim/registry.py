@@ -26,6 +26,16 @@ class Bounds:
         return ", ".join(f"{sign} {value:g}" for sign, value in signs if value is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class InFile:
+    """Marks, in `Annotated[...]`, a parameter that stands in a YAML file of its own.
+
+    Users give the path of the file, or the name of one of those shipped in `folder`; a policy gets what is in it.
+    """
+
+    folder: str
+
+
 PositiveInt = Annotated[int, Bounds(ge=1)]
 NonNegativeInt = Annotated[int, Bounds(ge=0)]
 PositiveFloat = Annotated[float, Bounds(gt=0)]

@@ -12,7 +12,7 @@ FIRST = 8
 
 REQUEST_S, STEP_S = 30e-6, 1.5e-6
 """CPU seconds that a request and a step of a run cost, roughly, on a core on which `Audit.cost` holds too."""
-START_S = 0.005
+START_S = 0.01
 """CPU seconds that samples may take however short the run is."""
 
 
@@ -45,10 +45,13 @@ class SampledSteps:
         self._first = min(FIRST, (samples + 1) // 2)
         self._growth = (1e8 / FIRST) ** (1 / max(1, samples - self._first)) - 1
 
-    def after(self, step: int, requests_over: int, cost_s: float = 0.0) -> int:
+    def after(
+        self, step: int, requests_over: int, live: int = 0, cost_s: float = 0.0, next_cost_s: float = 0.0
+    ) -> int:
         """The step to sample next, after the one that was; `requests_over` have come and gone by now.
 
-        `cost_s` are the CPU seconds that this sample and the next are thought to take, each.
+        `live` requests are on their way, and count as half done; `cost_s` and `next_cost_s` are the CPU seconds
+        that this sample and the next are thought to take.
         """
         self.taken += 1
         self.spent_s += cost_s
@@ -56,11 +59,12 @@ class SampledSteps:
             return step + self.every
         if self.taken < self._first:
             return step + 1
-        return max(self._spread(step, requests_over), self._afforded(step, requests_over, cost_s))
+        afforded = self._afforded(step, requests_over + live / 2, next_cost_s)
+        return max(self._spread(step, requests_over), min(afforded, 4 * step))
 
-    def _afforded(self, step: int, requests_over: int, cost_s: float) -> int:
+    def _afforded(self, step: int, requests: float, cost_s: float) -> int:
         """The step by which the run has cost so much that the next sample is within its share."""
-        cost_of_step = STEP_S + REQUEST_S * requests_over / max(1, step)
+        cost_of_step = STEP_S + REQUEST_S * requests / max(1, step)
         missing = self.spent_s + cost_s - START_S - self.share * cost_of_step * step
         return step + math.ceil(max(0.0, missing) / (self.share * cost_of_step))
 

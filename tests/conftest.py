@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+os.environ["OMP_NUM_THREADS"] = "1"  # torch keeps to one thread, wherever and whenever a test imports it
+
 settings.register_profile(
     "kvsim",
     deadline=None,
@@ -15,12 +17,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("kvsim")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_torch_thread():
-    """Keep torch to one thread, where a test imports it."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

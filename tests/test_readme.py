@@ -67,3 +67,11 @@ def test_every_shipped_experiment_is_valid_and_says_what_it_shows(capsys):
             assert "workload.path" in capsys.readouterr().err
         else:
             assert run_command(["check", str(path)]) == 0
+
+
+def test_the_example_of_the_attention_core_runs():
+    text = (ROOT / "attention" / "README.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(re.search(r"^```python\n(.*?)^```", text, re.S | re.M)[1], names)
+    assert names["both"].shape == (2, 1, 512)
+    assert names["kv_cache"].length(names["child"]) == 9

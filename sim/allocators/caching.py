@@ -96,8 +96,10 @@ class CachingAllocator(Allocator):
 
     def can_append(self, request: Request) -> bool:
         """A free block for every branch whose blocks are full."""
-        growing = sum(sequence.num_tokens >= sequence.capacity for sequence in request.sequences)
-        return growing <= self.pool.num_free
+        free = self.pool.num_free
+        if free >= len(request.sequences):
+            return True
+        return sum([sequence.num_tokens >= sequence.capacity for sequence in request.sequences]) <= free
 
     # The life of a sequence
 

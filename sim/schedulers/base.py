@@ -346,9 +346,12 @@ class Scheduler(ABC):
         request = sequence.request
         self.release(sequence)
         request.sequences.remove(sequence)
-        self.num_seqs -= 1
+        if request.beam_width == 1:
+            self.num_seqs -= 1
         if request.sequences:
             return False
+        if request.beam_width > 1:
+            self.num_seqs -= request.width
         del self.running[request]
         return True
 
@@ -380,5 +383,7 @@ def arrival(request: Request) -> int:
 
 
 def branches(request: Request) -> int:
-    """Sequences that a request has, or will fork once its prompt is computed."""
-    return request.width if request.first_token_time == NEVER else len(request.sequences)
+    """Sequences that a request counts for: those that it has or will fork, of a beam search always all."""
+    if request.first_token_time == NEVER or request.beam_width > 1:
+        return request.width
+    return len(request.sequences)

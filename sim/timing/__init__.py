@@ -2,6 +2,7 @@
 
 from sim.timing.aisimulate import AISimulatePolynomial
 from sim.timing.base import StepTime, timing
+from sim.timing.calibrated import Calibrated
 from sim.timing.fixed import Fixed
 from sim.timing.linear import Linear
 from sim.timing.roofline import Roofline
@@ -11,6 +12,7 @@ from sim.timing.vidur import Vidur
 
 __all__ = [
     "AISimulatePolynomial",
+    "Calibrated",
     "Fixed",
     "Linear",
     "Roofline",

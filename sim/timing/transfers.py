@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from sim.errors import UserError
 from sim.hardware import Device, Model
-from sim.registry import NonNegativeFloat, PositiveFloat, PositiveInt
+from sim.registry import InFile, NonNegativeFloat, PositiveFloat, PositiveInt
 from sim.step import Step
+from sim.timing.profile import S_PER_BYTE, US, MoveCost, Profile
 
 
 class Transfers:
@@ -19,6 +23,8 @@ class Transfers:
             datasheet's, which is what large copies reach on PCIe.
         copy_latency_us: Fixed cost of one copy between device and host.
         copies_per_block: Copies that moving one block takes; by default two per layer.
+        profile: What copies and swaps took on a measured device, in place of all of the above: the name of a
+            shipped profile, or a file of kvsim calibrate.
     """
 
     def __init__(
@@ -30,6 +36,7 @@ class Transfers:
         host_bandwidth_gb_per_s: PositiveFloat | None = None,
         copy_latency_us: NonNegativeFloat = 8.0,
         copies_per_block: PositiveInt | None = None,
+        profile: Annotated[Profile, InFile("profiles")] | None = None,
     ) -> None:
         bytes_per_block = model.kv_bytes_per_token * block_size if model is not None else 0
         if copies_per_block is None:
@@ -42,8 +49,27 @@ class Transfers:
         # Read and written once on the device.
         device_bandwidth = device.memory_bytes_per_s * device.count if device is not None else 1e12
         self.copy_block = 2 * bytes_per_block / device_bandwidth
+        self._measured: list[tuple[float, float]] | None = None  # per step and per block
+        if profile is not None:
+            if model is None:
+                raise UserError("transfers.profile needs a model: name one, for example opt-13b")
+            count = device.count if device is not None else 1
+            self._measured = [
+                _of_blocks(cost, model.num_layers, bytes_per_block / count)
+                for cost in (profile.swap_out, profile.swap_in, profile.copy)
+            ]
 
     def seconds(self, step: Step) -> float:
         """Seconds that a step spends on moving blocks."""
+        if self._measured is not None:
+            moved = (step.swapped_out_blocks, step.swapped_in_blocks, step.copied_blocks)
+            pairs = zip(self._measured, moved, strict=True)
+            return sum([base + per_block * blocks for (base, per_block), blocks in pairs if blocks])
         swapped = step.swapped_out_blocks + step.swapped_in_blocks
         return self.swap_block * swapped + self.copy_block * step.copied_blocks
+
+
+def _of_blocks(cost: MoveCost, num_layers: int, bytes_per_block: float) -> tuple[float, float]:
+    """Seconds of a move of blocks, and of each block in it."""
+    base = cost.base_us * US + num_layers * (cost.us_per_layer * US)
+    return base, num_layers * (cost.us_per_block * US) + cost.ms_per_gb * S_PER_BYTE * bytes_per_block

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention.beam_search import BeamSearch
-from attention.sampling import Greedy, Sampling
-from attention.search import DecodingRequest
-from attention.transformer import Transformer, TransformerConfig
+from attention.generation.beam_search import BeamSearch
+from attention.generation.sampling import Greedy, Sampling
+from attention.generation.search import DecodingRequest
+from attention.generation.transformer import Transformer, TransformerConfig
 
 VOCAB = 60
 EOS = 3

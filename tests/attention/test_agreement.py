@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention.agreement import compare
-from attention.beam_search import BeamSearch
 from attention.cache import PagedKVCache
-from attention.decoding import decode
-from attention.sampling import Greedy
-from attention.search import Pick
+from attention.generation.agreement import compare
+from attention.generation.beam_search import BeamSearch
+from attention.generation.decoding import decode
+from attention.generation.sampling import Greedy
+from attention.generation.search import Pick
 from tests.attention.generation import (
     LENGTHS,
     METHODS,

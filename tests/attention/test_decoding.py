@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention.agreement import compare
-from attention.beam_search import BeamSearch
 from attention.cache import OutOfBlocks, PagedKVCache
-from attention.decoding import Decoding, decode
-from attention.sampling import Greedy, Sampling
-from attention.search import DecodingRequest
-from attention.swap_space import SwapSpace
+from attention.generation.agreement import compare
+from attention.generation.beam_search import BeamSearch
+from attention.generation.decoding import Decoding, decode
+from attention.generation.sampling import Greedy, Sampling
+from attention.generation.search import DecodingRequest
+from attention.swap.swap_space import SwapSpace
 from tests.attention.generation import (
     EOS,
     METHODS,

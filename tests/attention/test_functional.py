@@ -123,7 +123,7 @@ def ragged(draw):
     scale=st.sampled_from([None, 0.3]),
     sliding_window=st.sampled_from([None, 1, 4, 7]),
     soft_cap=st.sampled_from([None, 0.5, 30.0]),
-    pieces=st.sampled_from([1, 50, 1 << 22]),
+    pieces=st.sampled_from([1, 50, 300, 1 << 22]),
 )
 def test_the_implementations_agree(
     ragged, block_size, group, num_kv_heads, head_dim, index, scale, sliding_window, soft_cap, pieces
@@ -136,6 +136,7 @@ def test_the_implementations_agree(
     expected, expected_lse = case.expected(**options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gathered, "MAX_SCORES", pieces)
+        patch.setattr(gathered, "PIECE_BYTES", pieces)
         for impl in IMPLEMENTATIONS:
             np.testing.assert_allclose(case.run(impl, **options), expected, rtol=0, atol=1e-12)
             out, lse = case.run(impl, **options, return_lse=True)
@@ -277,9 +278,9 @@ MISTAKES = {
     "query_start_loc[1:3]: got -1 query tokens": {"query_start_loc": torch.tensor([0, 5, 4])},
     "max_query_len: got 2, expected at least 3": {"max_query_len": 2},
     "max_seq_len: got 9, expected at least 10": {"max_seq_len": 9},
-    "sliding_window: got 0, expected a number above 0, or None": {"sliding_window": 0},
+    "sliding_window: got 0, expected an integer >= 1, or None": {"sliding_window": 0},
     "soft_cap: got -1.0, expected a number above 0, or None": {"soft_cap": -1.0},
-    "num_splits: got 0, expected a number above 0, or None": {"num_splits": 0},
+    "num_splits: got 0, expected an integer >= 1, or None": {"num_splits": 0},
 }
 
 

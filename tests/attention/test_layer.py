@@ -135,6 +135,9 @@ def test_positions_that_go_on_are_allowed_without_rotary_embedding():
 LAYERS = {
     "num_heads: got 7, expected a divisor of hidden_dim 64": {"num_heads": 7},
     "num_kv_heads: got 3, expected a divisor of num_heads 8": {"num_kv_heads": 3},
+    "impl: got 'fast', expected one of auto, reference, torch, triton": {"impl": "fast"},
+    "sliding_window: got 1.5, expected an integer >= 1, or None": {"sliding_window": 1.5},
+    "soft_cap: got -1, expected a number above 0, or None": {"soft_cap": -1},
     "rope_theta: got heads of 1, expected an even width": {"num_heads": 64, "rope_theta": 1e4},
 }
 
@@ -162,7 +165,7 @@ CALLS = {
     "seq_ids: got 9, expected one of 0": {"seq_ids": [9]},
     "positions: got shape [1], expected [1, 1]": {"positions": torch.tensor([0])},
     "positions: got [[9]], expected [[1]], where the sequences go on": {"positions": torch.tensor([[9]])},
-    "impl: got 'fast', expected one of auto, reference, torch, triton": {"impl": "fast"},
+    "impl: got 'triton', but ": {"impl": "triton"},
 }
 
 

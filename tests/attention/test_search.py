@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from attention.beam_search import BeamSearch, best
-from attention.decoding import decode
-from attention.sampling import Greedy, Sampling, inverse_cdf, uniform
-from attention.search import DecodingRequest, Pick
-from attention.transformer import Transformer
+from attention.generation.beam_search import BeamSearch, best
+from attention.generation.decoding import decode
+from attention.generation.sampling import Greedy, Sampling, inverse_cdf, uniform
+from attention.generation.search import DecodingRequest, Pick
+from attention.generation.transformer import Transformer
 from tests.attention.generation import (
     logits_of,
     prompt,

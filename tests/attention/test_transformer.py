@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from attention.generation.transformer import Transformer, TransformerConfig
 from attention.rotary import rotate, rotations
-from attention.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(
     vocab_size=50, hidden_dim=32, num_heads=4, num_kv_heads=2, dtype=torch.float64, seed=4

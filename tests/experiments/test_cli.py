@@ -108,6 +108,19 @@ def modules_after(code: str, cwd: Path) -> set[str]:
     return set(run.stderr.split())
 
 
+def test_a_run_that_nobody_reads_is_stored_as_a_whole(write: Write, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as kvsim run | true
+    code = "from experiments.cli import main; main(['run', 'small.yaml', '--no-probe'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (tmp_path / "results" / "small" / "report.html").exists()
+
+
 def test_help_imports_next_to_nothing(tmp_path: Path) -> None:
     code = "from experiments.cli import run_command\ntry: run_command(['--help'])\nexcept SystemExit: pass"
     heavy = {

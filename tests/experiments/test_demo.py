@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from attention import tour
 from attention.cache import PagedKVCache
+from attention.generation import tour
 from experiments import demo
 from sim.audit import Audit
 from sim.errors import ProbeError

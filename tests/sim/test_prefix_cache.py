@@ -224,6 +224,54 @@ def test_hits_of_several_groups_by_their_definition(windows, there, tokens, bloc
                 assert cache.pool.keys[block] == (index, group)
 
 
+@given(
+    windows=st.lists(st.sampled_from([None, 1, 3, 8, 9]), min_size=1, max_size=3),
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["admit", "more", "more", "more", "free"]), st.integers(0, 3), st.integers(1, 14)
+        ),
+        max_size=40,
+    ),
+    caching=st.booleans(),
+)
+def test_what_a_request_looks_at_is_there(windows, steps, caching):
+    """Requests of equal content come, grow, leave and come back; nothing in a window is missing or another's."""
+    cache = PrefixCache(24, 2, windows=windows, caching=caching)
+    keys = range(1000)  # every request is the same endless text
+    held: dict[int, Holding] = {}
+    for what, name, tokens in steps:
+        holding = held.get(name)
+        before = list(cache.pool.free)
+        if what == "admit" and holding is None:
+            holding = Holding(len(windows))
+            hit, hits = cache.hit(keys, tokens)
+            assert hit < tokens
+            if cache.allocate(holding, tokens - hit, keys, hits=hits):
+                held[name] = holding
+                assert holding.computed == tokens
+            else:
+                assert list(cache.pool.free) == before
+        elif what == "more" and holding is not None:
+            cache.allocate(holding, tokens, keys)
+        elif what == "free" and holding is not None:
+            cache.release(held.pop(name))
+        for each in held.values():
+            for group, (window, table) in enumerate(zip(windows, each.tables, strict=True)):
+                assert len(table) == -(-each.computed // 2)
+                first = 0 if window is None else max(0, each.computed - window + 1)
+                assert NULL not in table[first // 2 :]
+                for index, block in enumerate(table):
+                    if block != NULL and caching and (index + 1) * 2 <= each.computed:
+                        assert cache.pool.keys[block] == (index, group)
+        tables = [
+            [block for block in table if block != NULL] for each in held.values() for table in each.tables
+        ]
+        cache.pool.check_integrity(tables)
+    for each in held.values():
+        cache.release(each)
+    assert cache.pool.num_free == 24
+
+
 # The pool
 
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention.search import Choice, Decision, DecodingRequest, Output, Pick, check_count, log_probabilities
+from attention.generation.search import (
+    Choice,
+    Decision,
+    DecodingRequest,
+    Output,
+    Pick,
+    check_count,
+    log_probabilities,
+)
 
 
 def uniform(seed: int, request_id: int, branch: int, position: int) -> float:

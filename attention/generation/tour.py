@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from attention.agreement import Difference, compare
-from attention.beam_search import BeamSearch
 from attention.cache import BlockAllocator, PagedKVCache
-from attention.decoding import Sharing, decode
 from attention.functional import paged_attention, write
+from attention.generation.agreement import Difference, compare
+from attention.generation.beam_search import BeamSearch
+from attention.generation.decoding import Sharing, decode
+from attention.generation.sampling import Greedy, Sampling
+from attention.generation.search import DecodingRequest, Method
+from attention.generation.transformer import Transformer, TransformerConfig
 from attention.plain import plain_attention
-from attention.sampling import Greedy, Sampling
-from attention.search import DecodingRequest, Method
-from attention.transformer import Transformer, TransformerConfig
 
 VOCAB_SIZE, EOS = 256, 7
 METHODS: dict[str, Method] = {

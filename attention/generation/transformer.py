@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from attention.cache import BlockAllocator, PagedKVCache
-from attention.kv import KV, ContiguousKV, KVMetadata, PagedKV
+from attention.generation.kv import KV, ContiguousKV, KVMetadata, PagedKV
 from attention.plain import exact
 from attention.rotary import rotate, rotations
 

@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attention.search import Choice, Decision, DecodingRequest, Output, Pick, check_count, log_probabilities
+from attention.generation.search import (
+    Choice,
+    Decision,
+    DecodingRequest,
+    Output,
+    Pick,
+    check_count,
+    log_probabilities,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from attention.decoding import Decoded
-from attention.search import Decision, Search
+from attention.generation.decoding import Decoded
+from attention.generation.search import Decision, Search
 
 ALLOWED_GAP = 1e-4
 """Scores closer than this may change places between two orders of summation in float32."""

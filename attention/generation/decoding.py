@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.kv import KV
-from attention.search import Choice, DecodingRequest, Output, Search
-from attention.transformer import Transformer
+from attention.generation.kv import KV
+from attention.generation.search import Choice, DecodingRequest, Output, Search
+from attention.generation.transformer import Transformer
 
 BetweenSteps = Callable[[int, Any], Mapping[int, int] | None]
 """Called with the steps computed so far and the cache, before the next one; see `decode`."""

@@ -1,0 +1,1 @@
+"""Generation: a small transformer that decodes for real over a paged cache."""

@@ -1,0 +1,1 @@
+"""Swap: blocks between the device and a host pool, whole or quantised."""

@@ -1,0 +1,1 @@
+"""Validation: the attention core against plain attention over its whole matrix."""
