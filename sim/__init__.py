@@ -14,7 +14,7 @@ from sim.registry import (
     Registry,
 )
 from sim.request import Request, Sequence
-from sim.schedulers import Scheduler, scheduler, victim
+from sim.schedulers import Scheduler, order, scheduler, victim
 from sim.simulation import simulate
 from sim.step import Step
 from sim.timing import StepTime, Transfers, timing
@@ -23,5 +23,5 @@ __all__ = [
     "Admission", "Allocator", "Bounds", "Capacity", "Device", "Fraction", "IntegrityError", "MemoryUsage",
     "Model", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat", "PositiveInt", "ProbeError", "Recorder", "Registry",
     "Request", "Scheduler", "Sequence", "Stalled", "Step", "StepTime", "Transfers", "UserError", "allocator",
-    "scheduler", "simulate", "timing", "victim",
+    "order", "scheduler", "simulate", "timing", "victim",
 ]  # fmt: skip

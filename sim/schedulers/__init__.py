@@ -3,9 +3,22 @@
 from sim.schedulers.aisimulate import AISimulate
 from sim.schedulers.base import Scheduler, scheduler
 from sim.schedulers.orca import Orca
+from sim.schedulers.orders import order
+from sim.schedulers.sarathi import Sarathi
 from sim.schedulers.static import Static
 from sim.schedulers.victims import victim
 from sim.schedulers.vidur import Vidur
 from sim.schedulers.vllm_v0 import VllmV0
 
-__all__ = ["AISimulate", "Orca", "Scheduler", "Static", "Vidur", "VllmV0", "scheduler", "victim"]
+__all__ = [
+    "AISimulate",
+    "Orca",
+    "Sarathi",
+    "Scheduler",
+    "Static",
+    "Vidur",
+    "VllmV0",
+    "order",
+    "scheduler",
+    "victim",
+]

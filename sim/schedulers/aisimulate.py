@@ -10,6 +10,8 @@ from sim.registry import PositiveInt
 from sim.request import NEVER, Request
 from sim.schedulers.base import Preemption, branches, scheduler
 from sim.schedulers.chunked import ChunkedScheduler
+from sim.schedulers.orders import Order, fcfs
+from sim.schedulers.orders import order as orders
 from sim.schedulers.victims import Victim, earliest, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -30,6 +32,7 @@ class AISimulate(ChunkedScheduler):
         max_num_batched_tokens: Most tokens of a step.
         preemption: What happens to a victim (see vllm_v0); AISimulate recomputes.
         victim: Who gives way when blocks run out; latest and earliest are by admission here.
+        order: Who goes first in the queue.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class AISimulate(ChunkedScheduler):
         max_num_batched_tokens: PositiveInt = 2048,
         preemption: Preemption = "auto",
         victim: Annotated[Victim, victims] = latest,
+        order: Annotated[Order, orders] = fcfs,
     ) -> None:
         super().__init__(
             allocator,
@@ -47,6 +51,7 @@ class AISimulate(ChunkedScheduler):
             max_num_batched_tokens=max_num_batched_tokens,
             preemption=preemption,
             victim=victim,
+            order=order,
         )
 
     def plan(self, now: int) -> Step:
@@ -157,4 +162,4 @@ class AISimulate(ChunkedScheduler):
     @property
     def open_to_arrivals(self) -> bool:
         """Behind a head that waits, and while a group is swapped out, nobody is looked at."""
-        return not self.waiting and not self.swapped
+        return not self.head_stays and not self.swapped

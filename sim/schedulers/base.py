@@ -3,56 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from sim.allocators.base import Admission, Allocator
-from sim.decode_set import DecodeSet, arrival_order
+from sim.allocators.base import Admission
+from sim.decode_set import arrival_order
 from sim.registry import Registry
-from sim.request import NEVER, Request, Sequence
-from sim.schedulers.victims import Victim, latest
-from sim.schedulers.victims import victim as victims
+from sim.request import Request, Sequence
+from sim.schedulers.queues import Preemption, Queues, arrival, branches
 from sim.step import Step
 from sim.units import FOREVER
 
+__all__ = ["Preemption", "Scheduler", "arrival", "branches", "scheduler"]
+
 scheduler: Registry[type[Scheduler]] = Registry("scheduler")
 
-Preemption = Literal["auto", "recompute", "swap"]
 
+class Scheduler(Queues, ABC):
+    """Who decides over the queues of one allocator.
 
-class Scheduler(ABC):
-    """Keeper of the queues, over one allocator.
-
-    A policy implements `plan`. It may call what stands below it here: `admit`, `grow`, `preempt`, `swap_in`,
-    `reject`; the engine tells it of computed prompts and finished sequences. Its first parameter is the
-    allocator; the keyword-only ones are its YAML fields.
+    A policy implements `plan`. It may call what stands below it here and in `Queues`: `grow`, `preempt`,
+    `swap_in`, `admit`, `compute`, `reject`; the engine tells it of computed prompts and finished sequences. Its
+    first parameter is the allocator; the keyword-only ones are its YAML fields.
     """
-
-    def __init__(
-        self,
-        allocator: Allocator,
-        *,
-        max_num_seqs: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        preemption: Preemption = "auto",
-        victim: Annotated[Victim, victims] = latest,
-    ) -> None:
-        self.allocator = allocator
-        self.max_num_seqs = FOREVER if max_num_seqs is None else max_num_seqs
-        self.max_num_batched_tokens = FOREVER if max_num_batched_tokens is None else max_num_batched_tokens
-        self.preemption = preemption
-        self.decodes = DecodeSet()
-        self.waiting: deque[Request] = deque()
-        self.running: dict[Request, None] = {}
-        self.partial: dict[Request, None] = {}  # of those, whose prompts are not computed to their ends
-        self.swapped: dict[Request, None] = {}
-        self.num_seqs = 0  # branches that running requests have or will fork, those that are done aside
-        self.head_refused = False  # the head of the queue waits for memory
-        self.tight = False  # the last growth may have come too close to a refusal to foresee the next
-        self.recomputed_tokens = 0
-        self._choose_victim = victim
-        self._widest = 1
 
     # What a policy decides
 
@@ -75,98 +48,6 @@ class Scheduler(ABC):
         return True
 
     # What policies share
-
-    def add(self, request: Request) -> None:
-        """Queue a request that arrived."""
-        self.waiting.append(request)
-        if request.width > self._widest:
-            self._widest = request.width
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that are in and not running: queued or swapped out."""
-        return len(self.waiting) + len(self.swapped)
-
-    def head_admission(self, step: Step) -> Admission:
-        """What the allocator says of the head of the queue; a head that can never run is rejected and gone."""
-        request = self.waiting[0]
-        tokens = request.prefill_tokens
-        admission = self.allocator.admission(request, tokens)
-        if admission is Admission.LATER:
-            self.head_refused = True
-        elif admission is Admission.NEVER:
-            self.reject(self.waiting.popleft(), self.allocator.refusal(request, tokens), step)
-        elif request.width > self.max_num_seqs:
-            reason = f"{request.width} samples or beams exceed max_num_seqs, {self.max_num_seqs}"
-            self.reject(self.waiting.popleft(), reason, step)
-            admission = Admission.NEVER
-        return admission
-
-    @property
-    def full(self) -> bool:
-        """Whether the head of the queue would exceed max_num_seqs."""
-        return self.num_seqs + branches(self.waiting[0]) > self.max_num_seqs
-
-    def admit_in_order(self, step: Step, now: int) -> None:
-        """Admit from the head of the queue until memory, sequences or prompt tokens are used up."""
-        batched = 0
-        while self.waiting:
-            tokens = self.waiting[0].prefill_tokens
-            admission = self.head_admission(step)
-            if admission is Admission.NEVER:
-                continue
-            over = batched and batched + tokens > self.max_num_batched_tokens
-            if admission is Admission.LATER or over or self.full:
-                return
-            batched += tokens
-            self.admit(self.waiting.popleft(), step, now)
-
-    def admit(
-        self, request: Request, step: Step, now: int, budget: int = FOREVER, *, whole: bool = True
-    ) -> int:
-        """Give a queued request its slots, and what of its prompt is not cached to this step; the tokens of that.
-
-        Where they exceed the budget, the prompt is computed in part. Slots are reserved for the whole prompt, or
-        only for what is filled with this step.
-        """
-        known = filled = request.prefill_tokens
-        if budget < known:
-            filled = min(known, self.allocator.cached_tokens(request, known) + budget)
-        self.num_seqs += branches(request)
-        if request.sequences:
-            sequence = request.sequences[0]
-            computed = sequence.origin
-        else:
-            sequence = Sequence(request, 0, 0, request.prompt_tokens + request.output_tokens - 1)
-            request.sequences.append(sequence)
-            request.first_scheduled_time = now
-            computed = 0
-        if filled < known:
-            self.partial[request] = None
-            cached = self.allocator.admit(sequence, known if whole else filled, filled)
-        else:
-            cached = self.allocator.admit(sequence, known)
-        if computed > cached:
-            self.recomputed_tokens += computed - cached
-        elif not request.preemptions:
-            request.cached_tokens = cached
-        request.reused_tokens = max(request.reused_tokens, cached)
-        request.status = "running"
-        self.running[request] = None
-        tokens = filled - cached
-        step.chunks.append((sequence, cached, tokens))
-        step.num_prefill_tokens += tokens
-        return tokens
-
-    def compute(self, request: Request, tokens: int, step: Step) -> None:
-        """Give the next tokens of a prompt that is computed in part to this step; slots that it lacks are taken."""
-        sequence = request.sequences[0]
-        start = sequence.origin
-        self.allocator.extend(sequence, tokens)
-        if start + tokens == request.prefill_tokens:
-            del self.partial[request]
-        step.chunks.append((sequence, start, tokens))
-        step.num_prefill_tokens += tokens
 
     def grow(self, step: Step) -> None:
         """Give every decoding sequence a slot for its next token and put them into the step.
@@ -224,15 +105,6 @@ class Scheduler(ABC):
                 self.append(request, step)
         self.note_grown()
 
-    def drop(self, request: Request, reason: str, step: Step) -> None:
-        """Give up a running request of which nothing decodes."""
-        for sequence in request.sequences:
-            self.release(sequence)
-        del self.running[request]
-        self.partial.pop(request, None)
-        self.num_seqs -= branches(request)
-        self.reject(request, reason, step)
-
     def append(self, request: Request, step: Step) -> None:
         """Give every branch of a decoding request a slot for its next token."""
         for sequence in request.sequences:
@@ -271,7 +143,7 @@ class Scheduler(ABC):
                 request.prefill_tokens = sequence.origin + 1
             self.release(sequence)
             request.status = "waiting"
-            self.waiting.appendleft(request)
+            self.requeue(request)
         else:
             for sequence in request.sequences:
                 self.release(sequence)
@@ -302,7 +174,10 @@ class Scheduler(ABC):
             tokens = min(request.prefill_tokens - first.origin, budget, room - first.origin)
             if tokens <= 0:  # its prompt is computed, or nothing is left
                 tokens = len(request.sequences)
-            over = tokens > budget or self.num_seqs + count > self.max_num_seqs
+            alone = not step.chunks and not step.num_decodes  # who exceeds the whole budget goes alone
+            over = (
+                tokens > budget and not alone
+            ) or self.num_seqs - self.resting_seqs + count > self.max_num_seqs
             if admission is Admission.LATER or (admission is Admission.OK and over):
                 break
             del self.swapped[request]
@@ -335,32 +210,6 @@ class Scheduler(ABC):
         sequence.origin += 1
         self.decodes.join(sequence)
 
-    def reject(self, request: Request, reason: str, step: Step) -> None:
-        """Give a request up for good."""
-        request.status = "rejected"
-        request.reason = reason
-        step.rejected.append(request)
-
-    def complete(self, sequence: Sequence) -> bool:
-        """A sequence has its last token: free it; true if its request is done with it."""
-        request = sequence.request
-        self.release(sequence)
-        request.sequences.remove(sequence)
-        if request.beam_width == 1:
-            self.num_seqs -= 1
-        if request.sequences:
-            return False
-        if request.beam_width > 1:
-            self.num_seqs -= request.width
-        del self.running[request]
-        return True
-
-    def release(self, sequence: Sequence) -> None:
-        """Free what a sequence that does not decode holds."""
-        if self.allocator.probe is not None:
-            self.allocator.probe.end(sequence)
-        self.allocator.free(sequence)
-
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """(dotted path, complaint) for options of a whole experiment that contradict each other."""
@@ -375,15 +224,3 @@ class Scheduler(ABC):
                 "scheduler.preemption",
                 "a group of samples or beams cannot be recomputed, it is swapped (auto)",
             )
-
-
-def arrival(request: Request) -> int:
-    """Requests are numbered as they arrive."""
-    return request.id
-
-
-def branches(request: Request) -> int:
-    """Sequences that a request counts for: those that it has or will fork, of a beam search always all."""
-    if request.first_token_time == NEVER or request.beam_width > 1:
-        return request.width
-    return len(request.sequences)

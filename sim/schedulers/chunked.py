@@ -8,6 +8,8 @@ from typing import Annotated
 from sim.allocators.base import Allocator
 from sim.request import Request, Sequence
 from sim.schedulers.base import Preemption, Scheduler, branches
+from sim.schedulers.orders import Order, fcfs
+from sim.schedulers.orders import order as orders
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -31,6 +33,7 @@ class ChunkedScheduler(Scheduler):
         max_num_batched_tokens: int | None = None,
         preemption: Preemption = "auto",
         victim: Annotated[Victim, victims] = latest,
+        order: Annotated[Order, orders] = fcfs,
     ) -> None:
         super().__init__(
             allocator,
@@ -38,9 +41,9 @@ class ChunkedScheduler(Scheduler):
             max_num_batched_tokens=max_num_batched_tokens,
             preemption=preemption,
             victim=victim,
+            order=order,
         )
         self.resting: list[Sequence] = []  # decode, but have no token of this step
-        self.resting_seqs = 0  # branches of all running requests that have none
         self._woken = False
 
     def begin(self) -> None:

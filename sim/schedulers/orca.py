@@ -7,6 +7,8 @@ from typing import Annotated
 from sim.allocators.base import Allocator
 from sim.registry import PositiveInt
 from sim.schedulers.base import Preemption, Scheduler, scheduler
+from sim.schedulers.orders import Order, fcfs
+from sim.schedulers.orders import order as orders
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -26,6 +28,7 @@ class Orca(Scheduler):
         max_num_batched_tokens: Most prompt tokens of one step, the first prompt aside; unlimited by default.
         preemption: What happens to a victim where the allocator grows (see vllm_v0).
         victim: Who gives way where the allocator grows.
+        order: Who goes first in the queue.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Orca(Scheduler):
         max_num_batched_tokens: PositiveInt | None = None,
         preemption: Preemption = "auto",
         victim: Annotated[Victim, victims] = latest,
+        order: Annotated[Order, orders] = fcfs,
     ) -> None:
         super().__init__(
             allocator,
@@ -43,6 +47,7 @@ class Orca(Scheduler):
             max_num_batched_tokens=max_num_batched_tokens,
             preemption=preemption,
             victim=victim,
+            order=order,
         )
 
     def plan(self, now: int) -> Step:
@@ -65,4 +70,4 @@ class Orca(Scheduler):
     @property
     def open_to_arrivals(self) -> bool:
         """Behind a head that waits nobody is looked at."""
-        return not self.waiting and not self.swapped
+        return not self.head_stays and not self.swapped

@@ -8,6 +8,8 @@ from sim.allocators.base import Allocator
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
 from sim.schedulers.base import Preemption, Scheduler, scheduler
+from sim.schedulers.orders import Order, fcfs
+from sim.schedulers.orders import order as orders
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -27,6 +29,7 @@ class Static(Scheduler):
         max_num_batched_tokens: Most prompt tokens of a batch, the first prompt aside; unlimited by default.
         preemption: What happens to a victim where the allocator grows (see vllm_v0).
         victim: Who gives way where the allocator grows.
+        order: Who goes first in the queue.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Static(Scheduler):
         max_num_batched_tokens: PositiveInt | None = None,
         preemption: Preemption = "auto",
         victim: Annotated[Victim, victims] = latest,
+        order: Annotated[Order, orders] = fcfs,
     ) -> None:
         super().__init__(
             allocator,
@@ -44,6 +48,7 @@ class Static(Scheduler):
             max_num_batched_tokens=max_num_batched_tokens,
             preemption=preemption,
             victim=victim,
+            order=order,
         )
         self._done: list[Request] = []  # finished, still holding the batch's memory
 

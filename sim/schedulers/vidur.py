@@ -7,6 +7,8 @@ from typing import Annotated
 from sim.allocators.base import Admission, Allocator
 from sim.registry import PositiveInt
 from sim.schedulers.base import Scheduler, scheduler
+from sim.schedulers.orders import Order, fcfs
+from sim.schedulers.orders import order as orders
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -26,6 +28,7 @@ class Vidur(Scheduler):
         max_num_seqs: Most sequences that run together.
         max_num_batched_tokens: Most prompt tokens of a step, padding included.
         victim: Who gives way when blocks run out.
+        order: Who goes first in the queue.
     """
 
     def __init__(
@@ -35,12 +38,14 @@ class Vidur(Scheduler):
         max_num_seqs: PositiveInt = 128,
         max_num_batched_tokens: PositiveInt = 4096,
         victim: Annotated[Victim, victims] = latest,
+        order: Annotated[Order, orders] = fcfs,
     ) -> None:
         super().__init__(
             allocator,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             victim=victim,
+            order=order,
         )
 
     def plan(self, now: int) -> Step:
@@ -80,4 +85,4 @@ class Vidur(Scheduler):
     @property
     def open_to_arrivals(self) -> bool:
         """Behind a head that waits, and while a group is swapped out, nobody is looked at."""
-        return not self.waiting and not self.swapped
+        return not self.head_stays and not self.swapped

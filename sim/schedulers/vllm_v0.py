@@ -9,6 +9,8 @@ from sim.registry import PositiveInt
 from sim.request import Request
 from sim.schedulers.base import Preemption, arrival, branches, scheduler
 from sim.schedulers.chunked import ChunkedScheduler
+from sim.schedulers.orders import Order, fcfs
+from sim.schedulers.orders import order as orders
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -36,6 +38,7 @@ class VllmV0(ChunkedScheduler):
         preemption: recompute drops the memory and computes it again later, swap moves it to the host, auto
             swaps groups of several sequences and recomputes single ones.
         victim: Who gives way when blocks run out.
+        order: Who goes first in the queue.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class VllmV0(ChunkedScheduler):
         chunked_prefill: bool = False,
         preemption: Preemption = "auto",
         victim: Annotated[Victim, victims] = latest,
+        order: Annotated[Order, orders] = fcfs,
     ) -> None:
         default = 512 if chunked_prefill else max(2048, allocator.max_model_len)
         super().__init__(
@@ -55,6 +59,7 @@ class VllmV0(ChunkedScheduler):
             max_num_batched_tokens=max_num_batched_tokens or default,
             preemption=preemption,
             victim=victim,
+            order=order,
         )
         self.chunked_prefill = chunked_prefill
         self.prompt_limit = allocator.max_model_len
@@ -98,9 +103,12 @@ class VllmV0(ChunkedScheduler):
         left = self._run(step)
         if self.swapped and not step.preempted:
             left = self.swap_in(step, left)
-        dropped = [self.waiting.popleft() for each in step.preempted if each.status == "waiting"]
+        dropped = [each for each in step.preempted if each.status == "waiting"]
+        for request in dropped:  # V0 queues them again at the end of its plan
+            self.waiting.remove(request)
         self._admit_chunks(step, now, left)
-        self.waiting.extendleft(reversed(dropped))  # V0 queues them again at the end of its plan
+        for request in dropped:
+            self.requeue(request)
 
     def _run(self, step: Step) -> int:
         """Running requests in order of arrival; what they leave of the step's tokens."""
@@ -182,4 +190,4 @@ class VllmV0(ChunkedScheduler):
     @property
     def open_to_arrivals(self) -> bool:
         """Behind a head that waits nobody is looked at; while anything is swapped out, only by chunks."""
-        return not self.waiting and (self.chunked_prefill or not self.swapped)
+        return not self.head_stays and (self.chunked_prefill or not self.swapped)

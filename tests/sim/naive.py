@@ -97,7 +97,7 @@ def run_naively(
     """Serve the requests (in order of arrival), checking the allocator's books before every step."""
     scheduler.decodes = NaiveDecodeSet()
     scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
-    scheduler.add = scheduler.waiting.append
+    scheduler.add = scheduler.enqueue
     allocator = scheduler.allocator
     timing.num_slots = allocator.num_slots
     search = None if beams is None else BeamSearch(*beams)

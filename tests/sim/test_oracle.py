@@ -15,6 +15,7 @@ from sim import (
     Request,
     Transfers,
     allocator,
+    order,
     scheduler,
     simulate,
     timing,
@@ -74,6 +75,8 @@ class Given:
 def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
     kind, allocator_fields = ALLOCATORS[allocator_name]
     memory = allocator[kind](Capacity(num_slots=slots, max_model_len=64), **allocator_fields)
+    if "order" in fields:
+        fields["order"] = order[fields["order"]]
     if "victim" in fields:
         fields["victim"] = victim[fields["victim"]]
     return memory, scheduler[scheduler_kind](memory, **fields)
@@ -167,9 +170,14 @@ group = st.tuples(
     max_num_seqs=st.sampled_from([1, 3, 32]),
     preemption=st.sampled_from(["auto", "recompute", "swap"]),
     who=st.sampled_from(["latest", "earliest", "fewest_slots"]),
+    first=st.sampled_from(["fcfs", "fcfs", "sjf", "ljf"]),
 )
-def test_single_sequences(scheduler_kind, allocator_name, rows, slots, clock, max_num_seqs, preemption, who):
-    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": who}
+def test_single_sequences(
+    scheduler_kind, allocator_name, rows, slots, clock, max_num_seqs, preemption, who, first
+):
+    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": who, "order": first}
+    if "preemption" not in {field.name for field in scheduler.fields(scheduler_kind)}:
+        del fields["preemption"]
     assert_equal(*both(Given(rows), allocator_name, scheduler_kind, clock, slots, **fields))
 
 
@@ -187,10 +195,13 @@ def test_single_sequences(scheduler_kind, allocator_name, rows, slots, clock, ma
 )
 def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, turnover):
     workload = Given(rows, beams=(turnover, 1))
-    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, preemption=preemption))
+    fields = {"preemption": preemption}
+    if "preemption" not in {field.name for field in scheduler.fields(scheduler_kind)}:
+        fields = {}
+    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
 
 
-CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "aisimulate": {}}
+CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "aisimulate": {}, "sarathi": {}}
 
 
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)
@@ -204,11 +215,12 @@ CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "aisimulate": {}}
     max_num_seqs=st.sampled_from([1, 3, 32]),
     preemption=st.sampled_from(["auto", "swap"]),
     who=st.sampled_from(["latest", "earliest", "most_slots"]),
+    first=st.sampled_from(["fcfs", "fcfs", "sjf", "priority"]),
 )
 def test_prompts_in_chunks(
-    scheduler_kind, allocator_name, rows, slots, clock, budget, max_num_seqs, preemption, who
+    scheduler_kind, allocator_name, rows, slots, clock, budget, max_num_seqs, preemption, who, first
 ):
-    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": who}
+    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": who, "order": first}
     fields |= {"max_num_batched_tokens": budget, **CHUNKED[scheduler_kind]}
     assert_equal(*both(Given(rows), allocator_name, scheduler_kind, clock, slots, **fields))
 

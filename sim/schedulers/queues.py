@@ -1,0 +1,209 @@
+"""Queues: who waits, who runs, who is swapped out, and how requests come and go."""
+
+from __future__ import annotations
+
+from bisect import insort, insort_left
+from collections import deque
+from typing import Annotated, Literal
+
+from sim.allocators.base import Admission, Allocator
+from sim.decode_set import DecodeSet
+from sim.request import NEVER, Request, Sequence
+from sim.schedulers.orders import Order, fcfs
+from sim.schedulers.orders import order as orders
+from sim.schedulers.victims import Victim, latest
+from sim.schedulers.victims import victim as victims
+from sim.step import Step
+from sim.units import FOREVER
+
+Preemption = Literal["auto", "recompute", "swap"]
+
+
+class Queues:
+    """The requests of a scheduler, over one allocator: admission, chunks of prompts, and ends."""
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        *,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        preemption: Preemption = "auto",
+        victim: Annotated[Victim, victims] = latest,
+        order: Annotated[Order, orders] = fcfs,
+    ) -> None:
+        self.allocator = allocator
+        self.max_num_seqs = FOREVER if max_num_seqs is None else max_num_seqs
+        self.max_num_batched_tokens = FOREVER if max_num_batched_tokens is None else max_num_batched_tokens
+        self.preemption = preemption
+        self.decodes = DecodeSet()
+        self.waiting: deque[Request] = deque()
+        self.running: dict[Request, None] = {}
+        self.partial: dict[Request, None] = {}  # of those, whose prompts are not computed to their ends
+        self.swapped: dict[Request, None] = {}
+        self.num_seqs = 0  # branches that running requests have or will fork, those that are done aside
+        self.resting_seqs = 0  # of them, those whose requests have no token of this step
+        self.head_refused = False  # the head of the queue waits for memory
+        self.tight = False  # the last growth may have come too close to a refusal to foresee the next
+        self.recomputed_tokens = 0
+        self._choose_victim = victim
+        self._order = None if order is fcfs else order
+        self._widest = 1
+
+    def add(self, request: Request) -> None:
+        """Take a request in that arrived."""
+        self.enqueue(request)
+        if request.width > self._widest:
+            self._widest = request.width
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a request behind all that go before it."""
+        if self._order is None:
+            self.waiting.append(request)
+        else:
+            insort(self.waiting, request, key=self._order)
+
+    def requeue(self, request: Request) -> None:
+        """Queue a preempted request before all others, or where the order has it."""
+        if self._order is None:
+            self.waiting.appendleft(request)
+        else:
+            insort_left(self.waiting, request, key=self._order)
+
+    @property
+    def head_stays(self) -> bool:
+        """Whether somebody waits whom no arrival overtakes."""
+        return self._order is None and bool(self.waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are in and not running: queued or swapped out."""
+        return len(self.waiting) + len(self.swapped)
+
+    def head_admission(self, step: Step) -> Admission:
+        """What the allocator says of the head of the queue; a head that can never run is rejected and gone."""
+        request = self.waiting[0]
+        tokens = request.prefill_tokens
+        admission = self.allocator.admission(request, tokens)
+        if admission is Admission.LATER:
+            self.head_refused = True
+        elif admission is Admission.NEVER:
+            self.reject(self.waiting.popleft(), self.allocator.refusal(request, tokens), step)
+        elif request.width > self.max_num_seqs:
+            reason = f"{request.width} samples or beams exceed max_num_seqs, {self.max_num_seqs}"
+            self.reject(self.waiting.popleft(), reason, step)
+            admission = Admission.NEVER
+        return admission
+
+    @property
+    def full(self) -> bool:
+        """Whether the head of the queue would exceed max_num_seqs."""
+        return self.num_seqs + branches(self.waiting[0]) > self.max_num_seqs
+
+    def admit_in_order(self, step: Step, now: int) -> None:
+        """Admit from the head of the queue until memory, sequences or prompt tokens are used up."""
+        batched = 0
+        while self.waiting:
+            tokens = self.waiting[0].prefill_tokens
+            admission = self.head_admission(step)
+            if admission is Admission.NEVER:
+                continue
+            over = batched and batched + tokens > self.max_num_batched_tokens
+            if admission is Admission.LATER or over or self.full:
+                return
+            batched += tokens
+            self.admit(self.waiting.popleft(), step, now)
+
+    def admit(
+        self, request: Request, step: Step, now: int, budget: int = FOREVER, *, whole: bool = True
+    ) -> int:
+        """Give a queued request its slots, and what of its prompt is not cached to this step; the tokens of that.
+
+        Where they exceed the budget, the prompt is computed in part. Slots are reserved for the whole prompt, or
+        only for what is filled with this step.
+        """
+        known = filled = request.prefill_tokens
+        if budget < known:
+            filled = min(known, self.allocator.cached_tokens(request, known) + budget)
+        self.num_seqs += branches(request)
+        if request.sequences:
+            sequence = request.sequences[0]
+            computed = sequence.origin
+        else:
+            sequence = Sequence(request, 0, 0, request.prompt_tokens + request.output_tokens - 1)
+            request.sequences.append(sequence)
+            request.first_scheduled_time = now
+            computed = 0
+        if filled < known:
+            self.partial[request] = None
+            cached = self.allocator.admit(sequence, known if whole else filled, filled)
+        else:
+            cached = self.allocator.admit(sequence, known)
+        if computed > cached:
+            self.recomputed_tokens += computed - cached
+        elif not request.preemptions:
+            request.cached_tokens = cached
+        request.reused_tokens = max(request.reused_tokens, cached)
+        request.status = "running"
+        self.running[request] = None
+        tokens = filled - cached
+        step.chunks.append((sequence, cached, tokens))
+        step.num_prefill_tokens += tokens
+        return tokens
+
+    def compute(self, request: Request, tokens: int, step: Step) -> None:
+        """Give the next tokens of a prompt that is computed in part to this step; slots that it lacks are taken."""
+        sequence = request.sequences[0]
+        start = sequence.origin
+        self.allocator.extend(sequence, tokens)
+        if start + tokens == request.prefill_tokens:
+            del self.partial[request]
+        step.chunks.append((sequence, start, tokens))
+        step.num_prefill_tokens += tokens
+
+    def drop(self, request: Request, reason: str, step: Step) -> None:
+        """Give up a running request of which nothing decodes."""
+        for sequence in request.sequences:
+            self.release(sequence)
+        del self.running[request]
+        self.partial.pop(request, None)
+        self.num_seqs -= branches(request)
+        self.reject(request, reason, step)
+
+    def reject(self, request: Request, reason: str, step: Step) -> None:
+        """Give a request up for good."""
+        request.status = "rejected"
+        request.reason = reason
+        step.rejected.append(request)
+
+    def complete(self, sequence: Sequence) -> bool:
+        """A sequence has its last token: free it; true if its request is done with it."""
+        request = sequence.request
+        self.release(sequence)
+        request.sequences.remove(sequence)
+        if request.beam_width == 1:
+            self.num_seqs -= 1
+        if request.sequences:
+            return False
+        if request.beam_width > 1:
+            self.num_seqs -= request.width
+        del self.running[request]
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Free what a sequence that does not decode holds."""
+        if self.allocator.probe is not None:
+            self.allocator.probe.end(sequence)
+        self.allocator.free(sequence)
+
+
+def arrival(request: Request) -> int:
+    """Requests are numbered as they arrive."""
+    return request.id
+
+
+def branches(request: Request) -> int:
+    """Sequences that a request counts for: those that it has or will fork, of a beam search always all."""
+    if request.first_token_time == NEVER or request.beam_width > 1:
+        return request.width
+    return len(request.sequences)
