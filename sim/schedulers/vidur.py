@@ -6,7 +6,7 @@ from typing import Annotated
 
 from sim.allocators.base import Admission, Allocator
 from sim.registry import PositiveInt
-from sim.schedulers.base import Scheduler, scheduler
+from sim.schedulers.base import Preemption, Scheduler, scheduler
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
 from sim.schedulers.victims import Victim, latest
@@ -27,6 +27,7 @@ class Vidur(Scheduler):
     Fields:
         max_num_seqs: Most sequences that run together.
         max_num_batched_tokens: Most prompt tokens of a step, padding included.
+        preemption: What happens to a victim (see vllm_v0); Vidur recomputes.
         victim: Who gives way when blocks run out.
         order: Who goes first in the queue.
     """
@@ -37,6 +38,7 @@ class Vidur(Scheduler):
         *,
         max_num_seqs: PositiveInt = 128,
         max_num_batched_tokens: PositiveInt = 4096,
+        preemption: Preemption = "auto",
         victim: Annotated[Victim, victims] = latest,
         order: Annotated[Order, orders] = fcfs,
     ) -> None:
@@ -44,6 +46,7 @@ class Vidur(Scheduler):
             allocator,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            preemption=preemption,
             victim=victim,
             order=order,
         )

@@ -176,8 +176,6 @@ def test_single_sequences(
     scheduler_kind, allocator_name, rows, slots, clock, max_num_seqs, preemption, who, first
 ):
     fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": who, "order": first}
-    if "preemption" not in {field.name for field in scheduler.fields(scheduler_kind)}:
-        del fields["preemption"]
     assert_equal(*both(Given(rows), allocator_name, scheduler_kind, clock, slots, **fields))
 
 
@@ -195,10 +193,7 @@ def test_single_sequences(
 )
 def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, turnover):
     workload = Given(rows, beams=(turnover, 1))
-    fields = {"preemption": preemption}
-    if "preemption" not in {field.name for field in scheduler.fields(scheduler_kind)}:
-        fields = {}
-    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
+    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, preemption=preemption))
 
 
 CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "aisimulate": {}, "sarathi": {}}
