@@ -13,6 +13,7 @@ from experiments.plots_style import line_style, numeric_scale, plain_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +110,24 @@ def _y_scale(axes: Axes, values: list[Mean], merit: Merit) -> None:
 
 
 def log_x(axes: Axes) -> None:
-    """A logarithmic x axis whose ticks are plain numbers."""
+    """A logarithmic x axis for what is drawn, whose ticks are plain numbers."""
     axes.set_xscale("log")
-    plain_ticks(axes.xaxis)
+    _log_ticks(axes.xaxis, *axes.dataLim.intervalx)
 
 
 def log_y(axes: Axes) -> None:
-    """A logarithmic y axis whose ticks are plain numbers, at 1, 2 and 5 where it covers few decades."""
-    from matplotlib.ticker import LogLocator
-
+    """A logarithmic y axis for what is drawn, whose ticks are plain numbers."""
     axes.set_yscale("log")
-    low, high = axes.dataLim.intervaly
-    if low > 0 and high / low < 60:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    plain_ticks(axes.yaxis)
+    _log_ticks(axes.yaxis, *axes.dataLim.intervaly)
+
+
+def _log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Ticks at powers of ten; at 1, 2 and 5 too over few decades, and at even distances within less than one."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    if low > 0 and high / low < 6:
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_minor_locator(NullLocator())
+    elif low > 0 and high / low < 60:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plain_ticks(axis)

@@ -72,6 +72,8 @@ def test_every_shipped_experiment_is_valid_and_says_what_it_shows(capsys):
 def test_the_example_of_the_attention_core_runs():
     text = (ROOT / "attention" / "README.md").read_text(encoding="utf-8")
     names: dict = {}
-    exec(re.search(r"^```python\n(.*?)^```", text, re.S | re.M)[1], names)
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.S | re.M):
+        exec(code, names)
+    assert len(names["decoded"].outputs[0]) == 4
     assert names["both"].shape == (2, 1, 512)
     assert names["kv_cache"].length(names["child"]) == 9

@@ -6,7 +6,7 @@ blocks are gathered into one staging tensor on the device, and neighbours in hos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -29,6 +29,10 @@ class CopyStream:
     def running(self) -> AbstractContextManager[object]:
         """What is started inside runs on the copy stream."""
         return nullcontext() if self._copies is None else torch.cuda.stream(self._copies)
+
+    def staged(self, values: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Values on their way: all at once beside compute on a GPU, one after the other in a CPU's own cache."""
+        return values if self._copies is None else list(values)
 
     def wait_for_compute(self) -> None:
         """Copies started from now on wait for the compute that was started until now."""

@@ -47,7 +47,7 @@ def swap_out(
     with copies.running():
         for batch in batches(len(pairs), size, staging_bytes(device)):
             sources = index([source for source, _ in pairs[batch]], device)
-            staged = [cache.index_select(0, sources) for cache in caches]
+            staged = copies.staged(cache.index_select(0, sources) for cache in caches)
             if batch.stop == len(pairs):
                 copies.hold_compute()
             for values, host in zip(staged, host_caches, strict=True):
@@ -76,14 +76,21 @@ def swap_in(
     with copies.running():
         for batch in batches(len(pairs), size, staging_bytes(device)):
             sources = [source for source, _ in pairs[batch]]
-            staged = [cache.new_empty((len(sources), *cache.shape[1:])) for cache in caches]
-            for values, host in zip(staged, host_caches, strict=True):
-                from_host(host, values, sources)
+            staged = copies.staged(
+                _fetched(cache, host, sources) for cache, host in zip(caches, host_caches, strict=True)
+            )
             copies.wait_for_compute()
             targets = index([target for _, target in pairs[batch]], device)
             for values, cache in zip(staged, caches, strict=True):
                 cache.index_copy_(0, targets, values)
         copies.hold_compute()
+
+
+def _fetched(cache: Tensor, host: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Blocks of the host, on the device of a cache."""
+    values = cache.new_empty((len(blocks), *cache.shape[1:]))
+    from_host(host, values, blocks)
+    return values
 
 
 def _check(
