@@ -3,98 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from attention.block_allocator import BlockAllocator
 from attention.functional import copy_blocks
-from sim.block_pool import BlockPool, OutOfBlocks
+from attention.metadata import AttentionMetadata, CachedSequence
+from sim.block_pool import OutOfBlocks
 
 __all__ = ["AttentionMetadata", "BlockAllocator", "CachedSequence", "OutOfBlocks", "PagedKVCache"]
-
-
-class BlockAllocator:
-    """Blocks by number, for a cache of this block size and width: the simulator's block pool, with shapes.
-
-    What is validated is what simulates: free list and reference counts are `sim.block_pool.BlockPool`.
-
-    Raises ValueError for sizes below 1.
-    """
-
-    def __init__(self, total_blocks: int, block_size: int, hidden_dim: int) -> None:
-        for name, size in (
-            ("total_blocks", total_blocks), ("block_size", block_size), ("hidden_dim", hidden_dim),
-        ):  # fmt: skip
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, expected an integer >= 1")
-        self.total_blocks = total_blocks
-        self.block_size = block_size
-        self.hidden_dim = hidden_dim
-        self.pool = BlockPool(total_blocks)
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return self.pool.num_free
-
-    def allocate(self, count: int = 1) -> list[int]:
-        """Take blocks, with one reference each. Raises OutOfBlocks, and takes none, if fewer are free."""
-        return self.pool.take(count)
-
-    def share(self, blocks: Sequence[int]) -> None:
-        """Add a reference to each block. Raises ValueError for a free one."""
-        self.pool.share(blocks)
-
-    def free(self, blocks: Sequence[int]) -> None:
-        """Drop a reference to each block. Raises ValueError for a free one."""
-        self.pool.release(blocks)
-
-    def references(self, block: int) -> int:
-        """How many sequences hold the block."""
-        return self.pool.references[block]
-
-
-@dataclass(slots=True)
-class CachedSequence:
-    """A sequence in a cache: its block table, and how many tokens it has."""
-
-    blocks: list[int] = field(default_factory=list)
-    length: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionMetadata:
-    """What one step's attention needs beside K and V: built once, shared by all layers (vLLM's name and fields).
-
-    `query_start_loc` `[num_seqs + 1]`, `slot_mapping` `[num_tokens]`, `block_tables` `[num_seqs, max_blocks]`,
-    `seq_lens` `[num_seqs]`, `positions` `[num_tokens]`, the place of each token in its sequence; all int64, on
-    the cache's device. On the host, `query_lens` are the tokens of each sequence, and `copied_blocks` counts the
-    blocks that were copied before they are written.
-    """
-
-    query_start_loc: Tensor
-    slot_mapping: Tensor
-    block_tables: Tensor
-    seq_lens: Tensor
-    positions: Tensor
-    query_lens: tuple[int, ...]
-    max_query_len: int
-    max_seq_len: int
-    copied_blocks: int
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of `paged_attention` that come from here."""
-        decode = all(length == 1 for length in self.query_lens)
-        return {
-            "block_tables": self.block_tables,
-            "seq_lens": self.seq_lens,
-            "query_start_loc": None if decode else self.query_start_loc,
-            "max_query_len": self.max_query_len,
-            "max_seq_len": self.max_seq_len,
-        }
 
 
 class PagedKVCache:
@@ -313,7 +231,8 @@ class PagedKVCache:
         if pairs:
             copy_blocks(self.layers, torch.tensor(pairs, device=self.k.device), check=False)
             self.allocator.free([source for source, _ in pairs])
-        return self._metadata(sequences, counts, len(pairs))
+        device = self._tensors[0].device if self._tensors else "cpu"
+        return AttentionMetadata.of(sequences, counts, self.block_size, device, len(pairs))
 
     def _to_copy(self, sequences: Iterable[CachedSequence]) -> list[bool]:
         """Whether each sequence's last block has to be copied: the last holder of a block keeps it."""
@@ -328,34 +247,6 @@ class PagedKVCache:
                 left[block] = holders - copy
             copied.append(copy)
         return copied
-
-    def _metadata(
-        self, sequences: list[CachedSequence], counts: list[int], copied_blocks: int
-    ) -> AttentionMetadata:
-        device = self._tensors[0].device if self._tensors else "cpu"
-        tables = np.zeros(
-            (len(sequences), max([len(sequence.blocks) for sequence in sequences], default=0)), np.int64
-        )
-        positions = []
-        slots = []
-        for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
-            tables[row, : len(sequence.blocks)] = sequence.blocks
-            places = np.arange(sequence.length - count, sequence.length)
-            positions.append(places)
-            slots.append(tables[row, places // self.block_size] * self.block_size + places % self.block_size)
-        lengths = [sequence.length for sequence in sequences]
-        empty = [np.zeros(0, np.int64)]
-        return AttentionMetadata(
-            query_start_loc=torch.from_numpy(np.cumsum([0, *counts])).to(device),
-            slot_mapping=torch.from_numpy(np.concatenate(slots or empty)).to(device),
-            block_tables=torch.from_numpy(tables).to(device),
-            seq_lens=torch.tensor(lengths, dtype=torch.int64, device=device),
-            positions=torch.from_numpy(np.concatenate(positions or empty)).to(device),
-            query_lens=tuple(counts),
-            max_query_len=max(counts, default=0),
-            max_seq_len=max(lengths, default=0),
-            copied_blocks=copied_blocks,
-        )
 
     def _sequence(self, seq_id: int) -> CachedSequence:
         sequence = self.sequences.get(seq_id)
