@@ -131,7 +131,10 @@ class Ledger:
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence."""
         if self._keeps_freed and sequence.num_tokens and sequence in self.allocator.sequences:
-            self.enter(self.layout([sequence]))
+            if sequence.block_table:
+                self._enter_one(sequence)
+            else:
+                self.enter(self.layout([sequence]))
         self.live.pop(sequence, None)
         if self._forked and (
             sequence.num_tokens >= sequence.final_tokens or len(sequence.request.sequences) > 1

@@ -43,7 +43,7 @@ class PrefixAllocator(CachingAllocator):
     ) -> None:
         super().__init__(capacity, block_size, watermark)
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
-        self.prefix_caching = prefix_caching
+        self.prefix_caching = self.keeps_freed = prefix_caching
         self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
 
     def _keys(self, request: Request, num_tokens: int) -> list[int]:
