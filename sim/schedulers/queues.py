@@ -143,7 +143,8 @@ class Queues:
             self.recomputed_tokens += computed - cached
         elif not request.preemptions:
             request.cached_tokens = cached
-        request.reused_tokens = max(request.reused_tokens, cached)
+        if cached > request.reused_tokens:
+            request.reused_tokens = cached
         request.status = "running"
         self.running[request] = None
         tokens = filled - cached
