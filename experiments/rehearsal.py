@@ -103,9 +103,17 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             if field in settings["scheduler"]:
                 what = f"has no meaning with allocator {name}: nobody outgrows a reservation"
                 yield Mistake(what, ("scheduler", field))
-    elif settings["scheduler"].get("preemption") == "swap" and not getattr(owner, "can_swap", True):
-        expected = f"recompute, or an allocator that swaps ({_those('can_swap')})"
-        yield Mistake(f"allocator {name} cannot swap", ("scheduler", "preemption"), "'swap'", expected)
+        return
+    for modes, power, what, those in (
+        (("swap", "hybrid"), "can_swap", "swap", "that swaps"),
+        (("partial",), "can_stop", "take a part of what a sequence holds", "that does"),
+    ):
+        mode = settings["scheduler"].get("preemption")
+        if mode in modes and not getattr(owner, power, True):
+            expected = f"recompute, or an allocator {those} ({_those(power)})"
+            yield Mistake(
+                f"allocator {name} cannot {what}", ("scheduler", "preemption"), f"'{mode}'", expected
+            )
 
 
 def _those(power: str) -> str:

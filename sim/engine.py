@@ -67,6 +67,9 @@ class Engine:
         self.copied_blocks = 0
         self.swapped_out_blocks = 0
         self.swapped_in_blocks = 0
+        self.recompute_time = 0  # what computing lost tokens again added to steps (ns)
+        self.transfer_time = 0  # of swaps on the link (ns)
+        self.stall_time = 0  # steps waited for swaps (ns)
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
         recorder.num_slots = timing.num_slots = self.allocator.num_slots
@@ -176,8 +179,17 @@ class Engine:
         allocator = self.allocator
         recorder = self.recorder
         seconds = self.timing.seconds(step)
+        if step.recomputed:
+            rest = step.without_recomputed()
+            added = seconds if rest.empty else seconds - self.timing.seconds(rest)
+            self.recompute_time += round(added * 1e9)
         if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
             seconds += self.transfers.seconds(step)
+            swapping = round(
+                self.transfers.swap_seconds(step.swapped_out_blocks, step.swapped_in_blocks) * 1e9
+            )
+            self.transfer_time += swapping
+            self.stall_time += swapping
             self.copied_blocks += step.copied_blocks
             self.swapped_out_blocks += step.swapped_out_blocks
             self.swapped_in_blocks += step.swapped_in_blocks

@@ -128,6 +128,13 @@ class Ledger:
         if self.on_event is not None and not count & (count - 1) and count.bit_length() & 1:
             self.on_event()
 
+    def cut(self, sequence: Sequence) -> None:
+        """What the sequence lost is not entered any more."""
+        written = self.live.get(sequence)
+        if written is not None and written.tokens > sequence.num_tokens:
+            written.tokens = sequence.num_tokens
+            _, written.total = written.history.identities(0, written.tokens)
+
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence."""
         if self._keeps_freed and sequence.num_tokens and sequence in self.allocator.sequences:

@@ -40,6 +40,9 @@ class Witness(Protocol):
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
         """Blocks move to `tier`; (source, target) each, the source on the other tier."""
 
+    def cut(self, sequence: Sequence) -> None:
+        """The sequence lost its tokens from `num_tokens` on, and will write them again."""
+
     def end(self, sequence: Sequence) -> None:
         """The sequence, written up to `num_tokens`, is over or will start again from its prompt."""
 

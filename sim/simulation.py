@@ -73,6 +73,7 @@ def simulate(
         if loop is not None:
             loop.done(request)
 
+    scheduler.recovery.price(timing, transfers)
     beams = None if workload.beams is None else BeamSearch(*workload.beams)
     engine = Engine(
         env,
@@ -123,6 +124,9 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "swapped_out_blocks": engine.swapped_out_blocks,
         "swapped_in_blocks": engine.swapped_in_blocks,
         "copied_blocks": engine.copied_blocks,
+        "recompute_s": engine.recompute_time / 1e9,
+        "swap_transfer_s": engine.transfer_time / 1e9,
+        "swap_stall_s": engine.stall_time / 1e9,
         "prefix_hit_tokens": requests.hit_tokens,
         "prefix_hit_rate": requests.hit_tokens / prompts if prompts else 0.0,
         "blocks_saved_share": memory.saved * engine.allocator.block_size / unshared if unshared else 0.0,

@@ -81,6 +81,10 @@ class Allocator(ABC):
     can_swap: ClassVar[bool] = False
     can_grow: ClassVar[bool] = True
     """Whether a running sequence may need more slots, and others may have to give way for it."""
+    can_stop: ClassVar[bool] = False
+    """Whether a sequence that does not run may keep its blocks until somebody needs them (partial preemption)."""
+    yielding: int = 0
+    """Part of the headroom: blocks that somebody still has, and gives up when they are asked for."""
     growth: int | None = None
     """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
     block_size: int = 1
@@ -245,11 +249,22 @@ class Allocator(ABC):
         finally:
             sequence.origin -= room
 
-    # Optional powers, refused unless `can_fork` or `can_swap` says otherwise
+    # Optional powers, refused unless `can_fork`, `can_stop` or `can_swap` says otherwise
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share everything that the parent holds."""
         raise TypeError(f"{type(self).__name__} cannot share slots between sequences")
+
+    def stop(self, sequence: Sequence) -> None:
+        """Leave a sequence that does not decode what it holds until others need it: its last blocks go first.
+
+        Only blocks that it shares with nobody are given up; `admit` brings back what it lacks then.
+        """
+        raise TypeError(f"{type(self).__name__} cannot take a part of what a sequence holds")
+
+    def swap_blocks(self, request: Request) -> int:
+        """Blocks that swapping the request out would move."""
+        return 0
 
     def can_swap_out(self, request: Request) -> bool:
         """Whether the host has room for what the request holds."""

@@ -33,6 +33,7 @@ class PagedAllocator(Allocator):
     """
 
     can_fork = True
+    can_stop = True
     can_swap = True
 
     def __init__(
@@ -53,6 +54,9 @@ class PagedAllocator(Allocator):
         self.host_pool = BlockPool(num_blocks if num_host_blocks is None else num_host_blocks, "host")
         self._remainder = self.num_slots - num_blocks * block_size  # too short for a block
         self._hosted: set[Sequence] = set()  # swapped out
+        self._stopped: dict[
+            Sequence, int
+        ] = {}  # blocks that each would give up, who stopped first before others
 
     def num_external(self, head_refused: bool) -> int:
         """The slots behind the last whole block."""
@@ -61,14 +65,21 @@ class PagedAllocator(Allocator):
     def admission(self, request: Request, num_tokens: int) -> Admission:
         """Room for all of the prompt beside the watermark."""
         needed = -(-num_tokens // self.block_size)
-        if len(self.pool.free) - needed >= self.watermark_blocks:
+        own = held = 0
+        if self._stopped:
+            for sequence in request.sequences:
+                own += self._stopped.get(sequence, 0)
+                held += len(sequence.block_table)
+        elif len(self.pool.free) - needed >= self.watermark_blocks:
             return Admission.OK
-        return self._fits(needed, self.pool.num_blocks - self.watermark_blocks)
+        return self._fits(needed, self.pool.num_blocks - self.watermark_blocks, held, own)
 
-    def _fits(self, needed: int, largest: int) -> Admission:
+    def _fits(self, needed: int, largest: int, held: int = 0, own: int = 0) -> Admission:
+        """Whether so many blocks are to be had; of them `held` are there, `own` among those that yield."""
         if needed > largest:
             return Admission.NEVER
-        return Admission.OK if len(self.pool.free) - needed >= self.watermark_blocks else Admission.LATER
+        spare = len(self.pool.free) + self.yielding - own
+        return Admission.OK if spare - (needed - held) >= self.watermark_blocks else Admission.LATER
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Blocks needed against blocks there."""
@@ -81,8 +92,27 @@ class PagedAllocator(Allocator):
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """Append the blocks that the table lacks."""
         table = sequence.block_table
-        table += self.pool.take(-(-num_tokens // self.block_size) - len(table))
+        needed = -(-num_tokens // self.block_size) - len(table)
+        if self.yielding:
+            self._make_room(needed)
+        table += self.pool.take(needed)
         return len(table) * self.block_size
+
+    def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
+        """Slots for a sequence that has none, or for what a partial preemption took of it; the tokens it kept."""
+        if not sequence.capacity:
+            return super().admit(sequence, num_tokens, filled)
+        self.yielding -= self._stopped.pop(sequence)
+        kept = sequence.origin
+        if num_tokens > sequence.capacity:
+            self._grow_to(sequence, num_tokens)
+        sequence.origin = num_tokens if filled is None else filled
+        self.num_tokens += sequence.origin - kept
+        return kept
+
+    def cached_tokens(self, request: Request, num_tokens: int) -> int:
+        """Those that a partial preemption left it."""
+        return sum([sequence.origin for sequence in request.sequences if sequence in self._stopped])
 
     def release(self, sequence: Sequence) -> None:
         """Drop the table's references, first block first."""
@@ -91,16 +121,18 @@ class PagedAllocator(Allocator):
 
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """One more block for each sequence of each batch."""
+        if self.yielding:
+            self._make_room(sum([len(sequences) for _, sequences in batches]))
         return grow_by_block(self, self.pool, batches)
 
     @property
     def headroom(self) -> int:
-        """Free blocks."""
-        return len(self.pool.free)
+        """Free blocks, and those that others give up when asked."""
+        return len(self.pool.free) + self.yielding
 
     def can_append(self, request: Request) -> bool:
         """V0's heuristic: a free block for every running branch, whether it needs one or not."""
-        return len(self.pool.free) >= len(request.sequences)
+        return len(self.pool.free) + self.yielding >= len(request.sequences)
 
     def append(self, sequence: Sequence) -> int:
         """A new block if the last is full, a copy of the last if others share it, else nothing."""
@@ -112,6 +144,8 @@ class PagedAllocator(Allocator):
         if self.pool.references[shared] == 1:
             return 0
         size = self.block_size
+        if self.yielding:
+            self._make_room(1)
         (own,) = self.pool.take()
         if self.probe is not None:
             self.probe.copy(shared, own)
@@ -137,6 +171,8 @@ class PagedAllocator(Allocator):
             sequence.block_table = []
             self._hosted.discard(sequence)
             return
+        if self._stopped:
+            self.yielding -= self._stopped.pop(sequence, 0)
         if not self.pool.extra_references:
             super().free(sequence)
             return
@@ -172,11 +208,58 @@ class PagedAllocator(Allocator):
                     if entered_last:
                         self.num_internal += sign * (size - min(size, max(0, final - start)))
 
+    # Partial preemption
+
+    def stop(self, sequence: Sequence) -> None:
+        """Its unshared blocks at the end yield; those of who stopped first go first."""
+        references = self.pool.references
+        own = 0
+        for block in reversed(sequence.block_table):
+            if references[block] > 1:
+                break
+            own += 1
+        self._stopped[sequence] = own
+        self.yielding += own
+
+    def _make_room(self, needed: int) -> None:
+        """See that so many blocks are free, as far as others yield."""
+        free = self.pool.free
+        for sequence in list(self._stopped):
+            if len(free) >= needed:
+                return
+            self._cut(sequence, min(self._stopped[sequence], needed - len(free)))
+
+    def _cut(self, sequence: Sequence, blocks: int) -> None:
+        """Take the last blocks of a sequence that stopped."""
+        if not blocks:
+            return
+        table, before, tokens = sequence.block_table, sequence.capacity, sequence.origin
+        self.pool.release(table[-blocks:])
+        del table[-blocks:]
+        self._stopped[sequence] -= blocks
+        self.yielding -= blocks
+        sequence.capacity = held = before - blocks * self.block_size
+        sequence.origin = kept = min(tokens, held)
+        self.num_held += held - before
+        self.num_tokens += kept - tokens
+        self.num_internal += max(0, held - sequence.final_tokens) - max(0, before - sequence.final_tokens)
+        if not held:
+            del self._stopped[sequence]
+            self.sequences.discard(sequence)
+        if self.probe is not None:
+            (self.probe.cut if held else self.probe.end)(sequence)
+
     # Swapping
+
+    def swap_blocks(self, request: Request) -> int:
+        """The distinct blocks of the request."""
+        if len(request.sequences) == 1:
+            return len(request.sequences[0].block_table)
+        return len(self._distinct(request))
 
     def can_swap_out(self, request: Request) -> bool:
         """Host room for the distinct blocks of the request."""
-        return len(self._distinct(request)) <= self.host_pool.num_free
+        return self.swap_blocks(request) <= self.host_pool.num_free
 
     def swap_out(self, request: Request) -> int:
         """Move the distinct blocks to the host; sharing is kept there."""
@@ -203,6 +286,8 @@ class PagedAllocator(Allocator):
 
     def _move(self, request: Request, source: BlockPool, target: BlockPool) -> int:
         distinct = self._distinct(request)
+        if target is self.pool and self.yielding:
+            self._make_room(len(distinct))
         places = dict(zip(distinct, target.take(len(distinct)), strict=True))
         if self.probe is not None:
             self.probe.swap(target.tier, list(places.items()))
@@ -232,6 +317,8 @@ class PagedAllocator(Allocator):
             slots = len(sequence.block_table) * self.block_size
             if sequence.capacity != slots:
                 raise IntegrityError(f"{sequence}: held({sequence.capacity}) != slots of its table({slots})")
+        if self.yielding != sum(self._stopped.values()):
+            raise IntegrityError(f"yielding({self.yielding}) != blocks of who stopped({self._stopped})")
         self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
         self.host_pool.check_integrity(sequence.block_table for sequence in self._hosted)
         counters = self.num_tokens, self.num_held, self.num_internal

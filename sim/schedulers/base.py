@@ -84,7 +84,7 @@ class Scheduler(Queues, ABC):
 
     def grow_ahead(self, ticks: int) -> tuple[int, list[tuple[int, int, int]]]:
         """Grow the decode set through further ticks while nobody could be refused (see `DecodeSet.grow`)."""
-        return self.decodes.grow(self.allocator, ticks, self._widest)
+        return self.decodes.grow(self.allocator, ticks, self._widest + self.allocator.yielding)
 
     def _grow_one_by_one(self, step: Step) -> None:
         """In order of arrival, as vLLM V0 does where blocks are short."""
@@ -119,29 +119,33 @@ class Scheduler(Queues, ABC):
     def preempt(self, request: Request, step: Step) -> None:
         """Take a running request's memory: move it to the host, or drop it and compute it again later.
 
-        `auto` follows vLLM V0: a single sequence is recomputed, a group is swapped. A single sequence that
-        the host has no room for is recomputed too; a group in that place can only be given up. What is
-        computed again is the prompt, as far as it was asked for, and the tokens generated since.
+        `auto` follows vLLM V0: a single sequence is recomputed, a group is swapped; `hybrid` takes the cheaper
+        way for single sequences (see `Recovery`). A single sequence that the host has no room for is recomputed
+        too; a group in that place can only be given up. What is computed again is the prompt, as far as it was
+        asked for, and the tokens generated since; after a `partial` preemption only what others took of it.
         """
         allocator, decodes = self.allocator, self.decodes
-        single = len(request.sequences) == 1
         count = branches(request)
+        swap = self.recovery.swaps(request)
         for sequence in request.sequences:
             if sequence.decodes is not None:
                 decodes.leave(sequence)
-        wants_swap = self.preemption == "swap" or count > 1
-        if wants_swap and allocator.can_swap_out(request):
+        if swap:
             if allocator.probe is not None:
                 for sequence in request.sequences:
                     allocator.probe.write(sequence)
             step.swapped_out_blocks += allocator.swap_out(request)
             request.status = "swapped"
             self.swapped[request] = None
-        elif single:
+        elif len(request.sequences) == 1:
             (sequence,) = request.sequences
             if sequence.origin >= request.prefill_tokens:
                 request.prefill_tokens = sequence.origin + 1
-            self.release(sequence)
+            self.lost[request] = max(self.lost.get(request, 0), sequence.origin)
+            if self.preemption == "partial" and allocator.can_stop:
+                allocator.stop(sequence)
+            else:
+                self.release(sequence)
             request.status = "waiting"
             self.requeue(request)
         else:
@@ -216,8 +220,9 @@ class Scheduler(Queues, ABC):
         preemption = config["scheduler"].get("preemption")
         sampling = config["workload"].get("sampling") or {}
         group = max(sampling.get("n", 1), sampling.get("beam_width", 1)) > 1
-        if config["allocator"].get("num_host_blocks") == 0 and (preemption == "swap" or group):
-            who = "groups of sequences are" if group else "preemption is set to swap: requests are"
+        moves = preemption in ("swap", "hybrid")
+        if config["allocator"].get("num_host_blocks") == 0 and (moves or group):
+            who = "groups of sequences are" if group else f"preemption is set to {preemption}: requests are"
             yield "allocator.num_host_blocks", f"{who} swapped when memory runs out, which needs a host pool"
         if group and preemption == "recompute":
             yield (

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from bisect import insort, insort_left
 from collections import deque
-from typing import Annotated, Literal
+from typing import Annotated
 
 from sim.allocators.base import Admission, Allocator
 from sim.decode_set import DecodeSet
-from sim.request import NEVER, Request, Sequence
+from sim.request import Request, Sequence
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
-from sim.schedulers.victims import Victim, latest
+from sim.schedulers.recovery import Preemption, Recovery, branches
+from sim.schedulers.victims import Victim, bound, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
 from sim.units import FOREVER
 
-Preemption = Literal["auto", "recompute", "swap"]
+__all__ = ["Preemption", "Queues", "arrival", "branches"]
 
 
 class Queues:
     """The requests of a scheduler, over one allocator: admission, chunks of prompts, and ends."""
+
+    mixes_prompts: bool = True
+    """Whether prompts are computed in steps that decode as well."""
 
     def __init__(
         self,
@@ -46,7 +50,9 @@ class Queues:
         self.head_refused = False  # the head of the queue waits for memory
         self.tight = False  # the last growth may have come too close to a refusal to foresee the next
         self.recomputed_tokens = 0
-        self._choose_victim = victim
+        self.lost: dict[Request, int] = {}  # tokens that preempted requests had, until those are back
+        self.recovery = Recovery(self)
+        self._choose_victim = bound(victim, self.recovery)
         self._order = None if order is fcfs else order
         self._widest = 1
 
@@ -128,26 +134,24 @@ class Queues:
         self.num_seqs += branches(request)
         if request.sequences:
             sequence = request.sequences[0]
-            computed = sequence.origin
         else:
             sequence = Sequence(request, 0, 0, request.prompt_tokens + request.output_tokens - 1)
             request.sequences.append(sequence)
             request.first_scheduled_time = now
-            computed = 0
         if filled < known:
             self.partial[request] = None
             cached = self.allocator.admit(sequence, known if whole else filled, filled)
         else:
             cached = self.allocator.admit(sequence, known)
-        if computed > cached:
-            self.recomputed_tokens += computed - cached
-        elif not request.preemptions:
+        if not request.preemptions:
             request.cached_tokens = cached
         if cached > request.reused_tokens:
             request.reused_tokens = cached
         request.status = "running"
         self.running[request] = None
         tokens = filled - cached
+        if request in self.lost:
+            self._note_recomputed(request, cached, tokens, step)
         step.chunks.append((sequence, cached, tokens))
         step.num_prefill_tokens += tokens
         return tokens
@@ -159,8 +163,20 @@ class Queues:
         self.allocator.extend(sequence, tokens)
         if start + tokens == request.prefill_tokens:
             del self.partial[request]
+        if self.lost and request in self.lost:
+            self._note_recomputed(request, start, tokens, step)
         step.chunks.append((sequence, start, tokens))
         step.num_prefill_tokens += tokens
+
+    def _note_recomputed(self, request: Request, start: int, tokens: int, step: Step) -> None:
+        """The next chunk of the step begins with tokens that were there before a preemption."""
+        lost = self.lost[request]
+        end = start + tokens
+        if start < lost:
+            self.recomputed_tokens += min(end, lost) - start
+            step.recomputed.append((len(step.chunks), max(0, end - lost)))
+        if end >= lost:
+            del self.lost[request]
 
     def drop(self, request: Request, reason: str, step: Step) -> None:
         """Give up a running request of which nothing decodes."""
@@ -172,7 +188,12 @@ class Queues:
         self.reject(request, reason, step)
 
     def reject(self, request: Request, reason: str, step: Step) -> None:
-        """Give a request up for good."""
+        """Give a request up for good; one that waits may still hold what a partial preemption left it."""
+        if request.status == "waiting":
+            for sequence in request.sequences:
+                if sequence.capacity:
+                    self.release(sequence)
+        self.lost.pop(request, None)
         request.status = "rejected"
         request.reason = reason
         step.rejected.append(request)
@@ -201,10 +222,3 @@ class Queues:
 def arrival(request: Request) -> int:
     """Requests are numbered as they arrive."""
     return request.id
-
-
-def branches(request: Request) -> int:
-    """Sequences that a request counts for: those that it has or will fork, of a beam search always all."""
-    if request.first_token_time == NEVER or request.beam_width > 1:
-        return request.width
-    return len(request.sequences)

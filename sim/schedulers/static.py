@@ -32,6 +32,8 @@ class Static(Scheduler):
         order: Who goes first in the queue.
     """
 
+    mixes_prompts = False
+
     def __init__(
         self,
         allocator: Allocator,

@@ -36,7 +36,9 @@ class VllmV0(ChunkedScheduler):
             step, 512 by default.
         chunked_prefill: Whether prompts are computed in chunks, in steps that decode as well.
         preemption: recompute drops the memory and computes it again later, swap moves it to the host, auto
-            swaps groups of several sequences and recomputes single ones.
+            swaps groups of several sequences and recomputes single ones, hybrid does for single ones what costs
+            less, partial leaves them their blocks until others need those, the last ones first, and recomputes
+            only what was taken.
         victim: Who gives way when blocks run out.
         order: Who goes first in the queue.
     """
@@ -61,7 +63,7 @@ class VllmV0(ChunkedScheduler):
             victim=victim,
             order=order,
         )
-        self.chunked_prefill = chunked_prefill
+        self.chunked_prefill = self.mixes_prompts = chunked_prefill
         self.prompt_limit = allocator.max_model_len
         if not chunked_prefill:
             self.prompt_limit = min(self.prompt_limit, self.max_num_batched_tokens)

@@ -68,6 +68,13 @@ class Transfers:
         swapped = step.swapped_out_blocks + step.swapped_in_blocks
         return self.swap_block * swapped + self.copy_block * step.copied_blocks
 
+    def swap_seconds(self, out_blocks: int, in_blocks: int) -> float:
+        """Seconds to move so many blocks to the host in one go, and so many back."""
+        if self._measured is None:
+            return self.swap_block * (out_blocks + in_blocks)
+        pairs = zip(self._measured, (out_blocks, in_blocks), strict=False)
+        return sum([base + per_block * blocks for (base, per_block), blocks in pairs if blocks])
+
 
 def _of_blocks(cost: MoveCost, num_layers: int, bytes_per_block: float) -> tuple[float, float]:
     """Seconds of a move of blocks, and of each block in it."""

@@ -96,6 +96,7 @@ def run_naively(
 ) -> Outcome:
     """Serve the requests (in order of arrival), checking the allocator's books before every step."""
     scheduler.decodes = NaiveDecodeSet()
+    scheduler.recovery.price(timing, transfers)
     scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
     scheduler.add = scheduler.enqueue
     allocator = scheduler.allocator

@@ -72,6 +72,7 @@ class Ownership(RuleBasedStateMachine):
         self.live: list[Request] = []
         self.swapped: list[Request] = []
         self.retired: list[Request] = []
+        self.stopped: list[Request] = []
         self.tokens: dict[Sequence, list[object]] = {}  # what each token is: equal only where shared
         self.places: dict[Sequence, list[int]] = {}  # where each token was put
         self.contents: dict[int, object] = {}  # the last token put into each slot
@@ -253,11 +254,11 @@ class Ownership(RuleBasedStateMachine):
         self._put(child)
         assert self.places[child] == self.places[parent]
 
-    @precondition(lambda self: len(self.live + self.swapped + self.retired) > 1)
+    @precondition(lambda self: len(self.live + self.swapped + self.retired + self.stopped) > 1)
     @rule(data=st.data())
     def free(self, data):
         """A branch ends; its request with the last one."""
-        request = self._pick(data, self.live + self.swapped + self.retired)
+        request = self._pick(data, self.live + self.swapped + self.retired + self.stopped)
         sequence = data.draw(st.sampled_from(request.sequences), label="branch")
         self.memory.free(sequence)
         if sequence in self.uncomputed:
@@ -265,7 +266,7 @@ class Ownership(RuleBasedStateMachine):
         request.sequences.remove(sequence)
         del self.tokens[sequence]
         self.places.pop(sequence, None)
-        for requests in (self.live, self.swapped, self.retired):
+        for requests in (self.live, self.swapped, self.retired, self.stopped):
             if request in requests and not request.sequences:
                 requests.remove(request)
 
@@ -312,23 +313,80 @@ class Ownership(RuleBasedStateMachine):
     @rule(data=st.data())
     def swap_in(self, data):
         request = self._pick(data, self.swapped)
-        before = self.memory.usage()
+        before, left = self.memory.usage(), self._slots_of_stopped()
         if self.memory.swap_in_admission(request) is not Admission.OK:
             assert self.memory.usage() == before
             return
         moved = self.memory.swap_in(request)
-        assert self.memory.usage().free == before.free - moved * self.memory.block_size
+        taken = left - self._slots_of_stopped()
+        assert self.memory.usage().free == before.free + taken - moved * self.memory.block_size
         self.swapped.remove(request)
         self.live.append(request)
         for sequence in request.sequences:
             self._put(sequence)
 
+    @precondition(lambda self: self._decoding())
+    @rule(data=st.data())
+    def stop(self, data):
+        """A request gives way in part: it keeps its slots until others need them."""
+        request = self._pick(data, self._decoding())
+        if len(request.sequences) > 1:
+            return
+        (sequence,) = request.sequences
+        if not self.memory.can_stop:
+            with pytest.raises(TypeError, match="cannot take a part"):
+                self.memory.stop(sequence)
+            return
+        before = self.memory.usage()
+        self.memory.stop(sequence)
+        assert self.memory.usage() == before
+        request.preemptions += 1
+        self.live.remove(request)
+        self.stopped.append(request)
+
+    @precondition(lambda self: self.stopped)
+    @rule(data=st.data())
+    def resume(self, data):
+        """It comes back with what it kept, and computes the rest again."""
+        request = self._pick(data, self.stopped)
+        (sequence,) = request.sequences
+        tokens = len(self.tokens[sequence]) + 1
+        admission = self.memory.admission(request, tokens)
+        if not self.live + self.retired:
+            assert admission is not Admission.LATER, "all others yield"
+        if admission is not Admission.OK:
+            return
+        left = len(self.places.get(sequence, []))
+        kept = self.memory.admit(sequence, tokens)
+        assert kept == left
+        self.tokens[sequence].append((request.id, 0, "generated", tokens))
+        self._find(sequence, kept)
+        self._put(sequence)
+        self.stopped.remove(request)
+        self.live.append(request)
+
+    def _slots_of_stopped(self) -> int:
+        return sum(request.sequences[0].capacity for request in self.stopped)
+
+    def _follow_stopped(self) -> None:
+        """Who stopped loses tokens from the end, by whole blocks, and nothing while there is room."""
+        for request in self.stopped:
+            (sequence,) = request.sequences
+            left = sequence.num_tokens if sequence.capacity else 0
+            places = self.places.get(sequence, [])
+            assert left in (len(places), sequence.capacity)
+            self.places[sequence] = places[:left]
+            if not left:
+                self.places.pop(sequence)
+
     # What always holds
 
     @invariant()
     def books_are_right(self):
+        self._follow_stopped()
         self.memory.check_integrity()
-        present = {each for request in self.live + self.retired for each in request.sequences}
+        present = {each for request in self.live + self.retired + self.stopped for each in request.sequences}
+        present -= {each for each in present if not each.capacity}
         assert self.memory.sequences == present
         for refused in (False, True):
             usage = self.memory.usage(refused)
@@ -344,16 +402,20 @@ class Ownership(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_moved_by_others(self):
+        self._follow_stopped()
+        stopped = {request.sequences[0] for request in self.stopped}
         for sequence, places in self.places.items():
             assert self.memory.slots(sequence).tolist() == places
-            assert len(places) == len(self.tokens[sequence]) == sequence.num_tokens
+            assert len(places) == sequence.num_tokens
+            assert len(self.tokens[sequence]) == sequence.num_tokens or sequence in stopped
             assert all(0 <= slot < self.memory.num_slots for slot in places)
 
     @invariant()
     def only_equal_tokens_share_a_slot(self):
+        self._follow_stopped()
         holder: dict[int, object] = {}
         for sequence, places in self.places.items():
-            for slot, token in zip(places, self.tokens[sequence], strict=True):
+            for slot, token in zip(places, self.tokens[sequence], strict=False):
                 assert holder.setdefault(slot, token) == token, f"slot {slot} holds {holder[slot]}, {token}"
         for one, other in combinations(self.live, 2) if not self.memory.keeps_freed else ():
             slots = [
@@ -362,7 +424,7 @@ class Ownership(RuleBasedStateMachine):
             assert slots[0].isdisjoint(slots[1])
 
     def teardown(self):
-        for request in self.live + self.swapped + self.retired:
+        for request in self.live + self.swapped + self.retired + self.stopped:
             for sequence in list(request.sequences):
                 self.memory.free(sequence)
                 request.sequences.remove(sequence)

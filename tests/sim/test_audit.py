@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import Admission, Allocator, Capacity, ProbeError, Request, allocator, scheduler
+from sim import Admission, Allocator, Capacity, ProbeError, Request, allocator, scheduler, victim
 from sim.allocators import PagedAllocator
 from sim.audit import Audit
 from tests.sim.probing import GROUPS, requests, run
@@ -24,8 +24,8 @@ def capacity(slots: int) -> Capacity:
 @given(
     seed=st.integers(0, 10**6),
     slots=st.sampled_from([64, 96, 150, 400]),
-    preemption=st.sampled_from(["auto", "recompute", "swap"]),
-    who=st.sampled_from(["latest", "earliest", "fewest_slots"]),
+    preemption=st.sampled_from(["auto", "recompute", "swap", "hybrid", "partial"]),
+    who=st.sampled_from(victim.kinds),
 )
 def test_every_registered_allocator_passes(kind, policy, seed, slots, preemption, who):
     owner = allocator[kind](capacity(slots))

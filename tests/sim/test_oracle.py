@@ -52,6 +52,9 @@ TIMINGS = {
 }
 
 
+MODES = ["auto", "recompute", "swap", "hybrid", "partial"]
+
+
 class Given:
     """A workload of requests that a test made."""
 
@@ -66,6 +69,7 @@ class Given:
         for number, (gap, prompt, output, width, beam) in enumerate(self.rows):
             at += gap
             named = {"content": (number % 3, number % 2, *range(number % 5)), "content_grain": 6}
+            named["priority"] = number % 3
             if beam:
                 yield Request(number, at, prompt, output, beam_width=width, **named)
             else:
@@ -168,8 +172,8 @@ group = st.tuples(
     slots=st.sampled_from([64, 96, 150, 400]),
     clock=st.sampled_from(list(TIMINGS)),
     max_num_seqs=st.sampled_from([1, 3, 32]),
-    preemption=st.sampled_from(["auto", "recompute", "swap"]),
-    who=st.sampled_from(["latest", "earliest", "fewest_slots"]),
+    preemption=st.sampled_from(MODES),
+    who=st.sampled_from(victim.kinds),
     first=st.sampled_from(["fcfs", "fcfs", "sjf", "ljf"]),
 )
 def test_single_sequences(
@@ -188,7 +192,7 @@ def test_single_sequences(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
     slots=st.sampled_from([96, 150, 400]),
     clock=st.sampled_from(["fixed", "roofline"]),
-    preemption=st.sampled_from(["auto", "swap"]),
+    preemption=st.sampled_from(["auto", "swap", "hybrid", "partial"]),
     turnover=st.sampled_from([0.0, 0.1, 0.7]),
 )
 def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, turnover):
@@ -208,8 +212,8 @@ CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "aisimulate": {}, "sarathi": {}
     clock=st.sampled_from(list(TIMINGS)),
     budget=st.sampled_from([1, 2, 5, 16, 40, 100]),
     max_num_seqs=st.sampled_from([1, 3, 32]),
-    preemption=st.sampled_from(["auto", "swap"]),
-    who=st.sampled_from(["latest", "earliest", "most_slots"]),
+    preemption=st.sampled_from(MODES),
+    who=st.sampled_from(victim.kinds),
     first=st.sampled_from(["fcfs", "fcfs", "sjf", "priority"]),
 )
 def test_prompts_in_chunks(
@@ -228,7 +232,7 @@ def test_prompts_in_chunks(
     slots=st.sampled_from([96, 150, 400]),
     clock=st.sampled_from(["fixed", "roofline"]),
     budget=st.sampled_from([4, 9, 16, 40]),
-    preemption=st.sampled_from(["auto", "swap"]),
+    preemption=st.sampled_from(["auto", "swap", "hybrid", "partial"]),
     turnover=st.sampled_from([0.0, 0.1, 0.7]),
 )
 def test_groups_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, budget, preemption, turnover):

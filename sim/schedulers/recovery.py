@@ -1,0 +1,81 @@
+"""Recovery: what it costs to take a request's memory and to bring it back, by moving it or by computing it again."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from sim.request import NEVER, Request
+from sim.step import Step
+
+if TYPE_CHECKING:
+    from sim.schedulers.queues import Queues
+    from sim.timing.base import StepTime
+    from sim.timing.transfers import Transfers
+
+Preemption = Literal["auto", "recompute", "swap", "hybrid", "partial"]
+
+
+def branches(request: Request) -> int:
+    """Sequences that a request counts for: those that it has or will fork, of a beam search always all."""
+    if request.first_token_time == NEVER or request.beam_width > 1:
+        return request.width
+    return len(request.sequences)
+
+
+class Recovery:
+    """How a victim gives up its memory, and the seconds that the way costs.
+
+    Moving costs both directions, and the queue on the link where copies wait for others. Computing again costs
+    what the prefill of the lost tokens, cached ones aside, adds to a step of the sequences that decode now; where
+    the scheduler gives prompts steps of their own, it is such a step. Both come from the run's own timing model
+    and link. A group goes one way as a whole, and as vLLM V0 cannot compute branches again it is moved.
+    """
+
+    def __init__(self, queues: Queues) -> None:
+        self._queues = queues
+        self._timing: StepTime | None = None
+        self._transfers: Transfers | None = None
+
+    def price(self, timing: StepTime, transfers: Transfers) -> None:
+        """Take the costs of a run; to be called before its first step."""
+        self._timing, self._transfers = timing, transfers
+
+    def swaps(self, request: Request) -> bool:
+        """Whether the request would be moved to the host if it gave way now; a tie is computed again."""
+        queues = self._queues
+        mode = queues.preemption
+        single = branches(request) == 1
+        if single and mode not in ("swap", "hybrid"):
+            return False
+        if not queues.allocator.can_swap_out(request):
+            return False
+        return mode != "hybrid" or not single or self.swap_seconds(request) < self.recompute_seconds(request)
+
+    def seconds(self, request: Request) -> float:
+        """What the request costs to recover if it gives way now; infinite for a group that could not come back."""
+        if self.swaps(request):
+            return self.swap_seconds(request)
+        return self.recompute_seconds(request) if len(request.sequences) == 1 else math.inf
+
+    def swap_seconds(self, request: Request) -> float:
+        """Seconds to move the request's blocks to the host and back."""
+        assert self._transfers is not None, "recovery has no price before a run"
+        blocks = self._queues.allocator.swap_blocks(request)
+        return self._transfers.swap_seconds(blocks, 0) + self._transfers.swap_seconds(0, blocks)
+
+    def recompute_seconds(self, request: Request) -> float:
+        """Seconds to compute again what the request's one sequence has, hits of the prefix cache aside."""
+        timing, queues = self._timing, self._queues
+        assert timing is not None, "recovery has no price before a run"
+        (sequence,) = request.sequences
+        known = sequence.num_tokens
+        cached = min(queues.allocator.cached_tokens(request, known), known - 1)
+        step = Step()
+        step.chunks.append((sequence, cached, known - cached))
+        step.num_prefill_tokens = known - cached
+        decodes = queues.decodes
+        if not decodes.size or not queues.mixes_prompts:
+            return timing.seconds(step)
+        step.num_decodes, step.decode_context = decodes.size, decodes.context
+        return timing.seconds(step) - timing.decode_seconds(decodes.size, decodes.context)
