@@ -13,7 +13,7 @@ from experiments.mistakes import Mistake, Mistakes, Path
 from sim.allocators import allocator
 from sim.registry import Registry
 from sim.schedulers import scheduler
-from sim.timing import timing
+from sim.timing import Transfers, timing
 from workloads.workload import workload
 
 
@@ -87,6 +87,8 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             complaints = [(section, f"{policy.__name__}.check raises {type(error).__name__}: {error}")]
         for field, complaint in complaints:
             yield Mistake(complaint, tuple(field.split(".")))
+    for field, complaint in Transfers.check(settings):
+        yield Mistake(complaint, tuple(field.split(".")))
     owner, name = allocator[settings["allocator"]["kind"]], settings["allocator"]["kind"]
     sampling = settings["workload"].get("sampling") or {}
     for field in ("n", "beam_width"):
@@ -98,6 +100,9 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
                 str(sampling[field]),
                 expected,
             )
+    if (settings.get("transfers") or {}).get("asynchronous") and not getattr(owner, "can_swap", True):
+        expected = f"false, or an allocator that swaps ({_those('can_swap')})"
+        yield Mistake(f"allocator {name} cannot swap", ("transfers", "asynchronous"), "true", expected)
     if not getattr(owner, "can_grow", True):
         for field in ("preemption", "victim"):
             if field in settings["scheduler"]:

@@ -18,6 +18,7 @@ from sim.recorder import Recorder
 from sim.request import NEVER, Request, Sequence
 from sim.schedulers.base import Scheduler
 from sim.step import Step
+from sim.step_clock import StepClock
 from sim.stretch import commit_ahead
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
@@ -53,7 +54,8 @@ class Engine:
         self.scheduler = scheduler
         self.allocator = scheduler.allocator
         self.timing = timing
-        self.transfers = transfers
+        self.link = self.allocator.link
+        self.clock = StepClock(timing, transfers, self.link)
         self.recorder = recorder
         self.max_model_len = max_model_len
         self.beams = beams
@@ -63,13 +65,6 @@ class Engine:
         self.next_arrival = FOREVER  # kept by the source of requests
         self.num_steps = 0
         self.num_live = 0
-        self.preemptions = 0
-        self.copied_blocks = 0
-        self.swapped_out_blocks = 0
-        self.swapped_in_blocks = 0
-        self.recompute_time = 0  # what computing lost tokens again added to steps (ns)
-        self.transfer_time = 0  # of swaps on the link (ns)
-        self.stall_time = 0  # steps waited for swaps (ns)
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
         recorder.num_slots = timing.num_slots = self.allocator.num_slots
@@ -111,33 +106,57 @@ class Engine:
                 if self.now > start:
                     self.record_pause(start)
                 continue
+            if step.empty:
+                yield from self._await_copies(start)
+                continue
             tokens = self.allocator.num_tokens
             end, steps = self._begin(step, start)
             if env.peek() <= end:
-                pause = simpy.Event(env)
-                pause._ok = True
-                pause._value = None
-                env.schedule(pause, AFTER_ARRIVALS, end - env.now)
-                yield pause
+                yield self._until(end)
             self.now = end
             self._record(step, start, steps, tokens)
             self._commit(step, end)
             self.num_steps += steps
 
-    def record_pause(self, start: int) -> None:
+    def _until(self, end: int) -> simpy.Event:
+        """An event at this instant (ns), behind what arrives then."""
+        pause = simpy.Event(self.env)
+        pause._ok, pause._value = True, None
+        self.env.schedule(pause, AFTER_ARRIVALS, end - self.env.now)
+        return pause
+
+    def _await_copies(self, start: int) -> Generator[simpy.Event, Any, None]:
+        """Nobody can run before a copy in flight ends, or a request arrives."""
+        scheduler = self.scheduler
+        running, waiting = len(scheduler.running), scheduler.num_waiting
+        end = min(self.allocator.next_landing, self.next_arrival)
+        if self.env.peek() <= end:
+            yield self._until(end)
+        self.now = end
+        if running or waiting:
+            self.clock.stall_time += end - start
+        self.record_pause(start, running, waiting, scheduler.head_refused)
+
+    def record_pause(
+        self, start: int, running: int = 0, waiting: int = 0, head_refused: bool = False
+    ) -> None:
         """Note that the engine stood still since `start`."""
         allocator = self.allocator
         recorder = self.recorder
-        external = allocator.num_external(head_refused=False)
+        external = allocator.num_external(head_refused)
         recorder.usage.extend((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
         recorder.durations.append(self.now - start)
-        recorder.stretch(start, 1, 0, 0, 0, 0, allocator.num_tokens, 0, 0)
+        recorder.stretch(start, 1, 0, 0, running, waiting, allocator.num_tokens, 0, allocator.blocks_saved)
 
     def _plan(self) -> Step | None:
-        """The next step that computes something, or None if there is nothing to do."""
+        """The next step that computes something, an empty one to wait for copies, None if there is nothing to do."""
         scheduler = self.scheduler
+        link = self.link
         arrived = self._arrived
         moved = 0  # blocks swapped out by plans without tokens: the next step pays for them
+        if link is not None:
+            link.now, link.awaited = self.now, 0
+            self.allocator.land(self.now)
         patience = (
             self.num_live + 1
         )  # a plan without tokens rejects somebody, or preempts who is not back yet
@@ -151,16 +170,20 @@ class Engine:
             else:
                 patience -= 1
             if step.preempted:
-                self.preemptions += len(step.preempted)
+                self.clock.preemptions += len(step.preempted)
             if step.chunks or step.num_decodes:
                 step.swapped_out_blocks += moved
                 return step
             moved += step.swapped_out_blocks
+            if link is not None:
+                self.clock.copied_blocks += step.copied_blocks
             if not step.rejected and not step.preempted:
-                if not scheduler.num_waiting and not scheduler.running:
-                    self.swapped_out_blocks += moved
-                    return None
-                break
+                busy = scheduler.num_waiting or scheduler.running
+                flying = link is not None and self.allocator.next_landing < FOREVER
+                if busy and not flying:
+                    break
+                self.clock.swapped_out_blocks += moved
+                return step if flying else None
         raise Stalled(self._complaint())
 
     def _complaint(self) -> str:
@@ -178,22 +201,7 @@ class Engine:
         scheduler = self.scheduler
         allocator = self.allocator
         recorder = self.recorder
-        seconds = self.timing.seconds(step)
-        if step.recomputed:
-            rest = step.without_recomputed()
-            added = seconds if rest.empty else seconds - self.timing.seconds(rest)
-            self.recompute_time += round(added * 1e9)
-        if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
-            seconds += self.transfers.seconds(step)
-            swapping = round(
-                self.transfers.swap_seconds(step.swapped_out_blocks, step.swapped_in_blocks) * 1e9
-            )
-            self.transfer_time += swapping
-            self.stall_time += swapping
-            self.copied_blocks += step.copied_blocks
-            self.swapped_out_blocks += step.swapped_out_blocks
-            self.swapped_in_blocks += step.swapped_in_blocks
-        duration = round(seconds * 1e9) or 1
+        duration = self.clock.duration(step, start)
         external = allocator.num_external(scheduler.head_refused)
         recorder.usage.extend((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
         recorder.durations.append(duration)
@@ -203,6 +211,8 @@ class Engine:
         if step.chunks or step.preempted or step.rejected or step.swapped_in_blocks:
             return end, 1  # the next plan may find the queues and the memory changed
         horizon = self.next_arrival if scheduler.open_to_arrivals else FOREVER
+        if self.link is not None:
+            horizon = min(horizon, allocator.next_landing)
         if end >= horizon:
             return end, 1
         limit = self._foreseen()

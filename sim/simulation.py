@@ -104,7 +104,7 @@ def simulate(
 
 def summarize(engine: Engine, recorder: Recorder) -> Summary:
     """The figures of a finished run; shares and mean_running over the loaded period."""
-    requests, memory = recorder.latencies, recorder.memory
+    requests, memory, clock = recorder.latencies, recorder.memory, engine.clock
     duration = memory.end / 1e9
     unshared = memory.held + memory.saved * engine.allocator.block_size
     prompts = requests.admitted_prompt_tokens
@@ -119,14 +119,14 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "output_token_throughput": requests.output_tokens / duration if duration else 0.0,
         **requests.statistics(),
         **averages,
-        "preemptions": engine.preemptions,
+        "preemptions": clock.preemptions,
         "recomputed_tokens": engine.scheduler.recomputed_tokens,
-        "swapped_out_blocks": engine.swapped_out_blocks,
-        "swapped_in_blocks": engine.swapped_in_blocks,
-        "copied_blocks": engine.copied_blocks,
-        "recompute_s": engine.recompute_time / 1e9,
-        "swap_transfer_s": engine.transfer_time / 1e9,
-        "swap_stall_s": engine.stall_time / 1e9,
+        "swapped_out_blocks": clock.swapped_out_blocks,
+        "swapped_in_blocks": clock.swapped_in_blocks,
+        "copied_blocks": clock.copied_blocks,
+        "recompute_s": clock.recompute_time / 1e9,
+        "swap_transfer_s": clock.transfer_time / 1e9,
+        "swap_stall_s": clock.stall_time / 1e9,
         "prefix_hit_tokens": requests.hit_tokens,
         "prefix_hit_rate": requests.hit_tokens / prompts if prompts else 0.0,
         "blocks_saved_share": memory.saved * engine.allocator.block_size / unshared if unshared else 0.0,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
+from sim.link import Link
 from sim.probe import Witness
 from sim.registry import Registry
 from sim.request import Request, Sequence
@@ -91,6 +92,8 @@ class Allocator(ABC):
     keeps_freed: bool = False
     """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
     probe: Witness | None = None
+    link: Link | None = None
+    """Where swaps take their time beside the computation; without one they are over at once."""
 
     def __init__(self, capacity: Capacity) -> None:
         self.num_slots = capacity.num_slots
@@ -281,6 +284,14 @@ class Allocator(ABC):
     def swap_in(self, request: Request) -> int:
         """Move a swapped request back to the device; the number of blocks moved."""
         raise TypeError(f"{type(self).__name__} cannot swap")
+
+    def land(self, now: int) -> None:  # noqa: B027 - most have nothing in flight
+        """Free what has been copied by now (ns)."""
+
+    @property
+    def next_landing(self) -> int:
+        """When the next copy in flight ends (ns); FOREVER if there is none."""
+        return FOREVER
 
     @property
     def blocks_saved(self) -> int:

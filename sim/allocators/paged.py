@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sim.allocators.base import Admission, Allocator, Capacity, allocator
 from sim.allocators.blocks import block_slots, grow_by_block
+from sim.allocators.yielding import InFlight, Stopped
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
@@ -54,9 +55,8 @@ class PagedAllocator(Allocator):
         self.host_pool = BlockPool(num_blocks if num_host_blocks is None else num_host_blocks, "host")
         self._remainder = self.num_slots - num_blocks * block_size  # too short for a block
         self._hosted: set[Sequence] = set()  # swapped out
-        self._stopped: dict[
-            Sequence, int
-        ] = {}  # blocks that each would give up, who stopped first before others
+        self._stopped = Stopped(self, self.pool)
+        self._flying = InFlight(self, self.pool, self.host_pool)
 
     def num_external(self, head_refused: bool) -> int:
         """The slots behind the last whole block."""
@@ -67,9 +67,8 @@ class PagedAllocator(Allocator):
         needed = -(-num_tokens // self.block_size)
         own = held = 0
         if self._stopped:
-            for sequence in request.sequences:
-                own += self._stopped.get(sequence, 0)
-                held += len(sequence.block_table)
+            own = self._stopped.of(request.sequences)
+            held = sum([len(sequence.block_table) for sequence in request.sequences])
         elif len(self.pool.free) - needed >= self.watermark_blocks:
             return Admission.OK
         return self._fits(needed, self.pool.num_blocks - self.watermark_blocks, held, own)
@@ -78,7 +77,7 @@ class PagedAllocator(Allocator):
         """Whether so many blocks are to be had; of them `held` are there, `own` among those that yield."""
         if needed > largest:
             return Admission.NEVER
-        spare = len(self.pool.free) + self.yielding - own
+        spare = len(self.pool.free) + self._stopped.blocks - own
         return Admission.OK if spare - (needed - held) >= self.watermark_blocks else Admission.LATER
 
     def refusal(self, request: Request, num_tokens: int) -> str:
@@ -102,7 +101,7 @@ class PagedAllocator(Allocator):
         """Slots for a sequence that has none, or for what a partial preemption took of it; the tokens it kept."""
         if not sequence.capacity:
             return super().admit(sequence, num_tokens, filled)
-        self.yielding -= self._stopped.pop(sequence)
+        self._stopped.discard(sequence)
         kept = sequence.origin
         if num_tokens > sequence.capacity:
             self._grow_to(sequence, num_tokens)
@@ -170,9 +169,11 @@ class PagedAllocator(Allocator):
             self.host_pool.release(sequence.block_table)
             sequence.block_table = []
             self._hosted.discard(sequence)
+            if not self._hosted.intersection(sequence.request.sequences):
+                self._flying.forget(sequence.request)
             return
         if self._stopped:
-            self.yielding -= self._stopped.pop(sequence, 0)
+            self._stopped.discard(sequence)
         if not self.pool.extra_references:
             super().free(sequence)
             return
@@ -208,46 +209,26 @@ class PagedAllocator(Allocator):
                     if entered_last:
                         self.num_internal += sign * (size - min(size, max(0, final - start)))
 
-    # Partial preemption
+    # Blocks that others give up
 
     def stop(self, sequence: Sequence) -> None:
         """Its unshared blocks at the end yield; those of who stopped first go first."""
-        references = self.pool.references
-        own = 0
-        for block in reversed(sequence.block_table):
-            if references[block] > 1:
-                break
-            own += 1
-        self._stopped[sequence] = own
-        self.yielding += own
+        self._stopped.add(sequence)
 
     def _make_room(self, needed: int) -> None:
-        """See that so many blocks are free, as far as others yield."""
-        free = self.pool.free
-        for sequence in list(self._stopped):
-            if len(free) >= needed:
-                return
-            self._cut(sequence, min(self._stopped[sequence], needed - len(free)))
+        """See that so many blocks are free: first by waiting for those that leave, then at the cost of who stopped."""
+        if len(self.pool.free) < needed:
+            self._flying.make_room(needed)
+            self._stopped.make_room(needed)
 
-    def _cut(self, sequence: Sequence, blocks: int) -> None:
-        """Take the last blocks of a sequence that stopped."""
-        if not blocks:
-            return
-        table, before, tokens = sequence.block_table, sequence.capacity, sequence.origin
-        self.pool.release(table[-blocks:])
-        del table[-blocks:]
-        self._stopped[sequence] -= blocks
-        self.yielding -= blocks
-        sequence.capacity = held = before - blocks * self.block_size
-        sequence.origin = kept = min(tokens, held)
-        self.num_held += held - before
-        self.num_tokens += kept - tokens
-        self.num_internal += max(0, held - sequence.final_tokens) - max(0, before - sequence.final_tokens)
-        if not held:
-            del self._stopped[sequence]
-            self.sequences.discard(sequence)
-        if self.probe is not None:
-            (self.probe.cut if held else self.probe.end)(sequence)
+    def land(self, now: int) -> None:
+        """Free the sources of copies that have ended."""
+        self._flying.land(now)
+
+    @property
+    def next_landing(self) -> int:
+        """The end of the next block's copy to the host, or of the next request's copy back."""
+        return self._flying.next_landing
 
     # Swapping
 
@@ -266,7 +247,10 @@ class PagedAllocator(Allocator):
         self._book(request.sequences, -1)
         self.sequences.difference_update(request.sequences)
         self._hosted.update(request.sequences)
-        return self._move(request, self.pool, self.host_pool)
+        left = self._move(request, self.pool, self.host_pool)
+        if self.link is not None:
+            self._flying.leave(request, left)
+        return len(left)
 
     def swap_in_admission(self, request: Request) -> Admission:
         """Room for the distinct blocks and one fresh block a branch, beside the watermark."""
@@ -274,23 +258,28 @@ class PagedAllocator(Allocator):
 
     def swap_in(self, request: Request) -> int:
         """Move the distinct blocks back to the device, to other places."""
-        moved = self._move(request, self.host_pool, self.pool)
+        left = self._move(request, self.host_pool, self.pool)
+        if self.link is not None:
+            self._flying.come_back(request, left)
         self._book(request.sequences, 1)
         self._hosted.difference_update(request.sequences)
         self.sequences.update(request.sequences)
-        return moved
+        return len(left)
 
     @staticmethod
     def _distinct(request: Request) -> list[int]:
         return list(dict.fromkeys(block for sequence in request.sequences for block in sequence.block_table))
 
-    def _move(self, request: Request, source: BlockPool, target: BlockPool) -> int:
+    def _move(self, request: Request, source: BlockPool, target: BlockPool) -> list[int]:
+        """Give a request places in the target; the blocks it had, free now, or held until they are copied."""
         distinct = self._distinct(request)
         if target is self.pool and self.yielding:
             self._make_room(len(distinct))
         places = dict(zip(distinct, target.take(len(distinct)), strict=True))
         if self.probe is not None:
             self.probe.swap(target.tier, list(places.items()))
+        if self.link is not None:
+            source.share(distinct)  # the copy's own reference
         taken: set[int] = set()
         for sequence in request.sequences:
             moved = [places[block] for block in sequence.block_table]
@@ -298,7 +287,7 @@ class PagedAllocator(Allocator):
             taken.update(moved)
             source.release(sequence.block_table)
             sequence.block_table = moved
-        return len(distinct)
+        return distinct
 
     # Where tokens live
 
@@ -317,12 +306,17 @@ class PagedAllocator(Allocator):
             slots = len(sequence.block_table) * self.block_size
             if sequence.capacity != slots:
                 raise IntegrityError(f"{sequence}: held({sequence.capacity}) != slots of its table({slots})")
-        if self.yielding != sum(self._stopped.values()):
-            raise IntegrityError(f"yielding({self.yielding}) != blocks of who stopped({self._stopped})")
-        self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
-        self.host_pool.check_integrity(sequence.block_table for sequence in self._hosted)
+        yielding = self._stopped.blocks + len(self._flying)
+        if self.yielding != yielding or self._stopped.blocks != self._stopped.of(self.sequences):
+            raise IntegrityError(
+                f"yielding({self.yielding}) != blocks of who stopped or in flight({yielding})"
+            )
+        leaving, returning = self._flying.held()
+        self.pool.check_integrity([*[sequence.block_table for sequence in self.sequences], leaving])
+        self.host_pool.check_integrity([*[sequence.block_table for sequence in self._hosted], returning])
         counters = self.num_tokens, self.num_held, self.num_internal
-        self.num_tokens = self.num_held = self.num_internal = 0
+        self.num_tokens = 0
+        self.num_held = self.num_internal = len(leaving) * self.block_size
         for request in {sequence.request for sequence in self.sequences}:
             branches = [sequence for sequence in request.sequences if sequence in self.sequences]
             if len(branches) == 1:

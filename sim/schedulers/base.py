@@ -165,25 +165,39 @@ class Scheduler(Queues, ABC):
     def swap_in(self, step: Step, budget: int = FOREVER) -> int:
         """Bring swapped requests back in order of arrival while they fit; they go on in this very step.
 
-        Returns what they leave of a budget of tokens.
+        Those whose copies run ahead on the link go on in the first step after they have arrived. Returns what they
+        leave of a budget of tokens.
         """
-        allocator = self.allocator
-        for request in sorted(self.swapped, key=arrival):
-            admission = allocator.swap_in_admission(request)
-            if admission is Admission.LATER and not allocator.sequences:
+        allocator, link = self.allocator, self.allocator.link
+        queue = sorted(self.swapped, key=arrival)
+        if self.incoming:
+            assert link is not None
+            queue.sort(key=lambda request: request not in self.incoming)
+            queue = [each for each in queue if self.incoming.get(each, (0, 0))[0] <= link.now]
+        for request in queue:
+            there = request in self.incoming
+            admission = Admission.OK if there else allocator.swap_in_admission(request)
+            if admission is Admission.LATER and not allocator.sequences and not allocator.yielding:
                 admission = Admission.NEVER  # nobody is left to wait for
+            ahead = link is not None and link.transfers.prefetch and not there
             count = branches(request)
             first = request.sequences[0]
-            room = first.capacity + (allocator.growth or 0)  # a fresh block is there for every branch
+            room = first.capacity  # a fresh block is there for every branch
+            if not there:
+                room += allocator.growth or 0
             tokens = min(request.prefill_tokens - first.origin, budget, room - first.origin)
             if tokens <= 0:  # its prompt is computed, or nothing is left
                 tokens = len(request.sequences)
             alone = not step.chunks and not step.num_decodes  # who exceeds the whole budget goes alone
-            over = (
-                tokens > budget and not alone
-            ) or self.num_seqs - self.resting_seqs + count > self.max_num_seqs
+            others = self.num_seqs - self.resting_seqs
+            if ahead:
+                others += sum(map(branches, self.incoming))
+            over = (tokens > budget and not alone and not ahead) or others + count > self.max_num_seqs
             if admission is Admission.LATER or (admission is Admission.OK and over):
                 break
+            if ahead and admission is Admission.OK:
+                self._fetch(request, step)
+                continue
             del self.swapped[request]
             if admission is Admission.NEVER:
                 for sequence in request.sequences:
@@ -192,7 +206,12 @@ class Scheduler(Queues, ABC):
                     allocator.free(sequence)
                 self.reject(request, "swapped out, and too large to come back even into an empty pool", step)
                 continue
-            step.swapped_in_blocks += allocator.swap_in(request)
+            if there:
+                step.swapped_in_blocks += self.incoming.pop(request)[1]
+            else:
+                step.swapped_in_blocks += allocator.swap_in(request)
+                if link is not None:
+                    link.awaited = max(link.awaited, link.in_free_at)
             request.status = "running"
             self.running[request] = None
             self.num_seqs += count
@@ -208,6 +227,16 @@ class Scheduler(Queues, ABC):
             step.num_decodes += tokens
             step.decode_context = self.decodes.context
         return budget
+
+    def _fetch(self, request: Request, step: Step) -> None:
+        """Start to copy a request back, with room for its next tokens; it joins when all of it is there."""
+        link = self.allocator.link
+        assert link is not None
+        blocks = self.allocator.swap_in(request)
+        for sequence in request.sequences:
+            step.copied_blocks += self.allocator.append(sequence)
+        self.incoming[request] = link.in_free_at, blocks
+        self.tight = True  # memory that the next growth counted on is gone
 
     def _rejoin(self, sequence: Sequence) -> None:
         """Join the tick in flight: the sequence's new token belongs to it."""

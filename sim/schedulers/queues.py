@@ -45,6 +45,9 @@ class Queues:
         self.running: dict[Request, None] = {}
         self.partial: dict[Request, None] = {}  # of those, whose prompts are not computed to their ends
         self.swapped: dict[Request, None] = {}
+        self.incoming: dict[
+            Request, tuple[int, int]
+        ] = {}  # of those, swap-ins in flight: end (ns) and blocks
         self.num_seqs = 0  # branches that running requests have or will fork, those that are done aside
         self.resting_seqs = 0  # of them, those whose requests have no token of this step
         self.head_refused = False  # the head of the queue waits for memory

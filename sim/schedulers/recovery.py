@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
+from sim.link import Link
 from sim.request import NEVER, Request
 from sim.step import Step
 
@@ -38,8 +39,10 @@ class Recovery:
         self._transfers: Transfers | None = None
 
     def price(self, timing: StepTime, transfers: Transfers) -> None:
-        """Take the costs of a run; to be called before its first step."""
+        """Take the costs of a run, and open its link; to be called before its first step."""
         self._timing, self._transfers = timing, transfers
+        if transfers.asynchronous:
+            self._queues.allocator.link = Link(transfers)
 
     def swaps(self, request: Request) -> bool:
         """Whether the request would be moved to the host if it gave way now; a tie is computed again."""
@@ -59,10 +62,12 @@ class Recovery:
         return self.recompute_seconds(request) if len(request.sequences) == 1 else math.inf
 
     def swap_seconds(self, request: Request) -> float:
-        """Seconds to move the request's blocks to the host and back."""
+        """Seconds to move the request's blocks to the host and back, the queue on the link included."""
         assert self._transfers is not None, "recovery has no price before a run"
-        blocks = self._queues.allocator.swap_blocks(request)
-        return self._transfers.swap_seconds(blocks, 0) + self._transfers.swap_seconds(0, blocks)
+        allocator = self._queues.allocator
+        blocks = allocator.swap_blocks(request)
+        copies = self._transfers.swap_seconds(blocks, 0) + self._transfers.swap_seconds(0, blocks)
+        return copies if allocator.link is None else copies + allocator.link.queue_seconds()
 
     def recompute_seconds(self, request: Request) -> float:
         """Seconds to compute again what the request's one sequence has, hits of the prefix cache aside."""

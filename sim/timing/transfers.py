@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from sim.errors import UserError
 from sim.hardware import Device, Model
@@ -16,13 +17,19 @@ class Transfers:
 
     A block is moved in pieces, K and V of every layer by themselves, and a small copy costs a few
     microseconds whatever its size, which is why swapping small blocks is slow (Kwon et al., SOSP 2023,
-    section 7.3). The engine waits for swaps, as vLLM V0 does.
+    section 7.3). The engine waits for swaps, as vLLM V0 does, unless they are asynchronous: then they take their
+    time on a link of their own (`Link`), a block that leaves is free when it is copied, and a step waits only for
+    blocks that it needs before.
 
     Fields:
         host_bandwidth_gb_per_s: Bandwidth of the host link, each direction; by default 0.75 of the
             datasheet's, which is what large copies reach on PCIe.
         copy_latency_us: Fixed cost of one copy between device and host.
         copies_per_block: Copies that moving one block takes; by default two per layer.
+        asynchronous: Whether swaps go on beside the computation.
+        prefetch: Whether asynchronous swap-ins run ahead, their sequences join when all is there; otherwise the next
+            step waits for them.
+        layer_wise: Whether a step that waits for copies computes the layers that are there meanwhile.
         profile: What copies and swaps took on a measured device, in place of all of the above: the name of a
             shipped profile, or a file of kvsim calibrate.
     """
@@ -36,8 +43,18 @@ class Transfers:
         host_bandwidth_gb_per_s: PositiveFloat | None = None,
         copy_latency_us: NonNegativeFloat = 8.0,
         copies_per_block: PositiveInt | None = None,
+        asynchronous: bool = False,
+        prefetch: bool = True,
+        layer_wise: bool = False,
         profile: Annotated[Profile, InFile("profiles")] | None = None,
     ) -> None:
+        self.asynchronous = asynchronous
+        self.prefetch = prefetch
+        self.overlapping_layers = 1
+        if layer_wise:
+            if model is None:
+                raise UserError("transfers.layer_wise needs a model: name one, for example opt-13b")
+            self.overlapping_layers = model.num_layers
         bytes_per_block = model.kv_bytes_per_token * block_size if model is not None else 0
         if copies_per_block is None:
             copies_per_block = 2 * model.num_layers if model is not None else 1
@@ -60,13 +77,14 @@ class Transfers:
             ]
 
     def seconds(self, step: Step) -> float:
-        """Seconds that a step spends on moving blocks."""
+        """Seconds that a step spends on moving blocks; asynchronous swaps take none of it."""
+        out, back = step.swapped_out_blocks, step.swapped_in_blocks
+        if self.asynchronous:
+            out = back = 0
         if self._measured is not None:
-            moved = (step.swapped_out_blocks, step.swapped_in_blocks, step.copied_blocks)
-            pairs = zip(self._measured, moved, strict=True)
+            pairs = zip(self._measured, (out, back, step.copied_blocks), strict=True)
             return sum([base + per_block * blocks for (base, per_block), blocks in pairs if blocks])
-        swapped = step.swapped_out_blocks + step.swapped_in_blocks
-        return self.swap_block * swapped + self.copy_block * step.copied_blocks
+        return self.swap_block * (out + back) + self.copy_block * step.copied_blocks
 
     def swap_seconds(self, out_blocks: int, in_blocks: int) -> float:
         """Seconds to move so many blocks to the host in one go, and so many back."""
@@ -74,6 +92,17 @@ class Transfers:
             return self.swap_block * (out_blocks + in_blocks)
         pairs = zip(self._measured, (out_blocks, in_blocks), strict=False)
         return sum([base + per_block * blocks for (base, per_block), blocks in pairs if blocks])
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """(dotted path, complaint) for options of a whole experiment that contradict each other."""
+        transfers = config.get("transfers") or {}
+        if not transfers.get("asynchronous"):
+            for field in ("prefetch", "layer_wise"):
+                if field in transfers:
+                    yield f"transfers.{field}", "has no meaning where swaps are not asynchronous"
+        elif config["allocator"].get("num_host_blocks") == 0:
+            yield "transfers.asynchronous", "nothing can be swapped without a host pool (num_host_blocks: 0)"
 
 
 def _of_blocks(cost: MoveCost, num_layers: int, bytes_per_block: float) -> tuple[float, float]:

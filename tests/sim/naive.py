@@ -8,6 +8,7 @@ from sim.beams import BeamSearch, fork
 from sim.decode_set import arrival_order
 from sim.errors import Stalled
 from sim.request import NEVER, Request, Sequence
+from sim.step import Step
 from sim.units import FOREVER
 
 
@@ -103,6 +104,8 @@ def run_naively(
     timing.num_slots = allocator.num_slots
     search = None if beams is None else BeamSearch(*beams)
     outcome = Outcome()
+    link = allocator.link
+    waited = 0
     counters = dict.fromkeys(("preemptions", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks"), 0)
     coming = list(requests)
     now = 0
@@ -143,8 +146,13 @@ def run_naively(
             scheduler.add(request)
 
     moved = 0  # blocks swapped out by plans without tokens
+    replanned = False
     while True:
         arrive()
+        if link is not None:
+            allocator.land(now)
+            link.now = now
+            link.awaited = 0 if not replanned else link.awaited
         step = scheduler.plan(now)
         allocator.check_integrity()
         for request in step.rejected:
@@ -152,9 +160,22 @@ def run_naively(
         counters["preemptions"] += len(step.preempted)
         step.swapped_out_blocks += moved
         moved = 0
+        replanned = step.empty and bool(
+            step.rejected or step.preempted
+        )  # the next plan is of the same instant
         if step.empty:
+            if link is not None:
+                counters["copied_blocks"] += step.copied_blocks
             moved = step.swapped_out_blocks
             if step.rejected or step.preempted:
+                continue
+            if link is not None and allocator.next_landing < FOREVER:
+                counters["swapped_out_blocks"] += moved
+                moved = 0
+                until = min([allocator.next_landing, *[request.arrival_time for request in coming[:1]]])
+                note(now, until - now, len(scheduler.running), scheduler.num_waiting, scheduler.head_refused)
+                waited += (until - now) * bool(scheduler.running or scheduler.num_waiting)
+                now = until
                 continue
             if scheduler.num_waiting or scheduler.running:
                 raise Stalled("naive")
@@ -171,11 +192,22 @@ def run_naively(
                 note(idle_from, now - idle_from, 0, 0, False)
             continue
         seconds = timing.seconds(step)
-        if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
+        if link is None and (step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks):
             seconds += transfers.seconds(step)
+            swaps = transfers.swap_seconds(step.swapped_out_blocks, step.swapped_in_blocks)
+            waited += round(swaps * 1e9)
+        elif step.copied_blocks:
+            copies = Step()
+            copies.copied_blocks = step.copied_blocks
+            seconds += transfers.seconds(copies)
         for name in ("copied_blocks", "swapped_out_blocks", "swapped_in_blocks"):
             counters[name] += getattr(step, name)
         duration = max(1, round(seconds * 1e9))
+        if link is not None and link.awaited > now:
+            hidden = duration * (transfers.overlapping_layers - 1) // transfers.overlapping_layers
+            stall = max(0, link.awaited - now - hidden)
+            waited += stall
+            duration += stall
         running, waiting = len(scheduler.running), scheduler.num_waiting
         prefill = sum(tokens for _, _, tokens in step.chunks)
         assert step.num_decodes in (0, scheduler.decodes.size)
@@ -211,5 +243,6 @@ def run_naively(
                 search.turn_over(scheduler)
     outcome.counters = {**counters, "recomputed_tokens": scheduler.recomputed_tokens}
     saved = outcome.saved * allocator.block_size
+    outcome.counters["swap_stall_s"] = waited / 1e9
     outcome.counters["blocks_saved_share"] = saved / (outcome.held + saved) if outcome.held else 0.0
     return outcome

@@ -32,7 +32,9 @@ def requests(seed: int, number: int = 12, *, groups: bool = False, longest: int 
     return made
 
 
-def run(memory: Allocator, asked: Iterable[Request], probe=None, policy: str = "vllm_v0", **fields) -> dict:
+def run(
+    memory: Allocator, asked: Iterable[Request], probe=None, policy: str = "vllm_v0", transfers=None, **fields
+) -> dict:
     """The summary of a run under the probe, by default an audit of every step."""
     if "victim" in fields:
         fields["victim"] = victim[fields["victim"]]
@@ -40,7 +42,7 @@ def run(memory: Allocator, asked: Iterable[Request], probe=None, policy: str = "
         Asked(asked, beams=(0.2, 1)),
         scheduler=scheduler[policy](memory, **fields),
         timing=timing["fixed"](prefill_ms=7.0, decode_ms=3.0),
-        transfers=Transfers(None, None, memory.block_size),
+        transfers=transfers or Transfers(None, None, memory.block_size),
         recorder=Recorder(),
         max_model_len=memory.max_model_len,
         probe=Audit(every=1) if probe is None else probe,

@@ -64,6 +64,7 @@ class Story:
         clock: Any = None,
         stretches: bool = False,
         block_ms: float = 0.0,
+        transfers: Transfers | None = None,
     ) -> None:
         if isinstance(workload, list):
             workload = Asked(workload)
@@ -74,7 +75,8 @@ class Story:
             policy.quiet_for = lambda now: 0  # every step is planned
         plan = policy.plan
         policy.plan = lambda now: self._note(now, plan(now))
-        transfers = Transfers(None, None, 1, copy_latency_us=1e3 * block_ms)
+        if transfers is None:
+            transfers = Transfers(None, None, 1, copy_latency_us=1e3 * block_ms)
         self.summary = simulate(
             workload,
             scheduler=policy,

@@ -20,9 +20,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sim import Admission, Capacity, Request, Sequence, allocator
+from sim import Admission, Capacity, Request, Sequence, Transfers, allocator
 from sim.beams import fork
 from sim.eviction import eviction
+from sim.link import Link
+from sim.units import FOREVER
 
 MAX_MODEL_LEN = 48
 
@@ -61,6 +63,7 @@ class Ownership(RuleBasedStateMachine):
 
     kind = "paged"
     fields: dict = {}  # noqa: RUF012
+    flies = False
 
     @initialize(num_slots=st.sampled_from([100, 129, 150, 512]), grain=st.sampled_from([4, 6]))
     def build(self, num_slots, grain):
@@ -68,6 +71,9 @@ class Ownership(RuleBasedStateMachine):
         self.memory = allocator[self.kind](
             Capacity(num_slots=num_slots, max_model_len=MAX_MODEL_LEN), **self.fields
         )
+        if self.flies:  # a block takes 10 ns in either direction
+            self.memory.link = Link(Transfers(None, None, 1, copy_latency_us=0.01, asynchronous=True))
+        self.flying: list[tuple[int, int]] = []  # device blocks on their way out: end of each one's copy
         self.empty_usage = self.memory.usage()
         self.live: list[Request] = []
         self.swapped: list[Request] = []
@@ -132,7 +138,7 @@ class Ownership(RuleBasedStateMachine):
         before = self.memory.usage()
         admission = self.memory.admission(request, prompt)
         assert self.memory.usage() == before
-        if not self.memory.sequences:
+        if not self.memory.sequences and not self.flying:
             assert admission is not Admission.LATER, "nobody is there to wait for"
         if admission is not Admission.OK:
             assert str(prompt) in self.memory.refusal(request, prompt) or self.kind != "paged"
@@ -305,7 +311,13 @@ class Ownership(RuleBasedStateMachine):
         distinct = {slot for sequence in request.sequences for slot in self.places.pop(sequence)}
         moved = self.memory.swap_out(request)
         assert self.memory.usage().token_states == before.token_states - len(distinct)
-        assert self.memory.usage().free == before.free + moved * self.memory.block_size
+        held = moved * self.memory.block_size
+        if self.flies:  # nothing is free before it is copied
+            assert self.memory.usage().free == before.free
+            last = max([self.memory.link.now, *self.flying])
+            self.flying += [last + 10 * (index + 1) for index in range(moved)]
+            held = 0
+        assert self.memory.usage().free == before.free + held
         self.live.remove(request)
         self.swapped.append(request)
 
@@ -318,12 +330,35 @@ class Ownership(RuleBasedStateMachine):
             assert self.memory.usage() == before
             return
         moved = self.memory.swap_in(request)
-        taken = left - self._slots_of_stopped()
+        taken = left - self._slots_of_stopped() + self._landed_early()
         assert self.memory.usage().free == before.free + taken - moved * self.memory.block_size
         self.swapped.remove(request)
         self.live.append(request)
         for sequence in request.sequences:
             self._put(sequence)
+
+    def _landed_early(self) -> int:
+        """Slots that were waited for since the last look, first in, first out."""
+        landed = 0
+        stopped = sum(len(request.sequences[0].block_table) for request in self.stopped)
+        while self.flying and len(self.flying) > self.memory.yielding - stopped:
+            assert self.flying.pop(0) <= self.memory.link.awaited
+            landed += self.memory.block_size
+        return landed
+
+    @precondition(lambda self: self.flies)
+    @rule(time=st.integers(0, 120))
+    def wait(self, time):
+        """Time passes: blocks are free when they are copied, and not before."""
+        self._landed_early()
+        link = self.memory.link
+        link.now += time
+        free = self.memory.usage().free
+        landed = [end for end in self.flying if end <= link.now]
+        self.memory.land(link.now)
+        assert self.memory.usage().free == free + len(landed) * self.memory.block_size
+        self.flying = self.flying[len(landed) :]
+        assert self.memory.next_landing > link.now
 
     @precondition(lambda self: self._decoding())
     @rule(data=st.data())
@@ -352,7 +387,7 @@ class Ownership(RuleBasedStateMachine):
         (sequence,) = request.sequences
         tokens = len(self.tokens[sequence]) + 1
         admission = self.memory.admission(request, tokens)
-        if not self.live + self.retired:
+        if not self.live + self.retired and not self.flying:
             assert admission is not Admission.LATER, "all others yield"
         if admission is not Admission.OK:
             return
@@ -384,6 +419,7 @@ class Ownership(RuleBasedStateMachine):
     @invariant()
     def books_are_right(self):
         self._follow_stopped()
+        self._landed_early()
         self.memory.check_integrity()
         present = {each for request in self.live + self.retired + self.stopped for each in request.sequences}
         present -= {each for each in present if not each.capacity}
@@ -396,8 +432,9 @@ class Ownership(RuleBasedStateMachine):
         alone = all(len(request.sequences) == 1 for request in self.live + self.retired)
         if alone and not self.memory.blocks_saved:
             waste = [max(0, each.capacity - each.final_tokens) for each in present]
-            assert usage.internal == sum(waste)
-            held = sum(each.capacity for each in present)
+            in_flight = len(self.flying) * self.memory.block_size
+            assert usage.internal == sum(waste) + in_flight
+            held = in_flight + sum(each.capacity for each in present)
             assert usage.reserved == held - usage.internal - usage.token_states
 
     @invariant()
@@ -428,6 +465,7 @@ class Ownership(RuleBasedStateMachine):
             for sequence in list(request.sequences):
                 self.memory.free(sequence)
                 request.sequences.remove(sequence)
+        self.memory.land(FOREVER - 1)
         self.memory.check_integrity()
         assert not self.memory.sequences
         assert self.memory.usage() == self.empty_usage
@@ -437,6 +475,14 @@ class Ownership(RuleBasedStateMachine):
 @pytest.mark.parametrize(("kind", "fields"), CASES)
 def test_ownership(kind, fields):
     machine = type("Machine", (Ownership,), {"kind": kind, "fields": fields})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None)
+    )
+
+
+@pytest.mark.parametrize("fields", SETTINGS["paged"])
+def test_ownership_with_blocks_in_flight(fields):
+    machine = type("Machine", (Ownership,), {"kind": "paged", "fields": fields, "flies": True})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None)
     )

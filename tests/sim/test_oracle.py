@@ -86,11 +86,13 @@ def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
     return memory, scheduler[scheduler_kind](memory, **fields)
 
 
-def both(workload: Given, allocator_name: str, scheduler_kind: str, clock: str, slots: int, **fields):
+def both(
+    workload: Given, allocator_name: str, scheduler_kind: str, clock: str, slots: int, link=None, **fields
+):
     tables = {"requests": [], "steps": [], "memory": []}
     recorder = Recorder(lambda table, columns: tables[table].append(columns))
     memory, policy = build(allocator_name, scheduler_kind, slots, **fields)
-    transfers = Transfers(MODEL, DEVICE, memory.block_size)
+    transfers = Transfers(MODEL, DEVICE, memory.block_size, **(link or {}))
     summary = simulate(
         workload,
         scheduler=policy,
@@ -239,3 +241,36 @@ def test_groups_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, bu
     fields = {"max_num_batched_tokens": budget, "preemption": preemption, **CHUNKED[scheduler_kind]}
     workload = Given(rows, beams=(turnover, 1))
     assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
+
+
+BESIDE = {
+    "ahead": {},
+    "awaited": {"prefetch": False},
+    "layer by layer": {"layer_wise": True},
+    "awaited layer by layer": {"prefetch": False, "layer_wise": True},
+}
+
+
+@pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
+@pytest.mark.parametrize("beside", BESIDE)
+@settings(max_examples=15)
+@given(
+    rows=st.lists(st.one_of(single, group), min_size=2, max_size=10),
+    memory=st.sampled_from(["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]),
+    slots=st.sampled_from([64, 96, 150, 400]),
+    clock=st.sampled_from(["fixed", "roofline"]),
+    bandwidth=st.sampled_from([1e-4, 1e-3, 1e-2]),  # a block of four slots takes 10, 1 or 0.1 ms
+    budget=st.sampled_from([None, 9, 40]),
+    max_num_seqs=st.sampled_from([4, 32]),
+    preemption=st.sampled_from(["swap", "swap", "hybrid", "partial"]),
+    who=st.sampled_from(["latest", "earliest", "cheapest_to_recover"]),
+)
+def test_swaps_beside_the_computation(
+    scheduler_kind, beside, rows, memory, slots, clock, bandwidth, budget, max_num_seqs, preemption, who
+):
+    fields = {"preemption": preemption, "victim": who, "max_num_seqs": max_num_seqs}
+    if budget and scheduler_kind in CHUNKED:
+        fields |= {"max_num_batched_tokens": budget, **CHUNKED[scheduler_kind]}
+    link = {"asynchronous": True, "host_bandwidth_gb_per_s": bandwidth, **BESIDE[beside]}
+    workload = Given(rows, beams=(0.1, 1))
+    assert_equal(*both(workload, memory, scheduler_kind, clock, slots, link, **fields))

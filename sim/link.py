@@ -1,0 +1,58 @@
+"""The host link as swaps see it: copies in each direction one after the other, beside the computation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sim.timing.transfers import Transfers
+
+
+class Link:
+    """First in, first out in each direction, so that the end of a copy is known when it is submitted (ns).
+
+    It does what a `simpy.Resource` of capacity one per direction would, without an event for each copy. `now` is
+    the instant of the plan that submits, `awaited` the end of the last copy that the planned step has to wait for,
+    `busy_time` all copies together; `out_free_at` and `in_free_at` say when a direction has nothing left to do.
+    """
+
+    __slots__ = ("awaited", "busy_time", "in_free_at", "now", "out_free_at", "transfers")
+
+    def __init__(self, transfers: Transfers) -> None:
+        self.transfers = transfers
+        self.now = 0
+        self.awaited = 0
+        self.out_free_at = 0
+        self.in_free_at = 0
+        self.busy_time = 0
+
+    def submit_out(self, blocks: int) -> list[int]:
+        """Copy blocks to the host behind all that go there; the end of each block's copy."""
+        start = max(self.now, self.out_free_at)
+        seconds = self.transfers.swap_seconds
+        ends = [start + round(seconds(block, 0) * 1e9) for block in range(1, blocks + 1)]
+        if ends:
+            self.out_free_at = ends[-1]
+            self.busy_time += ends[-1] - start
+        return ends
+
+    def submit_in(self, blocks: int, after: int = 0) -> int:
+        """Copy blocks back, not before they have all arrived on the host (`after`); the end of the copy."""
+        start = max(self.now, self.in_free_at, after)
+        duration = round(self.transfers.swap_seconds(0, blocks) * 1e9)
+        self.in_free_at = start + duration
+        self.busy_time += duration
+        return self.in_free_at
+
+    def queue_seconds(self) -> float:
+        """How long copies submitted now would wait for others, both directions together."""
+        return (max(0, self.out_free_at - self.now) + max(0, self.in_free_at - self.now)) / 1e9
+
+    def stall(self, start: int, duration: int) -> int:
+        """What a step that computes for `duration` and could begin at `start` waits for its copies (ns).
+
+        Layer by layer a step computes what is there while the rest arrives: only what exceeds the computation of
+        all layers but the last is waited for.
+        """
+        layers = self.transfers.overlapping_layers
+        return max(0, self.awaited - start - duration * (layers - 1) // layers)

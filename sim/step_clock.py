@@ -1,0 +1,54 @@
+"""How long steps last: computing, moving blocks, waiting for copies; and what of it preemptions cost."""
+
+from __future__ import annotations
+
+from sim.link import Link
+from sim.step import Step
+from sim.timing.base import StepTime
+from sim.timing.transfers import Transfers
+
+
+class StepClock:
+    """The duration of every step, and the sums behind the summary's figures of preemption (times in ns).
+
+    `recompute_time` is what computing lost tokens again added to steps, `stall_time` how long computing stood still
+    for swaps.
+    """
+
+    def __init__(self, timing: StepTime, transfers: Transfers, link: Link | None) -> None:
+        self.timing = timing
+        self.transfers = transfers
+        self.link = link
+        self.preemptions = 0
+        self.copied_blocks = 0
+        self.swapped_out_blocks = 0
+        self.swapped_in_blocks = 0
+        self.recompute_time = 0
+        self.stall_time = 0
+
+    @property
+    def transfer_time(self) -> int:
+        """How long swaps kept the link busy, both directions together."""
+        return self.stall_time if self.link is None else self.link.busy_time
+
+    def duration(self, step: Step, start: int) -> int:
+        """Time (ns) of a step that could begin at `start`."""
+        seconds = self.timing.seconds(step)
+        if step.recomputed:
+            rest = step.without_recomputed()
+            added = seconds if rest.empty else seconds - self.timing.seconds(rest)
+            self.recompute_time += round(added * 1e9)
+        if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
+            seconds += self.transfers.seconds(step)
+            self.copied_blocks += step.copied_blocks
+            self.swapped_out_blocks += step.swapped_out_blocks
+            self.swapped_in_blocks += step.swapped_in_blocks
+            if self.link is None:
+                out, back = step.swapped_out_blocks, step.swapped_in_blocks
+                self.stall_time += round(self.transfers.swap_seconds(out, back) * 1e9)
+        duration = round(seconds * 1e9) or 1
+        if self.link is None:
+            return duration
+        stall = self.link.stall(start, duration)
+        self.stall_time += stall
+        return duration + stall
