@@ -23,6 +23,7 @@ _ORDER = (
     "request_rate",
     "running_batch",
     "block_size",
+    "recovery",
     "sweep_",
     "latency",
 )
@@ -91,7 +92,7 @@ def _place(path: Path) -> tuple[int, str]:
 
 def _drawings(experiment: Experiment) -> Iterator[tuple[str, Drawing]]:
     """File name and drawing of every figure that the results give."""
-    from experiments import plots_rate, plots_requests, plots_shares, plots_sweep, plots_time
+    from experiments import plots_rate, plots_recovery, plots_requests, plots_shares, plots_sweep, plots_time
 
     others = [axis for axis in experiment.axes if axis not in (experiment.rate, BLOCK_SIZE)]
     makers: list[tuple[str, Callable[[], Drawing | None]]] = [
@@ -100,6 +101,7 @@ def _drawings(experiment: Experiment) -> Iterator[tuple[str, Drawing]]:
         ("request_rate", lambda: plots_rate.request_rate(experiment)),
         ("running_batch", lambda: plots_time.running_batch(experiment)),
         ("block_size", lambda: plots_sweep.block_size(experiment)),
+        ("recovery", lambda: plots_recovery.recovery(experiment)),
         *(
             (f"sweep_{_file_name(axis)}", lambda axis=axis: plots_sweep.sweep(experiment, axis))
             for axis in others

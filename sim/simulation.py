@@ -127,6 +127,7 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "recompute_s": clock.recompute_time / 1e9,
         "swap_transfer_s": clock.transfer_time / 1e9,
         "swap_stall_s": clock.stall_time / 1e9,
+        "recovery_s": (clock.recompute_time + clock.stall_time) / 1e9,
         "prefix_hit_tokens": requests.hit_tokens,
         "prefix_hit_rate": requests.hit_tokens / prompts if prompts else 0.0,
         "blocks_saved_share": memory.saved * engine.allocator.block_size / unshared if unshared else 0.0,

@@ -93,6 +93,10 @@ def write_run(folder: Path, config: dict[str, Any], replication: int, sweep: Swe
     """One run: manifest, tables, summary, which is returned."""
     folder.mkdir(parents=True)
     tables, summary = _queue(config, replication)
+    if config["scheduler"].get("preemption") in ("swap", "recompute"):
+        swaps = config["scheduler"]["preemption"] == "swap"
+        cost = 64.0 / config["allocator"].get("block_size", 16) if swaps else 2.0
+        summary |= {"recovery_s": cost, "swap_transfer_s": cost * swaps, "swap_stall_s": cost * swaps}
     manifest = {
         "name": config["name"],
         "run_id": folder.name,
@@ -238,6 +242,7 @@ def _summary(
         "mean_running": float((np.array(steps["running"])[low : high + 1] * span).sum() / span.sum()),
         "max_running": max(steps["running"]), "max_waiting": max(steps["waiting"]), "preemptions": 0,
         "recomputed_tokens": 0, "swapped_out_blocks": 0, "swapped_in_blocks": 0, "copied_blocks": 0,
+        "recompute_s": 0.0, "swap_transfer_s": 0.0, "swap_stall_s": 0.0, "recovery_s": 0.0,
         "prefix_hit_tokens": 0, "prefix_hit_rate": 0.0, "blocks_saved_share": 0.0, **share,
         "probe_steps": 0, "probe_max_error": None, "wall_s": 1.5, "cpu_s": 1.4,
     }  # fmt: skip

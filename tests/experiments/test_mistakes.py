@@ -143,6 +143,7 @@ def named(line: str) -> str:
         "MODELS": hardware.model.kinds,
         "FORKING": [kind for kind in allocator if allocator[kind].can_fork],
         "SWAPPING": [kind for kind in allocator if allocator[kind].can_swap],
+        "STOPPING": [kind for kind in allocator if allocator[kind].can_stop],
     }
     for word, known in names.items():
         line = line.replace(word, listed(known))
@@ -180,6 +181,48 @@ def test_an_option_without_meaning_is_refused_if_written(write: Write, kvsim: Kv
         )
     ]
     assert kvsim("check", "small.yaml", "--set", "allocator=contiguous").code == 0
+
+
+SWAPS = {
+    (
+        "allocator=prefix",
+        "scheduler.preemption=hybrid",
+    ): "--set:2:22: scheduler.preemption: allocator prefix cannot "
+    "swap, got 'hybrid', expected recompute, or an allocator that swaps (SWAPPING)",
+    (
+        "allocator=prefix",
+        "scheduler.preemption=partial",
+    ): "--set:2:22: scheduler.preemption: allocator prefix cannot "
+    "take a part of what a sequence holds, got 'partial', expected recompute, or an allocator that does (STOPPING)",
+    (
+        "allocator=contiguous",
+        "scheduler.preemption=partial",
+    ): "--set:2:22: scheduler.preemption: has no meaning with "
+    "allocator contiguous: nobody outgrows a reservation",
+    ("allocator.num_host_blocks=0", "scheduler.preemption=hybrid"): "--set:1:27: allocator.num_host_blocks: "
+    "preemption is set to hybrid: requests are swapped when memory runs out, which needs a host pool",
+    (
+        "allocator=prefix",
+        "transfers.asynchronous=true",
+    ): "--set:2:24: transfers.asynchronous: allocator prefix "
+    "cannot swap, got true, expected false, or an allocator that swaps (SWAPPING)",
+    (
+        "allocator.num_host_blocks=0",
+        "transfers.asynchronous=true",
+    ): "--set:2:24: transfers.asynchronous: nothing can be swapped without a host pool (num_host_blocks: 0)",
+    ("transfers.layer_wise=true",): "--set:1:22: transfers.layer_wise: has no meaning where swaps are not "
+    "asynchronous",
+    (
+        "transfers.prefetch=false",
+    ): "--set:1:20: transfers.prefetch: has no meaning where swaps are not asynchronous",
+}
+
+
+@pytest.mark.parametrize("settings", SWAPS)
+def test_ways_to_recover_that_contradict_the_memory_are_refused(settings, write: Write, kvsim: Kvsim) -> None:
+    written = [part for setting in settings for part in ("--set", setting)]
+    refused = kvsim("check", "small.yaml", *written)
+    assert (refused.code, refused.lines) == (2, [named(SWAPS[settings])])
 
 
 def test_all_mistakes_are_told_at_once_in_order_of_place(write: Write, kvsim: Kvsim) -> None:

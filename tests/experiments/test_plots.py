@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from experiments import plots, plots_style
+from experiments import plots, plots_recovery, plots_style
 from experiments.plots import draw, stored_plots
 from experiments.plots_rate import Saturation, saturation
 from experiments.plots_reading import read_experiment
 from experiments.plots_results import Case, spread
+from experiments.plots_series import Mean
 from experiments.plots_shares import apart
 from sim.errors import UserError
 from tests.experiments.fake_results import CONTIGUOUS, ORCA, PAGED, QUICKSTART, VLLM, Sweep, write_results
@@ -39,6 +40,9 @@ SWEEPS = {
         {"allocator": [PAGED, CONTIGUOUS], "scheduler": [VLLM, VLLM | {"preemption": "swap"}, ORCA]},
         requests=10,
     ),
+    "ways to recover": Sweep(
+        {}, {"allocator.block_size": [4, 16, 64], "scheduler.preemption": ["recompute", "swap"]}, requests=10
+    ),
     "one run": Sweep(requests=25),
 }
 EXPECTED = {
@@ -49,6 +53,7 @@ EXPECTED = {
     "another number": OVER_TIME | {"sweep_timing_step_overhead_ms"},
     "numbers zipped": OVER_TIME | {"sweep_num_blocks"},
     "long names": OVER_TIME,
+    "ways to recover": OVER_TIME | {"block_size", "recovery"},
     "one run": OVER_TIME,
 }
 
@@ -72,6 +77,18 @@ def test_the_sweep_decides_what_is_drawn_and_nothing_is_cut_off(made: dict[str, 
             assert "nan" not in drawing.caption
             assert drawing.figure.get_figwidth() in (3.5, 7.0)
             check_words(drawing.figure, stem)
+
+
+def test_the_caption_tells_where_swapping_begins_to_cost_less(made: dict[str, Path]) -> None:
+    """Swapping costs 64 s over the block size, computing again 2 s: over the logarithm they cross at 16 * 4^(2/3)."""
+    with plots_style.style():
+        drawing = plots_recovery.recovery(read_experiment(made["ways to recover"]))
+    assert drawing is not None
+    assert "recompute costs less than vllm_v0 swap below 40.3, more above" in drawing.caption
+    flat = {place: Mean(5.0, 0.0) for place in (1.0, 2.0, 3.0)}
+    steep = {1.0: Mean(8.0, 0.0), 2.0: Mean(4.0, 0.0), 3.0: Mean(4.5, 0.0)}
+    assert plots_recovery.crossings(flat, steep, doubled=False) == [1.75]
+    assert plots_recovery.crossings(flat, flat, doubled=False) == []
 
 
 def test_figures_are_stored_twice_with_their_captions(made: dict[str, Path]) -> None:

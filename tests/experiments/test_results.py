@@ -45,6 +45,7 @@ SUMMARY = [
     "recompute_s",
     "swap_transfer_s",
     "swap_stall_s",
+    "recovery_s",
     "prefix_hit_tokens",
     "prefix_hit_rate",
     "blocks_saved_share",

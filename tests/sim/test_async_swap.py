@@ -108,10 +108,8 @@ def test_layer_by_layer_a_step_computes_what_is_there():
 
 def test_where_nobody_can_run_the_engine_waits_for_the_link():
     told = story(2.0)
-    steps = [
-        time + duration for time, duration in zip(*(told.column("steps", c) for c in ("time", "duration")))
-    ]
-    begun = told.column("steps", "time")
+    begun, lasted = told.column("steps", "time"), told.column("steps", "duration")
+    steps = [time + duration for time, duration in zip(begun, lasted, strict=True)]
     gap = [(end, begin) for end, begin in zip(steps, begun[1:], strict=False) if begin > end]
     assert gap == [(17, 23)]  # three blocks come back, and there is no step meanwhile
     at = told.column("memory", "time").index(17)
