@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attention.functional import paged_attention, write
 from attention.plain import plain_attention
+from attention.swap.quantization import Quantization
 from sim.errors import UserError
 from sim.identity import UNWRITTEN, Ints
 
@@ -28,13 +30,16 @@ class Window:
 
     `blocks` [num_blocks] are entries of the block table, `found` [num_blocks, block_size] the identities that
     the ledger has in them, `wanted` [num_tokens] those of the sequence's history. Windows that were seen at the
-    same time have the same `layer`.
+    same time have the same `layer`. Where swaps are quantised, `quantized` says of which slots the ledger knows that
+    they hold less precise K and V, [num_blocks, block_size], and how many of the tokens at the beginning are expected
+    to be so.
     """
 
     blocks: Ints
     found: Ints
     wanted: Ints
     layer: int = 0
+    quantized: tuple[NDArray[np.bool_], int] | None = None
 
 
 @functools.cache
@@ -54,9 +59,20 @@ class Comparison:
 
     The K and V of a token are rows of a fixed random table, looked up by the token's identity; a slot that is
     unwritten holds no numbers. Attention runs in float32, what it is compared with in float64.
+
+    Where swaps are quantised, tokens that were swapped have the K and V that a round trip leaves of theirs, on both
+    sides of the comparison; `distance` is the largest difference from attention over what they were before, None
+    where no window has such tokens.
     """
 
-    def __init__(self, num_layers: int, num_blocks: int, block_size: int, device: str = "auto") -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        device: str = "auto",
+        quantization: str | None = None,
+    ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._num_blocks = num_blocks
@@ -72,6 +88,13 @@ class Comparison:
                 f"probe.device: got {device!r}, expected auto or a device of torch: {reason}"
             ) from None
         self._q, self._k, self._v = random_rows()
+        self.distance: float | None = None
+        if quantization is not None:  # rows as they are, then rows after a round trip
+            trip = Quantization.named(quantization)
+            self._k, self._v = (
+                torch.cat([row, trip.dequantize(trip.quantize(row), HEAD_DIM, row.dtype)])
+                for row in (self._k, self._v)
+            )
 
     def errors(self, windows: Ordered[Window]) -> list[float]:
         """The largest difference in each window, for the query of its last token; not a number if it reads none."""
@@ -88,8 +111,14 @@ class Comparison:
         tables = np.full((len(windows), max(map(len, tables_of))), -1)
         for index, blocks in enumerate(tables_of):
             tables[index, : len(blocks)] = blocks
-        rows = [torch.from_numpy(window.wanted % NUM_ROWS) for window in windows]
-        queries = torch.stack([self._q[row[-1]] for row in rows])
+        whole = [torch.from_numpy(window.wanted % NUM_ROWS) for window in windows]
+        rows = [
+            row
+            if window.quantized is None
+            else row + NUM_ROWS * (torch.arange(len(row)) < window.quantized[1])
+            for row, window in zip(whole, windows, strict=True)
+        ]
+        queries = torch.stack([self._q[row[-1]] for row in whole])
         out = paged_attention(
             queries.to(self.device),
             self.k_cache,
@@ -104,6 +133,12 @@ class Comparison:
                 query[None].double(), self._k[row].double(), self._v[row].double(), scale
             )
             errors.append(float((got - plain[0]).abs().max()))
+        for window, got, query, row in zip(windows, out, queries, whole, strict=True):
+            if window.quantized is not None and window.quantized[1] > 0:
+                plain, _ = plain_attention(
+                    query[None].double(), self._k[row].double(), self._v[row].double(), scale
+                )
+                self.distance = max(self.distance or 0.0, float((got - plain[0]).abs().max()))
         return errors
 
     def _fill(self, windows: Ordered[Window], tables: list[Ints]) -> None:
@@ -113,6 +148,12 @@ class Comparison:
         block_size = self.k_cache.shape[1]
         slots = torch.from_numpy((blocks[:, None] * block_size + np.arange(block_size)).reshape(-1))
         empty = (found == UNWRITTEN)[:, None, None]
-        k = self._k[found % NUM_ROWS].masked_fill(empty, math.nan).to(self.device)
-        v = self._v[found % NUM_ROWS].masked_fill(empty, math.nan).to(self.device)
+        rows = found % NUM_ROWS
+        if windows[0].quantized is not None:
+            flags = np.concatenate(
+                [window.quantized[0] for window in windows if window.quantized is not None]
+            )
+            rows = rows + NUM_ROWS * torch.from_numpy(flags[first].reshape(-1))
+        k = self._k[rows].masked_fill(empty, math.nan).to(self.device)
+        v = self._v[rows].masked_fill(empty, math.nan).to(self.device)
         write(k, v, self.k_cache, self.v_cache, slots.to(self.device), check=False)

@@ -118,6 +118,8 @@ class AttentionProbe:
             "probe_steps": self.num_samples,
             "probe_max_error": self.max_error,
         }
+        if self._comparison is not None and self.audit.ledger.allocator.quantization is not None:
+            told["quantization_max_error"] = self._comparison.distance
         return told | (self._recalibration.figures() if self._recalibration is not None else {})
 
     def _measure(self, model: Model, sequences: Ordered[Sequence]) -> None:
@@ -175,11 +177,17 @@ class AttentionProbe:
         else:
             blocks = ledger.allocator.slots(sequence)[begin:end:size] // size
         found, wanted = ledger.device.rows[blocks], ledger.contents(sequence)[begin:end]
-        return Window(blocks, found, wanted, self._layer)
+        quantized = None
+        if ledger.allocator.quantization is not None:
+            quantized = ledger.device.quantized[blocks], ledger.live[sequence].quantized - begin
+        return Window(blocks, found, wanted, self._layer, quantized)
 
     def _errors(self, windows: list[Window]) -> list[float]:
         if self._comparison is None:
             from attention.comparison import Comparison
 
-            self._comparison = Comparison(LAYERS, *self.audit.ledger.device.rows.shape, self.device)
+            quantization = self.audit.ledger.allocator.quantization
+            self._comparison = Comparison(
+                LAYERS, *self.audit.ledger.device.rows.shape, self.device, quantization
+            )
         return self._comparison.errors(windows)

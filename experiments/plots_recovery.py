@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from experiments.plots_series import Mean
 
 COST = Merit("recovery_s", "Cost of preemption", "s", log=True)
-PARTS = (Merit("swap_transfer_s", "Swaps on the link", "s", log=True), LATENCY)
+LINK = Merit("swap_transfer_s", "Swaps on the link", "s", log=True)
+ERROR = Merit("quantization_max_error", "Error of attention", "absolute", log=True)
 
 
 def recovery(experiment: Experiment) -> Drawing | None:
-    """Seconds that preemptions cost, seconds on the link, and latency; where policies swap or do not."""
+    """Seconds that preemptions cost, seconds on the link, and latency, or the error where swaps are quantised."""
     axis = BLOCK_SIZE if BLOCK_SIZE in experiment.axes else next(iter(experiment.axes), None)
     if axis is None or len(experiment.policies) < 2:
         return None
@@ -29,9 +30,10 @@ def recovery(experiment: Experiment) -> Drawing | None:
         return None
     figure = new_figure(PAGE, 2.4)
     panels = figure.subplots(1, 3)
+    quantized = any(points(case, axis, ERROR) for case in series)
     handles = merit_lines(panels[0], experiment, axis, COST)
-    for axes, merit in zip(panels[1:], PARTS, strict=True):
-        merit_lines(axes, experiment, axis, merit)
+    merit_lines(panels[1], experiment, axis, LINK)
+    merit_lines(panels[2], experiment, axis, ERROR if quantized else LATENCY)
     upper_legend(figure, handles, PAGE)
     name, _ = axis_name(axis)
     return Drawing(
@@ -41,6 +43,9 @@ def recovery(experiment: Experiment) -> Drawing | None:
             f"Seconds that swaps held computing up and that computing again added, against {lowered(name)} "
             f"{experiment.held(axis)}".rstrip(),
             *_crossings(experiment, series, axis),
+            "the error is the largest against attention over what was not quantised, of values of unit variance"
+            if quantized
+            else "",
             "intervals hold 95 %, over replications" if experiment.replicated else "",
         ),
     )

@@ -164,6 +164,8 @@ class Audit:
 
     def _compare(self, layout: Layout, contents: Ints, tier: Tier) -> None:
         """Every slot holds its sequence's own token."""
+        if self.ledger.allocator.quantization is not None:
+            self._compare_precision(layout, tier)
         found = tier.slots[layout.slots]
         wrong = np.flatnonzero(found != contents)
         if len(wrong):
@@ -171,6 +173,18 @@ class Audit:
             raise self.ledger.error(
                 f"{layout.told(at, tier.name)}: expected its own content ({contents[at]:#x}), "
                 f"found {self.ledger.told(int(found[at]))}"
+            )
+
+    def _compare_precision(self, layout: Layout, tier: Tier) -> None:
+        """What was swapped at a lower precision has that, and nothing else has."""
+        found, expected = tier.quantized.reshape(-1)[layout.slots], self.ledger.quantized(layout)
+        wrong = np.flatnonzero(found != expected)
+        if len(wrong):
+            at = int(wrong[0])
+            own, swapped = "the cache's own", self.ledger.allocator.quantization
+            names = (swapped, own) if expected[at] else (own, swapped)
+            raise self.ledger.error(
+                f"{layout.told(at, tier.name)}: expected precision {names[0]}, found {names[1]}"
             )
 
     def _check_disjoint(self, sequences: Ordered[Sequence]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Ordered
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sim.allocators.base import Allocator
 from sim.errors import ProbeError
@@ -20,14 +21,18 @@ FEW = 12
 
 
 class Written:
-    """How far a sequence is entered: its history, the tokens in slots, and the sum of their keys."""
+    """How far a sequence is entered: its history, the tokens in slots, and the sum of their keys.
 
-    __slots__ = ("history", "tokens", "total")
+    Its first `quantized` tokens have been swapped out and back at a lower precision.
+    """
+
+    __slots__ = ("history", "quantized", "tokens", "total")
 
     def __init__(self, history: History, tokens: int = 0, total: int = 0) -> None:
         self.history = history
         self.tokens = tokens
         self.total = total
+        self.quantized = 0
 
 
 class Ledger:
@@ -99,6 +104,7 @@ class Ledger:
         written = self.live[parent]
         history = written.history.fork(child.request, child.branch, written.tokens)
         self.live[child] = Written(history, written.tokens, written.total)
+        self.live[child].quantized = written.quantized
         self._forked[child] = history
 
     def copy(self, source: int, target: int) -> None:
@@ -110,14 +116,21 @@ class Ledger:
         self.changed.add(target)
         self._note("copy")
         device.rows[target] = device.rows[source]
+        device.quantized[target] = device.quantized[source]
 
-    def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
-        """The targets hold what the sources on the other tier hold."""
+    def swap(self, tier: str, pairs: Ordered[tuple[int, int]], sequences: Ordered[Sequence] = ()) -> None:
+        """The targets hold what the sources on the other tier hold, at the precision of swaps."""
         (other,) = (place for name, place in self.tiers.items() if name != tier)
         other.reset()
         self.tiers[tier].reset()
         moves = np.array(pairs, np.int64).reshape(-1, 2)
         self.tiers[tier].rows[moves[:, 1]] = other.rows[moves[:, 0]]
+        self.tiers[tier].quantized[moves[:, 1]] = other.quantized[moves[:, 0]]
+        if self.allocator.quantization is not None and tier != "device":
+            self.tiers[tier].quantized[moves[:, 1]] = True
+            for sequence in sequences:
+                written = self._state(sequence)
+                written.quantized = written.tokens
         if tier == "device":
             self.changed.update(moves[:, 1].tolist())
         self._note("swap")
@@ -133,6 +146,7 @@ class Ledger:
         written = self.live.get(sequence)
         if written is not None and written.tokens > sequence.num_tokens:
             written.tokens = sequence.num_tokens
+            written.quantized = min(written.quantized, written.tokens)
             _, written.total = written.history.identities(0, written.tokens)
 
     def end(self, sequence: Sequence) -> None:
@@ -153,6 +167,11 @@ class Ledger:
     def contents(self, sequence: Sequence) -> Ints:
         """Identities of the sequence's tokens by its history, shape [num_tokens]."""
         return self._state(sequence).history.identities(0, sequence.num_tokens)[0]
+
+    def quantized(self, layout: Layout) -> NDArray[np.bool_]:
+        """Which of the layout's tokens have lost precision by a swap, by what became of their sequences."""
+        lengths = [self._state(sequence).quantized for sequence in layout.sequences]
+        return layout.positions < np.repeat(lengths, layout.lengths)
 
     def layout(self, sequences: list[Sequence]) -> Layout:
         """Where the sequences' tokens are on the device, checked against their block tables."""
@@ -186,6 +205,8 @@ class Ledger:
                 at = int(clashes[0])
                 raise self._clash(told(at), int(found[at]))
         self.device.slots[slots] = contents
+        if self.allocator.quantization is not None:
+            self.device.quantized.reshape(-1)[slots] = False
 
     def _clash(self, what: str, found: int) -> ProbeError:
         return self.error(f"{what} is written over {self.told(found)}")
@@ -223,6 +244,8 @@ class Ledger:
                     slot = blocks[index - first] * size + offset
                     raise self._clash(f"{sequence}, token {position}, device slot {slot}", found)
                 row[offset] = wanted
+                if self.allocator.quantization is not None:
+                    self.device.quantized[blocks[index - first], offset] = False
         written.tokens = end
 
     def _state(self, sequence: Sequence) -> Written:

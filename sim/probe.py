@@ -37,8 +37,8 @@ class Witness(Protocol):
     def copy(self, source: int, target: int) -> None:
         """A device block is copied before a write (copy-on-write)."""
 
-    def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
-        """Blocks move to `tier`; (source, target) each, the source on the other tier."""
+    def swap(self, tier: str, pairs: Ordered[tuple[int, int]], sequences: Ordered[Sequence] = ()) -> None:
+        """Blocks of these sequences move to `tier`; (source, target) each, the source on the other tier."""
 
     def cut(self, sequence: Sequence) -> None:
         """The sequence lost its tokens from `num_tokens` on, and will write them again."""

@@ -125,7 +125,10 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "swapped_in_blocks": clock.swapped_in_blocks,
         "copied_blocks": clock.copied_blocks,
         "recompute_s": clock.recompute_time / 1e9,
-        "swap_transfer_s": clock.transfer_time / 1e9,
+        "swapped_gb": (clock.swapped_out_blocks + clock.swapped_in_blocks)
+        * clock.transfers.swapped_bytes
+        / 1e9,
+        "swap_transfer_s": (clock.transfer_time if clock.link is None else clock.link.busy_time) / 1e9,
         "swap_stall_s": clock.stall_time / 1e9,
         "recovery_s": (clock.recompute_time + clock.stall_time) / 1e9,
         "prefix_hit_tokens": requests.hit_tokens,

@@ -12,7 +12,7 @@ class StepClock:
     """The duration of every step, and the sums behind the summary's figures of preemption (times in ns).
 
     `recompute_time` is what computing lost tokens again added to steps, `stall_time` how long computing stood still
-    for swaps.
+    for swaps, `transfer_time` how long synchronous ones took on the link.
     """
 
     def __init__(self, timing: StepTime, transfers: Transfers, link: Link | None) -> None:
@@ -25,11 +25,7 @@ class StepClock:
         self.swapped_in_blocks = 0
         self.recompute_time = 0
         self.stall_time = 0
-
-    @property
-    def transfer_time(self) -> int:
-        """How long swaps kept the link busy, both directions together."""
-        return self.stall_time if self.link is None else self.link.busy_time
+        self.transfer_time = 0
 
     def duration(self, step: Step, start: int) -> int:
         """Time (ns) of a step that could begin at `start`."""
@@ -43,9 +39,11 @@ class StepClock:
             self.copied_blocks += step.copied_blocks
             self.swapped_out_blocks += step.swapped_out_blocks
             self.swapped_in_blocks += step.swapped_in_blocks
-            if self.link is None:
-                out, back = step.swapped_out_blocks, step.swapped_in_blocks
-                self.stall_time += round(self.transfers.swap_seconds(out, back) * 1e9)
+            out, back = step.swapped_out_blocks, step.swapped_in_blocks
+            quantizing = (out + back) * self.transfers.quantize_block
+            swapping = 0.0 if self.link is not None else self.transfers.swap_seconds(out, back)
+            self.stall_time += round((quantizing + swapping) * 1e9)
+            self.transfer_time += round(swapping * 1e9)
         duration = round(seconds * 1e9) or 1
         if self.link is None:
             return duration

@@ -12,11 +12,12 @@ from sim.identity import UNWRITTEN, Ints
 class Tier:
     """What every slot of a memory holds, as the identity of the last write.
 
-    `slots` [num_slots] and `rows` [num_blocks, block_size] are views of the same identities. The pool flags in
+    `slots` [num_slots] and `rows` [num_blocks, block_size] are views of the same identities; `quantized`, of the
+    same shape as `rows`, says what has lost precision by a swap. The pool flags in
     `fresh` what it hands out; those blocks become UNWRITTEN together.
     """
 
-    __slots__ = ("_flags", "block_size", "fresh", "name", "pool", "rows", "slots")
+    __slots__ = ("_flags", "block_size", "fresh", "name", "pool", "quantized", "rows", "slots")
 
     def __init__(self, name: str, num_blocks: int, block_size: int, pool: BlockPool | None = None) -> None:
         self.name = name
@@ -24,6 +25,7 @@ class Tier:
         self.pool = pool
         self.slots: Ints = np.full(num_blocks * block_size, UNWRITTEN, np.int64)
         self.rows = self.slots.reshape(num_blocks, block_size)
+        self.quantized = np.zeros((num_blocks, block_size), np.bool_)
         self.fresh = bytearray(num_blocks)
         self._flags = np.frombuffer(self.fresh, np.bool_)
         if pool is not None:
@@ -34,6 +36,7 @@ class Tier:
         fresh = np.flatnonzero(self._flags)
         if len(fresh):
             self.rows[fresh] = UNWRITTEN
+            self.quantized[fresh] = False
             self._flags[fresh] = False
 
     def held(self) -> NDArray[np.bool_]:

@@ -92,6 +92,8 @@ class Allocator(ABC):
     keeps_freed: bool = False
     """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
     probe: Witness | None = None
+    quantization: str | None = None
+    """Precision of what is swapped out, where that is not the cache's own."""
     link: Link | None = None
     """Where swaps take their time beside the computation; without one they are over at once."""
 

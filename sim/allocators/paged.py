@@ -277,7 +277,7 @@ class PagedAllocator(Allocator):
             self._make_room(len(distinct))
         places = dict(zip(distinct, target.take(len(distinct)), strict=True))
         if self.probe is not None:
-            self.probe.swap(target.tier, list(places.items()))
+            self.probe.swap(target.tier, list(places.items()), request.sequences)
         if self.link is not None:
             source.share(distinct)  # the copy's own reference
         taken: set[int] = set()

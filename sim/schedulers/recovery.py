@@ -41,6 +41,7 @@ class Recovery:
     def price(self, timing: StepTime, transfers: Transfers) -> None:
         """Take the costs of a run, and open its link; to be called before its first step."""
         self._timing, self._transfers = timing, transfers
+        self._queues.allocator.quantization = transfers.quantization
         if transfers.asynchronous:
             self._queues.allocator.link = Link(transfers)
 
@@ -67,6 +68,7 @@ class Recovery:
         allocator = self._queues.allocator
         blocks = allocator.swap_blocks(request)
         copies = self._transfers.swap_seconds(blocks, 0) + self._transfers.swap_seconds(0, blocks)
+        copies += 2 * blocks * self._transfers.quantize_block
         return copies if allocator.link is None else copies + allocator.link.queue_seconds()
 
     def recompute_seconds(self, request: Request) -> float:

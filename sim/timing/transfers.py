@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from sim.errors import UserError
 from sim.hardware import Device, Model
 from sim.registry import InFile, NonNegativeFloat, PositiveFloat, PositiveInt
 from sim.step import Step
 from sim.timing.profile import S_PER_BYTE, US, MoveCost, Profile
+
+Quantization = Literal["int8", "fp8", "int4"]
 
 
 class Transfers:
@@ -30,6 +32,7 @@ class Transfers:
         prefetch: Whether asynchronous swap-ins run ahead, their sequences join when all is there; otherwise the next
             step waits for them.
         layer_wise: Whether a step that waits for copies computes the layers that are there meanwhile.
+        quantization: Precision of swapped blocks, with a scale for each token and head; by default that of the cache.
         profile: What copies and swaps took on a measured device, in place of all of the above: the name of a
             shipped profile, or a file of kvsim calibrate.
     """
@@ -46,6 +49,7 @@ class Transfers:
         asynchronous: bool = False,
         prefetch: bool = True,
         layer_wise: bool = False,
+        quantization: Quantization | None = None,
         profile: Annotated[Profile, InFile("profiles")] | None = None,
     ) -> None:
         self.asynchronous = asynchronous
@@ -56,35 +60,46 @@ class Transfers:
                 raise UserError("transfers.layer_wise needs a model: name one, for example opt-13b")
             self.overlapping_layers = model.num_layers
         bytes_per_block = model.kv_bytes_per_token * block_size if model is not None else 0
+        self.quantization = quantization
+        self.swapped_bytes = _quantized(quantization, model, block_size) if quantization else bytes_per_block
         if copies_per_block is None:
             copies_per_block = 2 * model.num_layers if model is not None else 1
         if host_bandwidth_gb_per_s is not None:
             host_bandwidth = host_bandwidth_gb_per_s * 1e9
         else:
             host_bandwidth = 0.75 * device.host_bytes_per_s * device.count if device is not None else 25e9
-        self.swap_block = copies_per_block * copy_latency_us / 1e6 + bytes_per_block / host_bandwidth
+        self.swap_block = copies_per_block * copy_latency_us / 1e6 + self.swapped_bytes / host_bandwidth
         # Read and written once on the device.
         device_bandwidth = device.memory_bytes_per_s * device.count if device is not None else 1e12
         self.copy_block = 2 * bytes_per_block / device_bandwidth
+        # Quantising reads a block and writes its codes, and the other way round; the device does it in a step.
+        self.quantize_block = (
+            (bytes_per_block + self.swapped_bytes) / device_bandwidth if quantization else 0.0
+        )
         self._measured: list[tuple[float, float]] | None = None  # per step and per block
         if profile is not None:
             if model is None:
                 raise UserError("transfers.profile needs a model: name one, for example opt-13b")
             count = device.count if device is not None else 1
+            moved = self.swapped_bytes / count
             self._measured = [
-                _of_blocks(cost, model.num_layers, bytes_per_block / count)
-                for cost in (profile.swap_out, profile.swap_in, profile.copy)
+                _of_blocks(profile.swap_out, model.num_layers, moved),
+                _of_blocks(profile.swap_in, model.num_layers, moved),
+                _of_blocks(profile.copy, model.num_layers, bytes_per_block / count),
             ]
 
     def seconds(self, step: Step) -> float:
-        """Seconds that a step spends on moving blocks; asynchronous swaps take none of it."""
+        """Seconds that a step spends on moving blocks; asynchronous swaps take none of it but to quantise."""
         out, back = step.swapped_out_blocks, step.swapped_in_blocks
+        quantizing = self.quantize_block * (out + back)
         if self.asynchronous:
             out = back = 0
         if self._measured is not None:
             pairs = zip(self._measured, (out, back, step.copied_blocks), strict=True)
-            return sum([base + per_block * blocks for (base, per_block), blocks in pairs if blocks])
-        return self.swap_block * (out + back) + self.copy_block * step.copied_blocks
+            return quantizing + sum(
+                [base + per_block * blocks for (base, per_block), blocks in pairs if blocks]
+            )
+        return self.swap_block * (out + back) + self.copy_block * step.copied_blocks + quantizing
 
     def swap_seconds(self, out_blocks: int, in_blocks: int) -> float:
         """Seconds to move so many blocks to the host in one go, and so many back."""
@@ -103,6 +118,21 @@ class Transfers:
                     yield f"transfers.{field}", "has no meaning where swaps are not asynchronous"
         elif config["allocator"].get("num_host_blocks") == 0:
             yield "transfers.asynchronous", "nothing can be swapped without a host pool (num_host_blocks: 0)"
+
+
+def _quantized(precision: Quantization, model: Model | None, block_size: int) -> int:
+    """Bytes of a swapped block: codes, and a scale of four bytes for each token and head, K and V."""
+    if model is None:
+        raise UserError("transfers.quantization needs a model: name one, for example opt-13b")
+    values = model.kv_values_per_token or 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    bits = 4 if precision == "int4" else 8
+    swapped = values * bits // 8 + 4 * values // model.head_dim
+    if swapped >= model.kv_bytes_per_token:
+        raise UserError(
+            f"transfers.quantization: {precision} takes {swapped:,} bytes a token, expected less than the "
+            f"{model.kv_bytes_per_token:,} of the cache"
+        )
+    return swapped * block_size
 
 
 def _of_blocks(cost: MoveCost, num_layers: int, bytes_per_block: float) -> tuple[float, float]:

@@ -43,6 +43,7 @@ SUMMARY = [
     "swapped_in_blocks",
     "copied_blocks",
     "recompute_s",
+    "swapped_gb",
     "swap_transfer_s",
     "swap_stall_s",
     "recovery_s",

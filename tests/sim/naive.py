@@ -195,11 +195,14 @@ def run_naively(
         if link is None and (step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks):
             seconds += transfers.seconds(step)
             swaps = transfers.swap_seconds(step.swapped_out_blocks, step.swapped_in_blocks)
+            swaps += transfers.quantize_block * (step.swapped_out_blocks + step.swapped_in_blocks)
             waited += round(swaps * 1e9)
-        elif step.copied_blocks:
+        elif step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
             copies = Step()
             copies.copied_blocks = step.copied_blocks
-            seconds += transfers.seconds(copies)
+            quantizing = transfers.quantize_block * (step.swapped_out_blocks + step.swapped_in_blocks)
+            waited += round(quantizing * 1e9)
+            seconds += transfers.seconds(copies) + quantizing
         for name in ("copied_blocks", "swapped_out_blocks", "swapped_in_blocks"):
             counters[name] += getattr(step, name)
         duration = max(1, round(seconds * 1e9))

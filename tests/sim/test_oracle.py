@@ -244,10 +244,11 @@ def test_groups_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, bu
 
 
 BESIDE = {
-    "ahead": {},
-    "awaited": {"prefetch": False},
-    "layer by layer": {"layer_wise": True},
-    "awaited layer by layer": {"prefetch": False, "layer_wise": True},
+    "ahead": {"asynchronous": True},
+    "awaited": {"asynchronous": True, "prefetch": False},
+    "layer by layer": {"asynchronous": True, "layer_wise": True},
+    "awaited layer by layer": {"asynchronous": True, "prefetch": False, "layer_wise": True},
+    "not at all": {},
 }
 
 
@@ -264,13 +265,25 @@ BESIDE = {
     max_num_seqs=st.sampled_from([4, 32]),
     preemption=st.sampled_from(["swap", "swap", "hybrid", "partial"]),
     who=st.sampled_from(["latest", "earliest", "cheapest_to_recover"]),
+    precision=st.sampled_from([None, "int8"]),
 )
 def test_swaps_beside_the_computation(
-    scheduler_kind, beside, rows, memory, slots, clock, bandwidth, budget, max_num_seqs, preemption, who
+    scheduler_kind,
+    beside,
+    rows,
+    memory,
+    slots,
+    clock,
+    bandwidth,
+    budget,
+    max_num_seqs,
+    preemption,
+    who,
+    precision,
 ):
     fields = {"preemption": preemption, "victim": who, "max_num_seqs": max_num_seqs}
     if budget and scheduler_kind in CHUNKED:
         fields |= {"max_num_batched_tokens": budget, **CHUNKED[scheduler_kind]}
-    link = {"asynchronous": True, "host_bandwidth_gb_per_s": bandwidth, **BESIDE[beside]}
+    link = {"host_bandwidth_gb_per_s": bandwidth, "quantization": precision, **BESIDE[beside]}
     workload = Given(rows, beams=(0.1, 1))
     assert_equal(*both(workload, memory, scheduler_kind, clock, slots, link, **fields))
