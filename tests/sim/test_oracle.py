@@ -287,3 +287,17 @@ def test_swaps_beside_the_computation(
     link = {"host_bandwidth_gb_per_s": bandwidth, "quantization": precision, **BESIDE[beside]}
     workload = Given(rows, beams=(0.1, 1))
     assert_equal(*both(workload, memory, scheduler_kind, clock, slots, link, **fields))
+
+
+def test_memory_that_a_swap_in_took_ahead_is_not_counted_on():
+    """A step that only grew its batch, and whose plan then gave the last blocks to a swap-in."""
+    rows = [
+        (10, 48, 1, 1), (3, 47, 53, 1), (0, 27, 30, 1), (1, 14, 24, 2), (37, 19, 58, 1), (37, 6, 19, 3),
+        (10, 28, 28, 1), (1, 14, 46, 1), (37, 17, 21, 1), (10, 24, 49, 1), (37, 28, 38, 1), (1, 39, 46, 1),
+        (400, 43, 34, 1), (400, 27, 4, 1),
+    ]  # fmt: skip
+    made = [(gap * MS, prompt, output, width, width == 3) for gap, prompt, output, width in rows]
+    link = {"asynchronous": True, "host_bandwidth_gb_per_s": 1.16343e-4}
+    fields = {"preemption": "swap", "victim": "earliest", "max_num_seqs": 5}
+    told = both(Given(made, beams=(0, 1)), "paged 16 no watermark", "vidur", "linear", 96, link, **fields)
+    assert_equal(*told)

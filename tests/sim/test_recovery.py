@@ -9,9 +9,10 @@ import random
 
 import pytest
 
-from sim import Admission, Request, Sequence, Step, timing, victim
+from sim import Admission, Request, Sequence, Step, Transfers, timing, victim
 from sim.audit import Audit
 from sim.beams import fork
+from sim.ledger import Ledger
 from sim.schedulers.victims import bound, cheapest_to_recover, fewest_blocks, lowest_priority, most_blocks
 from tests.sim.probing import requests as crowd
 from tests.sim.probing import run
@@ -57,6 +58,21 @@ def test_where_prompts_share_steps_with_decodes_computing_again_costs_what_it_ad
         policy = scheduled(kind, memory(slots=24), preemption="hybrid")
         told = Story(policy, ask(*TWO), clock=clock(decode_base_ms=2, prefill_base_ms=3), block_ms=block_ms)
         assert way in told.log[1], (block_ms, kind)
+
+
+def test_the_queue_on_the_link_counts():
+    """Three blocks out and in take 6 ms, 12 tokens 12 ms; behind ten others the blocks take 16."""
+    owner = memory(slots=400)
+    policy = scheduled("vllm_v0", owner, preemption="hybrid")
+    policy.recovery.price(clock(), Transfers(None, None, 1, copy_latency_us=1e3, asynchronous=True))
+    request = Request(0, 0, 12, 9)
+    _held(owner, request)
+    assert policy.recovery.swaps(request)
+    owner.link.submit_out(10)
+    assert policy.recovery.swap_seconds(request) == pytest.approx(16e-3)
+    assert not policy.recovery.swaps(request)
+    owner.link.now = 5_000_000
+    assert policy.recovery.swaps(request)
 
 
 def test_what_computing_again_cost_is_reported():
@@ -154,6 +170,39 @@ def test_who_stopped_first_gives_up_first():
         owner.check_integrity()
     assert owner.admission(made[2], 9) is Admission.LATER
     assert owner.admission(made[2], 4) is Admission.OK  # what it still has
+
+
+def test_blocks_that_others_share_are_not_given_up():
+    """Of three blocks the child shares two with its parent; the last one it copied when it wrote."""
+    owner = memory(slots=400)
+    request = Request(0, 0, 10, 40)
+    parent = _held(owner, request)
+    child = fork(owner, parent)
+    request.sequences.append(child)
+    assert owner.append(child) == 1
+    free = owner.pool.num_free
+    owner.stop(child)
+    assert owner.yielding == 1
+    _held(owner, Request(1, 0, 4 * (free + 1), 1))
+    assert (child.num_tokens, parent.num_tokens) == (8, 10)
+    assert child.block_table == parent.block_table[:2]
+
+
+def test_what_was_lost_is_forgotten_where_nobody_looked_in_between():
+    """A sequence is entered up to its 12th token, loses four, and writes them again in another block."""
+    owner = memory(slots=24)
+    ledger = Ledger(owner)
+    owner.watch(ledger)
+    first, second = Request(0, 0, 12, 9), Request(1, 0, 12, 9)
+    sequence, other = _held(owner, first), _held(owner, second)
+    ledger.write(sequence)
+    owner.stop(sequence)
+    owner.extend(other, 1)
+    assert sequence.num_tokens == 8
+    owner.free(other)
+    assert owner.admit(sequence, 13) == 8
+    layout = ledger.layout([sequence])
+    assert (ledger.enter(layout) == ledger.device.slots[layout.slots]).all()
 
 
 def test_partial_preemption_brings_back_more_than_a_whole_one():

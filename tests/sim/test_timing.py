@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,25 @@ def test_transfers_by_hand():
     swap = 80 * 8e-6 + size / 24e9
     assert clock.seconds(moving) == near(5 * swap + 4 * 2 * size / 1555e9)
     assert clock.seconds(Step()) == 0
+
+
+def test_quantised_swaps_move_less_and_cost_the_device_a_pass():
+    """Of 128 values of two bytes remain as many codes and a scale of four bytes; 40 heads, K and V, 40 layers."""
+    moving = Step()
+    moving.swapped_out_blocks = 2
+    whole = 16 * 819_200
+    for precision, row in (("int8", 132), ("fp8", 132), ("int4", 68)):
+        swapped = 16 * 2 * 40 * 40 * row
+        quantizing = (whole + swapped) / 1555e9
+        at_once = Transfers(OPT, A100, 16, quantization=precision)
+        assert at_once.seconds(moving) == near(2 * (80 * 8e-6 + swapped / 24e9 + quantizing))
+        beside = Transfers(OPT, A100, 16, quantization=precision, asynchronous=True)
+        assert beside.seconds(moving) == near(2 * quantizing)
+        assert beside.swap_seconds(2, 0) == near(2 * (80 * 8e-6 + swapped / 24e9))
+    with pytest.raises(UserError, match=r"quantization needs a model"):
+        Transfers(None, A100, 16, quantization="int8")
+    with pytest.raises(UserError, match=r"int8 takes 422,400 bytes a token, expected less than the 409,600"):
+        Transfers(replace(OPT, kv_bytes_per_value=1.0), A100, 16, quantization="int8")
 
 
 def test_transfer_fields():
