@@ -14,9 +14,11 @@ from sim.audit import Audit
 from sim.beams import fork
 from sim.ledger import Ledger
 from sim.schedulers.victims import bound, cheapest_to_recover, fewest_blocks, lowest_priority, most_blocks
+from sim.step_clock import StepClock
 from tests.sim.probing import requests as crowd
 from tests.sim.probing import run
 from tests.sim.story import Asked, Story, ask, memory, scheduled
+from tests.sim.test_link import DEVICE, MODEL
 
 PER_TOKEN = {
     "decode_base_ms": 1.0, "decode_per_seq_ms": 0.0, "decode_per_context_token_ms": 0.0,
@@ -301,3 +303,19 @@ def test_the_probe_finds_every_token_at_every_step(mode, who):
         summary = run(memory(slots=slots), asked, Audit(every=1), preemption=mode, victim=who)
         moved += summary["preemptions"]
     assert moved
+
+
+def test_a_step_that_nothing_else_needed_was_lost_as_a_whole():
+    """Its overhead too: 12 tokens computed again beside no decode, of a model whose steps begin with 20 ms."""
+    step = Step()
+    request = Request(0, 0, 12, 4)
+    step.chunks, step.num_prefill_tokens = [(Sequence(request, 0, 0, 15), 0, 12)], 12
+    model = timing["roofline"](MODEL, DEVICE, step_overhead_ms=20)
+    over = StepClock(model, Transfers(None, None, 4), None)
+    whole = over.duration(step, 0)
+    assert over.recompute_time == 0
+    step.recomputed = [(0, 0)]
+    assert over.duration(step, 0) == over.recompute_time == whole > 20_000_000
+    step.num_decodes, step.decode_context = 2, 40
+    over.duration(step, 0)
+    assert over.recompute_time - whole < 20_000_000  # the decodes would have begun one as well
