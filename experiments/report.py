@@ -39,6 +39,7 @@ _MEMORY = (
 )
 _OPTIONAL = (
     ("requests_rejected", "Rejected", "requests", 1.0),
+    ("requests_thrashed", "Thrashed", "requests", 1.0),
     ("blocks_saved_share", "Saved by sharing", "%", 100.0),
     ("prefix_hit_rate", "Prefix hits", "%", 100.0),
 )

@@ -44,6 +44,19 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     return "\n".join([*lines, *more])
 
 
+def thrashing_told(rows: Sequence[Row]) -> str:
+    """What was computed again and again, a line for the worst run; empty if no request was."""
+    thrashed = [row for row in rows if row.get("requests_thrashed")]
+    if not thrashed:
+        return ""
+    worst = max(thrashed, key=lambda row: int(row["recomputed_tokens"]))
+    where = f", worst in {worst['run_id']}" if len(rows) > 1 else ""
+    return (
+        f"thrashing in {len(thrashed)} of {len(rows)} runs{where}: {worst['requests_thrashed']:,} requests prefilled "
+        f"3 times or more, one {worst['max_prefills']:,} times; {worst['recomputed_tokens']:,} tokens computed again"
+    )
+
+
 def probe_told(rows: Sequence[Row]) -> str:
     """How many steps were checked, and how far attention was off; empty if no run was probed."""
     probed = [row for row in rows if row.get("probe_steps")]

@@ -23,6 +23,9 @@ from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 from sim.units import FOREVER
 
+PATIENCE = 100
+"""Preemptions without a token in between, four for each live request or so many, after which it is a livelock."""
+
 AFTER_ARRIVALS = EventPriority(2)
 """SimPy priority of the end of a step: what arrives at that instant is there when the next step is planned."""
 
@@ -69,6 +72,9 @@ class Engine:
         self.swapped_in_blocks = 0
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
+        self._num_prefills = 0  # computed to their ends, with a token each
+        self._progress = 0, 0  # decode steps and prefills at the last preemption
+        self._fruitless = 0  # preemptions since there was progress
         recorder.num_slots = timing.num_slots = self.allocator.num_slots
         if probe is not None:
             probe.start(self.allocator)
@@ -149,6 +155,7 @@ class Engine:
                 patience -= 1
             if step.preempted:
                 self.preemptions += len(step.preempted)
+                self._look_for_livelock(step)
             if step.chunks or step.num_decodes:
                 step.swapped_out_blocks += moved
                 return step
@@ -159,6 +166,22 @@ class Engine:
                     return None
                 break
         raise Stalled(self._complaint())
+
+    def _look_for_livelock(self, step: Step) -> None:
+        """Raises Stalled if requests preempt each other again and again, and none of them gets a token."""
+        progress = self.scheduler.decodes.clock, self._num_prefills
+        if progress != self._progress:
+            self._progress = progress
+            self._fruitless = 0
+        self._fruitless += len(step.preempted)
+        if self._fruitless > max(PATIENCE, 4 * self.num_live):
+            raise Stalled(
+                f"livelock at {self.now / 1e9:.6f} s: {self._fruitless} preemptions in a row without a token; "
+                f"last {', '.join(map(str, step.preempted[:3]))}, each prefilled up to "
+                f"{max(request.prefills for request in step.preempted)} times; running "
+                f"{len(self.scheduler.running)}, waiting {self.scheduler.num_waiting}, "
+                f"memory {self.allocator.usage()}"
+            )
 
     def _complaint(self) -> str:
         scheduler = self.scheduler
@@ -256,6 +279,7 @@ class Engine:
             request = sequence.request
             if begin + tokens < request.prefill_tokens:
                 continue
+            self._num_prefills += 1
             if self.allocator.keeps_freed:
                 self.allocator.computed(sequence)
             if request.first_token_time == NEVER:

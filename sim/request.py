@@ -58,7 +58,7 @@ class Request:
     __slots__ = (
         "arrival_time", "beam_width", "cached_tokens", "content", "content_grain", "finish_time",
         "first_scheduled_time", "first_token_time", "id", "n", "next_branch", "output_tokens",
-        "preemptions", "prefill_tokens", "priority", "prompt_tokens", "reason", "reused_tokens",
+        "preemptions", "prefill_tokens", "prefills", "priority", "prompt_tokens", "reason", "reused_tokens",
         "sequences", "status", "tenant", "width",
     )  # fmt: skip
 
@@ -96,6 +96,7 @@ class Request:
         self.first_token_time = NEVER
         self.finish_time = NEVER
         self.preemptions = 0
+        self.prefills = 0  # admissions, each of which computes the prompt or what is left of it
         self.cached_tokens = 0  # found at the first admission
         self.reused_tokens = 0  # most found at one of them
 

@@ -120,6 +120,8 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         **averages,
         "preemptions": engine.preemptions,
         "recomputed_tokens": engine.scheduler.recomputed_tokens,
+        "requests_thrashed": requests.thrashed,
+        "max_prefills": requests.most_prefills,
         "swapped_out_blocks": engine.swapped_out_blocks,
         "swapped_in_blocks": engine.swapped_in_blocks,
         "copied_blocks": engine.copied_blocks,

@@ -12,6 +12,9 @@ from sim.request import NEVER
 
 Ints = NDArray[np.int64]
 
+THRASHING = 3
+"""Prefills of one request from which on it counts as thrashed: it was preempted, and preempted again."""
+
 PARTS = ("token_states", "reserved", "internal", "external", "free")
 
 
@@ -24,16 +27,28 @@ class LatencyTally:
         self.output_tokens = 0
         self.hit_tokens = 0
         self.admitted_prompt_tokens = 0
+        self.most_prefills = 0
+        self.thrashed = 0  # requests with so many
         self.first_admission: int | None = None
         self._samples = {name: array("d") for name in ("ttft", "tpot", "e2e", "normalized")}
 
-    def add(self, times: dict[str, Ints], outputs: Ints, widths: Ints, prompts: Ints, cached: Ints) -> None:
+    def add(
+        self,
+        times: dict[str, Ints],
+        outputs: Ints,
+        widths: Ints,
+        prompts: Ints,
+        cached: Ints,
+        prefills: Ints,
+    ) -> None:
         """Add requests that are over; times in ns, `NEVER` where they did not come."""
         admitted = times["first_scheduled_time"] != NEVER
         if admitted.any():
             first = int(times["first_scheduled_time"][admitted].min())
             self.first_admission = first if self.first_admission is None else min(first, self.first_admission)
         self.hit_tokens += int(cached.sum())
+        self.most_prefills = max(self.most_prefills, int(prefills.max()))
+        self.thrashed += int((prefills >= THRASHING).sum())
         self.admitted_prompt_tokens += int(prompts[admitted].sum())
         done = times["finish_time"] != NEVER
         count = int(done.sum())

@@ -81,6 +81,8 @@ class Allocator(ABC):
     can_swap: ClassVar[bool] = False
     can_grow: ClassVar[bool] = True
     """Whether a running sequence may need more slots, and others may have to give way for it."""
+    asks_exactly: ClassVar[bool] = False
+    """Whether `can_append` refuses only requests that need a slot, and takes one out of the headroom for each."""
     growth: int | None = None
     """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
     block_size: int = 1

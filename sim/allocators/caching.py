@@ -27,6 +27,7 @@ class CachingAllocator(Allocator):
     """
 
     keeps_freed = True
+    asks_exactly = True
     pool: BlockPool
 
     def __init__(self, capacity: Capacity, block_size: int, watermark: float) -> None:

@@ -76,15 +76,8 @@ class PrefixAllocator(CachingAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found."""
-        self._register(sequence, self._keys(sequence.request, num_tokens))
+        self.pool.register_table(sequence.block_table, self._keys(sequence.request, num_tokens))
         self._head = None, []
-
-    def _register(self, sequence: Sequence, keys: list[int]) -> None:
-        pool = self.pool
-        known = pool.keys
-        for block, key in zip(sequence.block_table, keys, strict=False):
-            if known[block] is None:
-                pool.register(block, key)
 
     def finished(self, sequence: Sequence) -> None:
         """Nobody will ask for what was generated; its blocks queue up all the same."""
@@ -95,5 +88,6 @@ class PrefixAllocator(CachingAllocator):
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
         if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
             full = sequence.num_tokens // self.block_size
-            self._register(sequence, prefix_keys(sequence.request, full, self.block_size))
+            keys = prefix_keys(sequence.request, full, self.block_size)
+            self.pool.register_table(sequence.block_table, keys)
         self.pool.release(sequence.block_table[::-1])

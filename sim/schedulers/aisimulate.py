@@ -82,8 +82,13 @@ class AISimulate(ChunkedScheduler):
             chunks.append(tokens)
             left -= tokens
             demand += self.allocator.demand(request.sequences[0], tokens)
-        if budget < 0 or not self.ample(demand) or not self._decodes_first(left):
+        if budget < 0 or not self._decodes_first(left):
             return self._walk(step)
+        if not self.ample(demand):
+            if self._choose_victim is not latest or not self.allocator.asks_exactly:
+                return self._walk(step)
+            self.grow_or_preempt_last(step, self.max_num_batched_tokens)
+            return self.max_num_batched_tokens - step.num_decodes - step.num_prefill_tokens
         self.grow(step)
         for request, tokens in zip(list(partial), chunks, strict=True):
             if tokens:
@@ -108,7 +113,7 @@ class AISimulate(ChunkedScheduler):
             tokens = len(request.sequences)
             if request in self.partial:
                 tokens = min(self.left(request), left)
-            while not self._has_room(request, tokens):
+            while not self.has_room(request, tokens):
                 chosen = self._choose([each for each in queue if each not in chunked])
                 queue.remove(chosen)
                 if chosen in served:
@@ -129,11 +134,6 @@ class AISimulate(ChunkedScheduler):
         self.rest([request for request in queue if request not in served])
         self.decode_walked(step)
         return left
-
-    def _has_room(self, request: Request, tokens: int) -> bool:
-        if request in self.partial:
-            return self.allocator.demand(request.sequences[0], tokens) <= self.allocator.headroom
-        return self.allocator.can_append(request)
 
     def _choose(self, candidates: Ordered[Request]) -> Request:
         if self._choose_victim is latest:

@@ -76,6 +76,42 @@ class ChunkedScheduler(Scheduler):
         growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending)
         return self.allocator.headroom - growing - demand >= self._widest
 
+    def grow_or_preempt_last(self, step: Step, budget: int) -> None:
+        """Slots for who needs any, in order of admission; while they are short the last one running gives way.
+
+        As a walk over all who run, where decodes have their tokens whatever prompts take, and the allocator
+        asks exactly: nobody else is looked at.
+        """
+        decodes, running, partial = self.decodes, self.running, self.partial
+        growing = decodes.growths.get(decodes.clock + 1, [])
+        needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
+        for request in [each for each in running if each in needing or each in partial]:
+            if request not in running:
+                break  # so did all behind it
+            tokens = 0
+            if request in partial:
+                tokens = min(self.left(request), budget - decodes.size - step.num_prefill_tokens)
+                if tokens <= 0:
+                    self.resting_seqs += branches(request)
+                    continue
+            while not self.has_room(request, tokens):
+                last = next(reversed(running))
+                self.preempt(last, step)
+                if last is request:
+                    break
+            else:
+                if tokens:
+                    self.compute(request, tokens, step)
+                else:
+                    self.append(request, step)
+        self.decode_walked(step)
+
+    def has_room(self, request: Request, tokens: int) -> bool:
+        """Whether a running request can have its next tokens."""
+        if request in self.partial:
+            return self.allocator.demand(request.sequences[0], tokens) <= self.allocator.headroom
+        return self.allocator.can_append(request)
+
     def decode_walked(self, step: Step) -> None:
         """Put the decode set into the step after a walk over the requests."""
         self.tight = True

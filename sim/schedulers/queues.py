@@ -126,6 +126,7 @@ class Queues:
         if budget < known:
             filled = min(known, self.allocator.cached_tokens(request, known) + budget)
         self.num_seqs += branches(request)
+        request.prefills += 1
         if request.sequences:
             sequence = request.sequences[0]
             computed = sequence.origin

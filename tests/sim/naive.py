@@ -99,6 +99,7 @@ def run_naively(
     scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
     scheduler.add = scheduler.enqueue
     allocator = scheduler.allocator
+    allocator.asks_exactly = False  # everybody is asked
     timing.num_slots = allocator.num_slots
     search = None if beams is None else BeamSearch(*beams)
     outcome = Outcome()
