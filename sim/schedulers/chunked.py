@@ -76,6 +76,45 @@ class ChunkedScheduler(Scheduler):
         growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending)
         return self.allocator.headroom - growing - demand >= self._widest
 
+    def serve_all(self, step: Step, longest: int = FOREVER) -> int | None:
+        """Give all that run their tokens in order of admission, prompts at most `longest`; what is left of the budget.
+
+        None, and nothing is done, where somebody may be refused: the policy walks its requests then.
+        """
+        partial = self.partial
+        left = budget = self.max_num_batched_tokens - self.decodes.size
+        chunks = []
+        demand = 0
+        for request in partial:
+            tokens = min(self.left(request), longest, left)
+            chunks.append(tokens)
+            left -= tokens
+            demand += self.allocator.demand(request.sequences[0], tokens)
+        if budget < 0 or not self.ample(demand) or not self._decodes_first(left):
+            return None
+        self.grow(step)
+        for request, tokens in zip(list(partial), chunks, strict=True):
+            if tokens:
+                self.compute(request, tokens, step)
+            else:
+                self.resting_seqs += branches(request)
+        return left
+
+    def _decodes_first(self, left: int) -> bool:
+        """Whether the chunks leave every decode its token in order of admission."""
+        behind = zip(reversed(self.running), self.partial, strict=False)
+        return left > 0 or all(request in self.partial for request, _ in behind)
+
+    def forget_growth(self, request: Request) -> None:
+        """Take a token of this step from a decoding request: it stands in the calendar by the slots that it had."""
+        decodes = self.decodes
+        growing = decodes.growths.get(decodes.clock + 1, [])
+        for sequence in request.sequences:
+            if sequence in growing:
+                growing.remove(sequence)
+                if sequence.capacity < sequence.final_tokens:
+                    decodes.await_growth(sequence)
+
     def decode_walked(self, step: Step) -> None:
         """Put the decode set into the step after a walk over the requests."""
         self.tight = True
