@@ -9,6 +9,7 @@ from sim.schedulers.static import Static
 from sim.schedulers.victims import victim
 from sim.schedulers.vidur import Vidur
 from sim.schedulers.vllm_v0 import VllmV0
+from sim.schedulers.vllm_v1 import VllmV1
 
 __all__ = [
     "AISimulate",
@@ -18,6 +19,7 @@ __all__ = [
     "Static",
     "Vidur",
     "VllmV0",
+    "VllmV1",
     "order",
     "scheduler",
     "victim",

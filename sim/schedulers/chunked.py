@@ -76,21 +76,58 @@ class ChunkedScheduler(Scheduler):
         growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending)
         return self.allocator.headroom - growing - demand >= self._widest
 
-    def grow_or_preempt_last(self, step: Step, budget: int) -> None:
-        """Slots for who needs any, in order of admission; while they are short the last one running gives way.
+    def serve_all(self, step: Step, longest: int = FOREVER) -> int | None:
+        """Give all that run their tokens in order of admission, prompts at most `longest`; what is left of the budget.
 
-        As a walk over all who run, where decodes have their tokens whatever prompts take, and the allocator
-        asks exactly: nobody else is looked at.
+        None, and nothing is done, where somebody may be refused and it matters who is asked first: the policy
+        walks its requests then.
         """
+        partial = self.partial
+        left = budget = self.max_num_batched_tokens - self.decodes.size
+        chunks = []
+        demand = 0
+        for request in partial:
+            tokens = min(self.left(request), longest, left)
+            chunks.append(tokens)
+            left -= tokens
+            demand += self.allocator.demand(request.sequences[0], tokens)
+        if budget < 0 or not self._decodes_first(left):
+            return None
+        if not self.ample(demand):
+            if not self._last_gives_way:
+                return None
+            self._serve_who_needs(step, longest)
+            return self.max_num_batched_tokens - step.num_decodes - step.num_prefill_tokens
+        self.grow(step)
+        for request, tokens in zip(list(partial), chunks, strict=True):
+            if tokens:
+                self.compute(request, tokens, step)
+            else:
+                self.resting_seqs += branches(request)
+        return left
+
+    def _decodes_first(self, left: int) -> bool:
+        """Whether the chunks leave every decode its token in order of admission."""
+        behind = zip(reversed(self.running), self.partial, strict=False)
+        return left > 0 or all(request in self.partial for request, _ in behind)
+
+    @property
+    def _last_gives_way(self) -> bool:
+        """Whether the victim is always the one admitted last, and only who needs a slot can be refused."""
+        return self._choose_victim is latest and self.allocator.asks_exactly
+
+    def _serve_who_needs(self, step: Step, longest: int) -> None:
+        """`serve_all` where slots are short: who needs none is not looked at, and the last one gives way."""
         decodes, running, partial = self.decodes, self.running, self.partial
         growing = decodes.growths.get(decodes.clock + 1, [])
         needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
         for request in [each for each in running if each in needing or each in partial]:
             if request not in running:
-                break  # so did all behind it
-            tokens = 0
+                break  # nor is anybody behind it
+            tokens = len(request.sequences)
             if request in partial:
-                tokens = min(self.left(request), budget - decodes.size - step.num_prefill_tokens)
+                left = self.max_num_batched_tokens - decodes.size - step.num_prefill_tokens
+                tokens = min(self.left(request), longest, left)
                 if tokens <= 0:
                     self.resting_seqs += branches(request)
                     continue
@@ -100,7 +137,7 @@ class ChunkedScheduler(Scheduler):
                 if last is request:
                     break
             else:
-                if tokens:
+                if request in partial:
                     self.compute(request, tokens, step)
                 else:
                     self.append(request, step)
@@ -111,6 +148,16 @@ class ChunkedScheduler(Scheduler):
         if request in self.partial:
             return self.allocator.demand(request.sequences[0], tokens) <= self.allocator.headroom
         return self.allocator.can_append(request)
+
+    def forget_growth(self, request: Request) -> None:
+        """Take a token of this step from a decoding request: it stands in the calendar by the slots that it had."""
+        decodes = self.decodes
+        growing = decodes.growths.get(decodes.clock + 1, [])
+        for sequence in request.sequences:
+            if sequence in growing:
+                growing.remove(sequence)
+                if sequence.capacity < sequence.final_tokens:
+                    decodes.await_growth(sequence)
 
     def decode_walked(self, step: Step) -> None:
         """Put the decode set into the step after a walk over the requests."""

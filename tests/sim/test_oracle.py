@@ -196,7 +196,7 @@ def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, 
     assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, preemption=preemption))
 
 
-CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "aisimulate": {}, "sarathi": {}}
+CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "vllm_v1": {}, "aisimulate": {}, "sarathi": {}}
 
 
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)
