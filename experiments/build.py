@@ -50,9 +50,17 @@ def run(
         max_model_len=capacity.max_model_len,
         progress=progress,
     )
+    figures["prefix_hits_exact"] = _hits_exact(scheduler.allocator, workload.content_grain)
     if probe is None:
         return {**figures, "probe_steps": 0, "probe_max_error": None}, 0.0
     return {**figures, **probe.figures}, probe.cpu_s
+
+
+def _hits_exact(over: Allocator, grain: int) -> bool | None:
+    """Whether prefix hits are exact, not a lower bound; None where nothing is cached."""
+    if not over.keeps_freed:
+        return None
+    return not grain or over.block_size % grain == 0
 
 
 def _simulate(probe: AttentionProbe | None, *arguments: Any, **options: Any) -> dict[str, Any]:

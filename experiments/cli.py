@@ -155,16 +155,15 @@ def _close_stdout() -> None:
 def _run(options: argparse.Namespace) -> int:
     from experiments.config import load
     from experiments.progress import bar
-    from experiments.summary_table import calibration_told, probe_told, summary_table, thrashing_told
+    from experiments.summary_table import summary_table, tell
     from experiments.sweep import run_sweep
 
     plan = load(options.config, options.sets, probe=not options.no_probe)
     outcome = run_sweep(plan, options.out, options.jobs, bar)
     if outcome.rows:
         _tell(summary_table(outcome.rows, plan.swept))
-        for told in (tell(outcome.rows) for tell in (thrashing_told, probe_told, calibration_told)):
-            if told:
-                _tell(told)
+        for line in tell(outcome.rows):
+            _tell(line)
     for failure, points in outcome.failures.items():
         others = f" and {len(points) - 1} more" if len(points) > 1 else ""
         told = failure.details if options.debug else failure.message

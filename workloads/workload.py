@@ -69,6 +69,9 @@ class Workload(ABC):
     sampling: Sampling = _ONE_BRANCH
     beams: tuple[float, int] | None = None
     """Turnover of beams and the seed of its draws; None without beam search."""
+    content_grain: int = 0
+    """Tokens that a recorded name of content stands for: blocks that divide it are found less often than they could
+    be; 0 where content is known to the token, or not at all."""
 
     @abstractmethod
     def requests(self) -> Iterator[Request]:
@@ -175,6 +178,7 @@ class Trace(Workload):
         self.format = trace_format[format]() if isinstance(format, str) else format
         self.start = to_ns(start_s)
         self.window = FOREVER if window_s is None else to_ns(window_s)
+        self.content_grain = self.format.content_grain
         self.limit = num_requests
         self.sampling = sampling
         self.beams = _beams(streams, sampling)

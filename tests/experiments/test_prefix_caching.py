@@ -93,3 +93,18 @@ def test_without_caching_it_is_paged(trace: None, kvsim: Kvsim, write: Write) ->
     paged, prefix = figures
     assert prefix["prefix_hit_tokens"] == 0
     assert prefix["requests_finished"] == paged["requests_finished"] == 60
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "exact"), [("prefix", 16, False), ("radix", 64, True), ("paged", 16, None)]
+)
+def test_hits_in_blocks_finer_than_the_trace_names_are_said_to_be_a_lower_bound(
+    kind, size, exact, trace: None, kvsim: Kvsim, write: Write
+) -> None:
+    write("cached.yaml", CONFIG.format(kind=kind, size=size, blocks=60, scheduler="vllm_v0"))
+    said = kvsim("run", "cached.yaml")
+    (file,) = Path("results/cached").glob("*/summary.json")
+    assert json.loads(file.read_text())["prefix_hits_exact"] is exact
+    bounded = exact is False
+    assert ("prefix hits are a lower bound" in said.out) == bounded
+    assert ("Prefix hits are a lower bound" in Path("results/cached/report.html").read_text()) == bounded
