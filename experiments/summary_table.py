@@ -9,7 +9,9 @@ from experiments.results import Row
 from experiments.text import aligned
 
 MOST_ROWS = 60
-LOWER_BOUND = "prefix hits are a lower bound: the trace names content by blocks of which the allocator's are no multiple"
+LOWER_BOUND = (
+    "prefix hits are a lower bound: the trace names content by blocks, the allocator's are no multiple"
+)
 _FIGURES = {
     "requests_finished": "finished",
     "requests_rejected": "rejected",

@@ -9,7 +9,7 @@ import simpy
 
 from sim.beams import BeamSearch
 from sim.engine import Engine
-from sim.errors import Stalled
+from sim.errors import Stalled, UserError
 from sim.probe import Probe
 from sim.recorder import Recorder
 from sim.request import Request
@@ -56,7 +56,7 @@ def simulate(
     """Run a workload to its end; the figures of the summary.
 
     `progress` is called now and then with the number of requests that are over. Raises Stalled if nothing can
-    proceed before all requests are over.
+    proceed before all requests are over, UserError if an allocator must foresee what cannot be foreseen.
     """
     env = simpy.Environment(initial_time=0)
     over = 0
@@ -64,6 +64,11 @@ def simulate(
     loop = None
     if clients is not None:
         loop = ClosedLoop(env, workload.requests(), clients=clients, think_time=workload.think_time)
+
+    if scheduler.allocator.foresees:
+        if clients is not None:
+            raise UserError("clients of a closed loop send what nobody can foresee, expected an open loop")
+        scheduler.allocator.foresee(workload.requests())
 
     def on_done(request: Request) -> None:
         nonlocal over

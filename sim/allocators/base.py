@@ -88,6 +88,8 @@ class Allocator(ABC):
     block_size: int = 1
     keeps_freed: bool = False
     """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
+    foresees: bool = False
+    """Whether it is told all requests of the workload beforehand, by `foresee`: a bound, as no server knows them."""
     probe: Witness | None = None
 
     def __init__(self, capacity: Capacity) -> None:
@@ -146,6 +148,10 @@ class Allocator(ABC):
     def cached_tokens(self, request: Request, num_tokens: int) -> int:
         """How many leading tokens of the request an admission would find cached; at least one is not."""
         return 0
+
+    def foresee(self, requests: Iterable[Request]) -> None:
+        """Know the workload; called before the first request where `foresees` is true."""
+        raise TypeError(f"{type(self).__name__} foresees nothing")
 
     # What the engine calls
 

@@ -67,9 +67,12 @@ def test_samples_and_swapping_are_refused(trace: None, kvsim: Kvsim, write: Writ
     said = kvsim("check", "cached.yaml", "--set", "scheduler.preemption=swap")
     assert said.code == 2
     assert "allocator prefix cannot swap" in said.err
-    said = kvsim("check", "cached.yaml", "--set", "allocator={kind: radix, eviction: belady}")
+    closed = "workload={num_requests: 9, arrivals: {kind: closed_loop, clients: 2}, lengths: {kind: alpaca}}"
+    said = kvsim(
+        "check", "cached.yaml", "--set", "allocator={kind: radix, eviction: belady}", "--set", closed
+    )
     assert said.code == 2
-    assert "eviction belady knows the future" in said.err
+    assert "allocator.eviction: belady knows all requests beforehand" in said.err
 
 
 def test_without_caching_it_is_paged(trace: None, kvsim: Kvsim, write: Write) -> None:
