@@ -31,7 +31,9 @@ class VllmV1(ChunkedScheduler):
     blocks; beside the allocator `prefix` it finds again what nobody took meanwhile.
 
     Prompts longer than max_model_len are refused at arrival, and so are those that do not fit into the empty
-    pool when their turn comes; V1 checks both at its start. A watermark is the allocator's.
+    pool when their turn comes; V1 checks both at its start. A watermark is the allocator's. Beside `prefix` every
+    step is V1's, and recordings of its scheduler are replayed on this class; only requests that end in one step
+    are freed prompts first here, and in the order of the batch there.
 
     Fields:
         max_num_seqs: Most sequences that run together; the default is that of vLLM's server on less than 70 GiB.
@@ -93,36 +95,43 @@ class VllmV1(ChunkedScheduler):
 
     def _walk(self, step: Step) -> int:
         """One by one, with victims; what is left of the budget. Behind one that gives way itself nobody is served."""
+        allocator, partial, clock = self.allocator, self.partial, self.decodes.clock
+        exact = allocator.growth is not None and not allocator.can_fork
         queue = list(self.running)
         served: dict[Request, int] = {}
         left = self.max_num_batched_tokens
         index = 0
-        chosen = None
-        while index < len(queue) and left > 0 and chosen is not queue[index]:
+        while index < len(queue) and left > 0:
             request = queue[index]
+            sequence = request.sequences[0]
             tokens = len(request.sequences)
-            if request in self.partial:
+            if request in partial:
                 tokens = min(self.left(request), self.longest_chunk, left)
+            elif exact and sequence.origin + clock < sequence.capacity:  # most have their slot
+                served[request] = tokens
+                left -= tokens
+                index += 1
+                continue
             while not self.has_room(request, tokens):
                 chosen = self._choose(queue)
-                if chosen is request:
-                    break
                 queue.remove(chosen)
                 if chosen in served:
                     index -= 1
                     left += served.pop(chosen)
                     self._take_back(chosen, step)
                 self.preempt(chosen, step)
+                if chosen is request:
+                    break
             else:
-                if request in self.partial:
+                if request in partial:
                     self.compute(request, tokens, step)
                 else:
                     self.append(request, step)
                 served[request] = tokens
                 left -= tokens
                 index += 1
-        if index < len(queue) and chosen is queue[index]:
-            self.preempt(queue.pop(index), step)
+                continue
+            break
         self.rest([request for request in queue if request not in served])
         self.decode_walked(step)
         return left
@@ -148,26 +157,19 @@ class VllmV1(ChunkedScheduler):
     def _take_back(self, request: Request, step: Step) -> None:
         """A victim's tokens of this step are not computed.
 
-        V1 registers full blocks when it plans them, so that these can be found all the same; a probe takes them
-        as V1 does.
+        V1 registers the full blocks of a prompt when it plans them, and these are found all the same; a probe
+        takes them as V1 does.
         """
+        self.forget_growth(request)
         allocator = self.allocator
-        sequence = request.sequences[0]
-        tokens = next((tokens for each, _, tokens in step.chunks if each is sequence), 0)
-        if tokens:
-            step.chunks = [chunk for chunk in step.chunks if chunk[0] is not sequence]
-            step.num_prefill_tokens -= tokens
-        else:
-            self.forget_growth(request)
-            if allocator.keeps_freed:
-                self.decodes.leave(sequence)
-                allocator.extend(sequence, 1)
-                tokens = 1
-        if tokens:
-            if allocator.keeps_freed and allocator.probe is not None:
-                allocator.probe.write(sequence)
-            sequence.origin -= tokens
-            allocator.num_tokens -= tokens
+        for sequence, start, tokens in step.chunks:
+            if sequence.request is request:
+                if allocator.keeps_freed and allocator.probe is not None:
+                    allocator.probe.write(sequence)
+                sequence.origin = start
+                allocator.num_tokens -= tokens
+                step.num_prefill_tokens -= tokens
+        step.chunks = [chunk for chunk in step.chunks if chunk[0].request is not request]
 
     # Who waits
 

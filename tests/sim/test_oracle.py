@@ -65,7 +65,8 @@ class Given:
         at = 0
         for number, (gap, prompt, output, width, beam) in enumerate(self.rows):
             at += gap
-            named = {"content": (number % 3, number % 2, *range(number % 5)), "content_grain": 6}
+            content = (number % 3, number % 2, *range(number % 5))
+            named = {"content": content, "content_grain": 6, "priority": number * 7 % 3}
             if beam:
                 yield Request(number, at, prompt, output, beam_width=width, **named)
             else:
