@@ -14,7 +14,7 @@ from sim.probe import Probe
 from sim.recorder import Recorder
 from sim.request import Request
 from sim.schedulers.base import Scheduler
-from sim.source import ClosedLoop, open_loop
+from sim.source import Source
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 
@@ -60,13 +60,10 @@ def simulate(
     """
     env = simpy.Environment(initial_time=0)
     over = 0
-    clients = workload.clients
-    loop = None
-    if clients is not None:
-        loop = ClosedLoop(env, workload.requests(), clients=clients, think_time=workload.think_time)
+    source = Source(env, workload.requests(), clients=workload.clients, think_time=workload.think_time)
 
     if scheduler.allocator.foresees:
-        if clients is not None:
+        if workload.clients is not None:
             raise UserError("clients of a closed loop send what nobody can foresee, expected an open loop")
         scheduler.allocator.foresee(workload.requests())
 
@@ -75,8 +72,7 @@ def simulate(
         over += 1
         if progress is not None and over % PROGRESS_EVERY == 0:
             progress(over)
-        if loop is not None:
-            loop.done(request)
+        source.done(request)
 
     beams = None if workload.beams is None else BeamSearch(*workload.beams)
     engine = Engine(
@@ -90,10 +86,7 @@ def simulate(
         probe=probe,
         on_done=on_done,
     )
-    if loop is not None:
-        loop.attach(engine)
-    else:
-        env.process(open_loop(env, engine, workload.requests()))
+    source.attach(engine)
     env.run()
     if engine.num_live:
         raise Stalled(f"{engine.num_live} requests never came to an end")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,41 +11,23 @@ from typing import Annotated, Any
 import numpy as np
 
 from sim.errors import UserError
-from sim.registry import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Registry
+from sim.registry import NonNegativeFloat, PositiveFloat, PositiveInt, Registry
 from sim.request import Request
 from sim.units import FOREVER, to_ns
 from workloads.arrivals import CHUNK, ArrivalProcess, Instants, arrivals
 from workloads.csv_traces import Csv
 from workloads.lengths import LengthSampler, lengths
+from workloads.sampling import Make, Sampling
+from workloads.sessions import SessionKind, session
+from workloads.shared_prefixes import FewShot, Lead, Leads, SharedPrefix, SystemPrompts
 from workloads.streams import Streams
 from workloads.traces import TraceFormat, TraceRows, trace_format
+from workloads.visits import Visit
 
 workload: Registry[type[Workload]] = Registry("workload")
 
-
-class Sampling:
-    """How many branches a request runs: parallel samples, or the beams of a beam search.
-
-    Raises UserError if both are asked for.
-
-    Fields:
-        n: Samples of each request, which share its prompt.
-        beam_width: Beams of each request.
-        beam_turnover: Chance that a beam dies in a step and a copy of another takes its place.
-    """
-
-    __slots__ = ("beam_turnover", "beam_width", "n")
-
-    def __init__(
-        self, *, n: PositiveInt = 1, beam_width: PositiveInt = 1, beam_turnover: Fraction = 0.1
-    ) -> None:
-        if n > 1 and beam_width > 1:
-            raise UserError(
-                f"n and beam_width exclude each other: got {n} and {beam_width}, expected one to be 1"
-            )
-        self.n = n
-        self.beam_width = beam_width
-        self.beam_turnover = beam_turnover
+SESSIONS = 64
+"""Sessions drawn at once; where a chunk ends makes no difference."""
 
 
 _ONE_BRANCH = Sampling()
@@ -87,14 +68,19 @@ class Workload(ABC):
 
 @workload("synthetic")
 class Synthetic(Workload):
-    """Requests of an arrival process and a length distribution.
+    """Requests of an arrival process and a length distribution, and the sessions that some of them begin.
 
-    The first are the same however many there are.
+    The first are the same however many there are. A prompt is what its system prompt and its few-shot examples
+    say, then the tokens that `lengths` tells. With a session each arrival begins one, and what answers lead to
+    counts among the requests; the last session is cut short.
 
     Fields:
         num_requests: Requests in all.
-        arrivals: When they come.
+        arrivals: When they come, or when sessions begin.
         lengths: How long prompts and outputs are.
+        system_prompts: System prompts that many requests share; none by default.
+        few_shot: Instructions and examples that all requests of a task share; none by default.
+        session: What answers lead to; nothing by default.
         sampling: Parallel samples or beams.
     """
 
@@ -106,6 +92,9 @@ class Synthetic(Workload):
         num_requests: PositiveInt,
         arrivals: Annotated[ArrivalProcess, arrivals],
         lengths: Annotated[LengthSampler, lengths],
+        system_prompts: SystemPrompts | None = None,
+        few_shot: FewShot | None = None,
+        session: Annotated[SessionKind, session] | None = None,
         sampling: Sampling = _ONE_BRANCH,
     ) -> None:
         self.streams = streams
@@ -113,30 +102,71 @@ class Synthetic(Workload):
         self.num_requests: int = num_requests
         self.arrivals = arrivals
         self.lengths = lengths
+        self.session = session
         self.clients = arrivals.clients
         self.think_time = arrivals.think_time
         self.sampling = sampling
         self.beams = _beams(streams, sampling)
+        self.pools: list[SharedPrefix] = [pool for pool in (system_prompts, few_shot) if pool is not None]
+        if self.pools:
+            shortest = Leads(streams, self.pools).shortest
+            if shortest >= max_model_len:
+                raise UserError(
+                    f"shared prefixes: got {shortest} tokens at least before each prompt, expected less than the "
+                    f"{max_model_len} tokens of max_model_len"
+                )
 
     def requests(self) -> Iterator[Request]:
-        """The requests. Raises UserError if arrivals are so rare that the clock cannot tell the last one."""
+        """The requests, with sessions those that begin one. Raises UserError if the clock cannot tell the last one."""
+        if self.session is not None:
+            return chain.from_iterable(self._visits(self.session))
         return chain.from_iterable(self._chunks())
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
-        make = _maker(self.sampling)
-        times = _regular(self.arrivals.times(self.streams("arrivals")), CHUNK)
+        make = self.sampling.maker()
+        leads = Leads(self.streams, self.pools).chunks(CHUNK)
         lengths_rng = self.streams("lengths")
-        for first in range(0, self.num_requests, CHUNK):
-            ids = range(first, min(first + CHUNK, self.num_requests))
+        for ids, instants in self._instants(CHUNK):
+            # Always a whole chunk, so that num_requests does not change what is drawn.
+            prompts, outputs = self.lengths.sample(lengths_rng, CHUNK, self.max_model_len)
+            columns = (ids, instants, prompts.tolist(), outputs.tolist())
+            if self.pools:
+                yield _with_leads(make, zip(*columns, next(leads), strict=False))
+            else:
+                yield map(make, *columns)
+
+    def _visits(self, kind: SessionKind) -> Iterator[list[Request]]:
+        make = self.sampling.maker()
+        leads = Leads(self.streams, self.pools).chunks(SESSIONS)
+        lengths_rng, session_rng = self.streams("lengths"), self.streams("sessions")
+        left = self.num_requests
+        for ids, instants in self._instants(SESSIONS):
+            scripts = kind.scripts(session_rng, SESSIONS)
+            size = sum(len(wave) for script in scripts for wave in script.waves)
+            lengths = self.lengths.sample(lengths_rng, size, self.max_model_len)
+            prompts, outputs = (iter(tokens.tolist()) for tokens in lengths)
+            begins = next(leads) if self.pools else [Lead()] * SESSIONS
+            for number, instant, script, lead in zip(ids, instants, scripts, begins, strict=False):
+                visit = Visit(
+                    number, script, lead, prompts, outputs, longest=self.max_model_len, limit=left, make=make
+                )
+                yield visit.begin(instant)
+                left -= visit.size
+                if not left:
+                    return
+
+    def _instants(self, size: int) -> Iterator[tuple[range, list[int]]]:
+        """Numbers and arrival times (ns) of what arrives, in chunks of this size, the last one cut short."""
+        times = _regular(self.arrivals.times(self.streams("arrivals")), size)
+        for first in range(0, self.num_requests, size):
+            ids = range(first, min(first + size, self.num_requests))
             instants = next(times)[: len(ids)]
             if instants[-1] >= FOREVER:
                 raise UserError(
                     f"arrivals: got request {first + int(np.argmax(instants >= FOREVER))} after more than "
                     f"{FOREVER / 365.25 / 86400e9:.0f} years, expected a higher rate"
                 )
-            # Always a whole chunk, so that num_requests does not change what is drawn.
-            prompts, outputs = self.lengths.sample(lengths_rng, CHUNK, self.max_model_len)
-            yield map(make, ids, instants.tolist(), prompts.tolist(), outputs.tolist())
+            yield ids, instants.tolist()
 
 
 @workload("trace")
@@ -193,7 +223,7 @@ class Trace(Workload):
         return chain.from_iterable(self._chunks())
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
-        make = _maker(self.sampling)
+        make = self.sampling.maker()
         first = 0
         for rows in self._window():
             times = rows.arrival_time
@@ -256,14 +286,15 @@ def _regular(chunks: Iterator[Instants], size: int) -> Iterator[Instants]:
             held, count = [joined[whole:]], count - whole
 
 
-def _maker(sampling: Sampling) -> Callable[..., Request]:
-    """What makes a request of id, arrival time (ns), prompt tokens and output tokens."""
-    if sampling.n == 1 and sampling.beam_width == 1:
-        return Request
-    return partial(Request, n=sampling.n, beam_width=sampling.beam_width)
+def _with_leads(make: Make, rows: Iterator[tuple[int, int, int, int, Lead]]) -> Iterator[Request]:
+    """Requests behind their shared prefixes."""
+    return (
+        make(id_, time, lead.tokens + prompt, output, content=lead.names, content_ends=lead.ends)
+        for id_, time, prompt, output, lead in rows
+    )
 
 
-def _made(make: Callable[..., Request], first: int, rows: TraceRows, grain: int) -> Iterator[Request]:
+def _made(make: Make, first: int, rows: TraceRows, grain: int) -> Iterator[Request]:
     columns = (rows.arrival_time.tolist(), rows.prompt_tokens.tolist(), rows.output_tokens.tolist())
     ids = range(first, first + len(rows))
     if rows.content is None:

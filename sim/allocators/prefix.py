@@ -80,9 +80,14 @@ class PrefixAllocator(CachingAllocator):
         self._head = None, []
 
     def finished(self, sequence: Sequence) -> None:
-        """Nobody will ask for what was generated; its blocks queue up all the same."""
+        """What was generated is found by those who know its name; else its blocks only queue up with the others."""
         if self.prefix_caching:
-            self.pool.mark_full(sequence.block_table[: sequence.num_tokens // self.block_size])
+            full = sequence.num_tokens // self.block_size
+            request = sequence.request
+            if request.output_content is None:
+                self.pool.mark_full(sequence.block_table[:full])
+            else:
+                self.pool.register_table(sequence.block_table, prefix_keys(request, full, self.block_size))
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""

@@ -52,16 +52,12 @@ class RadixAllocator(CachingAllocator):
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """The future of a closed loop depends on the answers."""
-        arrivals = config["workload"].get("arrivals") or {}
-        if (
-            config["allocator"].get("eviction") == {"kind": "belady"}
-            and arrivals.get("kind") == "closed_loop"
-        ):
-            yield (
-                "allocator.eviction",
-                "belady knows all requests beforehand, and a closed loop's depend on answers",
-            )
+        """What depends on answers is not known beforehand."""
+        workload = config["workload"]
+        closed = (workload.get("arrivals") or {}).get("kind") == "closed_loop"
+        if config["allocator"].get("eviction") == {"kind": "belady"} and (closed or workload.get("session")):
+            what = "a closed loop sends" if closed else "sessions send"
+            yield "allocator.eviction", f"belady knows all requests beforehand, and what {what} depends on answers"
 
     def foresee(self, requests: Iterable[Request]) -> None:
         """Know which content will be asked for."""

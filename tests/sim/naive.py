@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 
 from sim.beams import BeamSearch, fork
 from sim.decode_set import arrival_order
@@ -104,10 +105,17 @@ def run_naively(
     search = None if beams is None else BeamSearch(*beams)
     outcome = Outcome()
     counters = dict.fromkeys(("preemptions", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks"), 0)
-    coming = list(requests)
+    # Instant, rank (arrivals before what answers lead to), number, request.
+    coming = [(each.arrival_time, 0, number, each) for number, each in enumerate(requests)]
+    numbers = count()
     now = 0
+    sent = 0
 
     def over(request: Request) -> None:
+        if request.session is not None:
+            for delay, follower in request.session.answered(request):
+                coming.append((now + delay, 1, next(numbers), follower))
+            coming.sort(key=lambda entry: entry[:3])
         outcome.requests.append(
             (
                 request.id, request.arrival_time, request.prompt_tokens, request.output_tokens * request.width,
@@ -130,8 +138,13 @@ def run_naively(
         outcome.held += allocator.num_held * duration
 
     def arrive() -> None:
-        while coming and coming[0].arrival_time <= now:
-            request = coming.pop(0)
+        nonlocal sent
+        while coming and coming[0][0] <= now:
+            instant, _, _, request = coming.pop(0)
+            request.arrival_time = instant
+            if request.session is not None:
+                request.id = sent
+            sent += 1
             if request.prompt_tokens > max_model_len:
                 request.status = "rejected"
                 request.reason = (
@@ -162,7 +175,7 @@ def run_naively(
             moved = 0
             idle_from = now
             while coming and not scheduler.waiting:
-                now = coming[0].arrival_time
+                now = coming[0][0]
                 arrive()
             if not scheduler.waiting:
                 note(idle_from, 0, 0, 0, False)
