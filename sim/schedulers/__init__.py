@@ -2,21 +2,27 @@
 
 from sim.schedulers.aisimulate import AISimulate
 from sim.schedulers.base import Scheduler, scheduler
+from sim.schedulers.mlfq import MultiLevelFeedback
 from sim.schedulers.orca import Orca
 from sim.schedulers.orders import order
+from sim.schedulers.ranking import Ranking
 from sim.schedulers.sarathi import Sarathi
 from sim.schedulers.static import Static
 from sim.schedulers.victims import victim
 from sim.schedulers.vidur import Vidur
 from sim.schedulers.vllm_v0 import VllmV0
+from sim.schedulers.vtc import VirtualTokenCounter
 
 __all__ = [
     "AISimulate",
+    "MultiLevelFeedback",
     "Orca",
+    "Ranking",
     "Sarathi",
     "Scheduler",
     "Static",
     "Vidur",
+    "VirtualTokenCounter",
     "VllmV0",
     "order",
     "scheduler",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,6 +47,16 @@ ALLOCATORS = {
     "radix 1": ("radix", {}),
     "radix 4 lfu": ("radix", {"block_size": 4, "eviction": eviction["lfu"], "watermark": 0.1}),
 }
+ORDERS = {
+    **{kind: partial(lambda each: each, order[kind]) for kind in ("fcfs", "sjf", "ljf", "priority")},
+    "sjf predicted": lambda: partial(order["sjf"], noise=0.5, seed=3),
+    "edf": lambda: partial(order["edf"], target_s=0.01, per_prompt_token_ms=1.0),
+    "mlfq": lambda: order["mlfq"](quantum=3, levels=4, prompt_weight=0.1),
+    "mlfq promoting": lambda: order["mlfq"](quantum=2, levels=3, prompt_weight=0.2, starvation_s=0.02),
+    "vtc": order["vtc"],
+    "vtc by outputs": lambda: order["vtc"](input_weight=0.1, output_weight=1.7),
+}
+RANKED = ("sjf predicted", "edf", "mlfq", "mlfq promoting", "vtc", "vtc by outputs")
 TIMINGS = {
     "fixed": timing["fixed"](None, None, prefill_ms=7.0, decode_ms=3.0),
     "linear": timing["linear"](None, None),
@@ -65,7 +77,11 @@ class Given:
         at = 0
         for number, (gap, prompt, output, width, beam) in enumerate(self.rows):
             at += gap
-            named = {"content": (number % 3, number % 2, *range(number % 5)), "content_grain": 6}
+            named = {
+                "tenant": number * 7 % 3,
+                "content": (number % 3, number % 2, *range(number % 5)),
+                "content_grain": 6,
+            }
             if beam:
                 yield Request(number, at, prompt, output, beam_width=width, **named)
             else:
@@ -76,7 +92,7 @@ def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
     kind, allocator_fields = ALLOCATORS[allocator_name]
     memory = allocator[kind](Capacity(num_slots=slots, max_model_len=64), **allocator_fields)
     if "order" in fields:
-        fields["order"] = order[fields["order"]]
+        fields["order"] = ORDERS[fields["order"]]()
     if "victim" in fields:
         fields["victim"] = victim[fields["victim"]]
     return memory, scheduler[scheduler_kind](memory, **fields)
@@ -177,6 +193,23 @@ def test_single_sequences(
 ):
     fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "victim": who, "order": first}
     assert_equal(*both(Given(rows), allocator_name, scheduler_kind, clock, slots, **fields))
+
+
+@pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
+@pytest.mark.parametrize("first", RANKED)
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.one_of(single, single, single, group), min_size=1, max_size=14),
+    allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 4 little host"]),
+    slots=st.sampled_from([96, 150, 400]),
+    clock=st.sampled_from(list(TIMINGS)),
+    max_num_seqs=st.sampled_from([1, 4, 32]),
+    preemption=st.sampled_from(["auto", "swap"]),
+)
+def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_num_seqs, preemption):
+    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "order": first}
+    workload = Given(rows, beams=(0.1, 1))
+    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
 
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
