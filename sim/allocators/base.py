@@ -145,6 +145,10 @@ class Allocator(ABC):
         """How many leading tokens of the request an admission would find cached; at least one is not."""
         return 0
 
+    def shared_tokens(self, request: Request, num_tokens: int) -> int:
+        """How many of those are in slots that somebody holds, so that finding them takes none of the free ones."""
+        return 0
+
     # What the engine calls
 
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:

@@ -76,6 +76,15 @@ class ChunkedScheduler(Scheduler):
         growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending)
         return self.allocator.headroom - growing - demand >= self._widest
 
+    def demanded(self, requests: Iterable[Request]) -> int:
+        """What the next tokens of decoding requests take of the headroom."""
+        pending = set(self.decodes.copy_pending)
+        return sum(
+            sequence.num_tokens >= sequence.capacity or sequence in pending
+            for request in requests
+            for sequence in request.sequences
+        )
+
     def decode_walked(self, step: Step) -> None:
         """Put the decode set into the step after a walk over the requests."""
         self.tight = True

@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from sim.registry import NonNegativeFloat, PositiveFloat, PositiveInt
-from sim.request import Request
+from sim.request import Request, outputs
 from sim.schedulers.orders import order
 from sim.schedulers.ranking import Ranking
 from sim.step import Step
@@ -110,7 +110,7 @@ class MultiLevelFeedback(Ranking):
     def _level(self, request: Request) -> int:
         """The level of a request after what it has generated."""
         place = self._places[request]
-        while place.level < self.last and _outputs(request) >= place.bound:
+        while place.level < self.last and outputs(request) >= place.bound:
             place.level += 1
             place.bound += self.quantum << place.level
         return place.level
@@ -138,7 +138,7 @@ class MultiLevelFeedback(Ranking):
             place = self._places[request]
             if place.level and place.since + self.patience <= self._now:
                 place.level = 0
-                place.bound = _outputs(request) + self.quantum
+                place.bound = outputs(request) + self.quantum
         ranked = sorted(scheduler.waiting, key=self)
         scheduler.waiting.clear()
         scheduler.waiting.extend(ranked)
@@ -165,16 +165,8 @@ class MultiLevelFeedback(Ranking):
                     return 0  # with the token that is on its way
                 place = self._places[request]
                 bound = place.bound + sum(self.quantum << each for each in range(place.level + 1, level + 1))
-                steps = min(steps, bound - _outputs(request))
+                steps = min(steps, bound - outputs(request))
         return steps
-
-
-def _outputs(request: Request) -> int:
-    """Tokens that a request has generated, of several branches those of the first."""
-    tokens = request.prefill_tokens
-    if request.sequences and request.sequences[0].decodes is not None:
-        tokens = request.sequences[0].num_tokens + 1  # the last one has no slot yet
-    return tokens - request.prompt_tokens
 
 
 def _preemptible(scheduler: Scheduler) -> list[Request]:

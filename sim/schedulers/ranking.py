@@ -13,6 +13,7 @@ from sim.units import FOREVER
 
 if TYPE_CHECKING:
     from sim.schedulers.base import Scheduler
+    from sim.schedulers.queues import Queues
 
 
 class Ranking(ABC):
@@ -35,7 +36,7 @@ class Ranking(ABC):
     def begin(self, scheduler: Scheduler, now: int, step: Step) -> None:
         """Bring the queue into order; running requests may give way, which is noted in the step."""
 
-    def admitted(self, scheduler: Scheduler, request: Request) -> None:  # noqa: B027 - most need not know
+    def admitted(self, queues: Queues, request: Request) -> None:  # noqa: B027 - most need not know
         """A request has left the queue and runs."""
 
     def requeued(self, request: Request) -> None:  # noqa: B027
@@ -54,13 +55,13 @@ class Ranking(ABC):
         """The decode set that counts what the order wants to know."""
         return DecodeSet()
 
-    def take_arrivals(self, scheduler: Scheduler) -> list[Request]:
+    def take_arrivals(self, queues: Queues) -> list[Request]:
         """Take the new ones off the end of the queue, in order of arrival."""
-        waiting = scheduler.waiting
+        waiting = queues.waiting
         arrived = [waiting.pop() for _ in range(self.arrivals)]
         self.arrivals = 0
         return arrived[::-1]
 
-    def insert(self, scheduler: Scheduler, request: Request) -> None:
+    def insert(self, queues: Queues, request: Request) -> None:
         """Put a request where its rank has it."""
-        insort(scheduler.waiting, request, key=self)
+        insort(queues.waiting, request, key=self)

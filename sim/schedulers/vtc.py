@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sim.decode_set import DecodeSet
 from sim.registry import PositiveFloat
@@ -15,6 +15,7 @@ from sim.units import FOREVER
 
 if TYPE_CHECKING:
     from sim.schedulers.base import Scheduler
+    from sim.schedulers.queues import Queues
 
 
 class TenantDecodeSet(DecodeSet):
@@ -91,10 +92,10 @@ class VirtualTokenCounter(Ranking):
         """One that counts by tenant."""
         return TenantDecodeSet()
 
-    def counter(self, scheduler: Scheduler, tenant: int) -> float:
+    def counter(self, queues: Queues, tenant: int) -> float:
         """The tenant's counter by now."""
         account = self._accounts[tenant]
-        outputs = account.firsts + scheduler.decodes.delivered(tenant)  # type: ignore[attr-defined]
+        outputs = account.firsts + _decodes(queues).delivered(tenant)
         return account.lifted + self.input_weight * account.prompts + self.output_weight * outputs
 
     def begin(self, scheduler: Scheduler, now: int, step: Step) -> None:
@@ -115,31 +116,31 @@ class VirtualTokenCounter(Ranking):
         if arrived:
             self._sort(scheduler)
 
-    def _floor(self, scheduler: Scheduler, tenant: int) -> float:
+    def _floor(self, queues: Queues, tenant: int) -> float:
         """What the counter of a tenant that asks is lifted to at least."""
-        if self._waits(scheduler, tenant):
+        if self._waits(queues, tenant):
             return 0.0
-        if scheduler.waiting:
-            return self._accounts[scheduler.waiting[0].tenant].counter
+        if queues.waiting:
+            return self._accounts[queues.waiting[0].tenant].counter
         return 0.0 if self._last is None else self._accounts[self._last].counter
 
-    def _waits(self, scheduler: Scheduler, tenant: int) -> bool:
+    def _waits(self, queues: Queues, tenant: int) -> bool:
         """Whether a request of the tenant is in the queue, which is sorted."""
-        waiting = scheduler.waiting
+        waiting = queues.waiting
         first = bisect_left(waiting, (self._accounts[tenant].counter, tenant, -1), key=self)
         return first < len(waiting) and waiting[first].tenant == tenant
 
-    def _sort(self, scheduler: Scheduler) -> None:
+    def _sort(self, queues: Queues) -> None:
         """Sort the queue if the order of the tenants is another one."""
         ranked = sorted(self._accounts, key=lambda tenant: (self._accounts[tenant].counter, tenant))
         places = {tenant: place for place, tenant in enumerate(ranked)}
-        if places != self._places and len(scheduler.waiting) > 1:
-            requests = sorted(scheduler.waiting, key=lambda request: places[request.tenant])
-            scheduler.waiting.clear()
-            scheduler.waiting.extend(requests)
+        if places != self._places and len(queues.waiting) > 1:
+            requests = sorted(queues.waiting, key=lambda request: places[request.tenant])
+            queues.waiting.clear()
+            queues.waiting.extend(requests)
         self._places = places
 
-    def admitted(self, scheduler: Scheduler, request: Request) -> None:
+    def admitted(self, queues: Queues, request: Request) -> None:
         """Count the prompt; another tenant may be next."""
         self._last = request.tenant
         if request.preemptions:
@@ -148,7 +149,7 @@ class VirtualTokenCounter(Ranking):
         account.prompts += request.prompt_tokens
         account.firsts += 1
         account.counter += self.input_weight * request.prompt_tokens + self.output_weight
-        self._sort(scheduler)
+        self._sort(queues)
 
     def quiet_for(self, scheduler: Scheduler) -> int:
         """Until the head's tenant has been given more than another one that waits."""
@@ -156,7 +157,7 @@ class VirtualTokenCounter(Ranking):
         if len(waiting) < 2 or len(self._accounts) < 2:
             return FOREVER
         head = waiting[0].tenant
-        members = scheduler.decodes.members  # type: ignore[attr-defined]
+        members = _decodes(scheduler).members
         counter = self.counter(scheduler, head)
         steps = FOREVER
         for tenant in self._accounts:
@@ -165,3 +166,7 @@ class VirtualTokenCounter(Ranking):
                 gap = self.counter(scheduler, tenant) - counter
                 steps = min(steps, max(0, int(gap / (rate * self.output_weight)) - 1))
         return steps
+
+
+def _decodes(queues: Queues) -> TenantDecodeSet:
+    return cast("TenantDecodeSet", queues.decodes)

@@ -44,6 +44,7 @@ ALLOCATORS = {
     "prefix 4": ("prefix", {"block_size": 4}),
     "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
     "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
+    "nano 4": ("nano_vllm", {"block_size": 4}),
     "radix 1": ("radix", {}),
     "radix 4 lfu": ("radix", {"block_size": 4, "eviction": eviction["lfu"], "watermark": 0.1}),
 }
@@ -268,3 +269,61 @@ def test_groups_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, bu
     fields = {"max_num_batched_tokens": budget, "preemption": preemption, **CHUNKED[scheduler_kind]}
     workload = Given(rows, beams=(turnover, 1))
     assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
+
+
+OPTIONS = {
+    "sglang chunks": ("sglang", {"chunked_prefill_size": 8, "max_num_batched_tokens": 30}),
+    "sglang mixed chunks": ("sglang", {"chunked_prefill_size": 8, "mixed_chunk": True}),
+    "sglang bold": ("sglang", {"schedule_conservativeness": 0.1, "policy": "lof", "chunked_prefill_size": None}),
+    "sglang bold and mixed": ("sglang", {"schedule_conservativeness": 0.05, "mixed_chunk": True}),
+    "sglang random": ("sglang", {"policy": "random", "schedule_conservativeness": 0.3}),
+    "sglang depth first": ("sglang", {"policy": "dfs-weight", "max_num_seqs": 4}),
+    "sglang of long outputs": ("sglang", {"max_new_tokens": 40}),
+    "sglang of short outputs": ("sglang", {"max_new_tokens": 5}),
+    "lightllm estimating": ("lightllm", {"busy_share": 0.7, "estimated_output": 5}),
+    "lightllm always estimating": ("lightllm", {"busy_share": 1.0, "estimated_output": 1}),
+    "lightllm of long outputs": ("lightllm", {"max_new_tokens": 40, "max_num_batched_tokens": 70}),
+    "lightllm of short outputs": ("lightllm", {"max_new_tokens": 5}),
+    "trtllm chunks": ("trtllm", {"chunked_context": True, "max_num_batched_tokens": 9}),
+    "trtllm at most": ("trtllm", {"capacity": "max_utilization"}),
+    "trtllm at most in chunks": (
+        "trtllm", {"capacity": "max_utilization", "chunked_context": True, "max_num_batched_tokens": 16},
+    ),
+    "trtllm of long outputs": ("trtllm", {"max_new_tokens": 40, "max_num_batched_tokens": 64}),
+    "trtllm of short outputs": ("trtllm", {"max_new_tokens": 5}),
+    "nano_vllm chunks": ("nano_vllm", {"max_num_batched_tokens": 10}),
+    "nano_vllm few": ("nano_vllm", {"max_num_batched_tokens": 40, "max_num_seqs": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@settings(max_examples=60)
+@given(
+    rows=st.lists(single, min_size=1, max_size=14),
+    allocator_name=st.sampled_from(list(ALLOCATORS)),
+    slots=st.sampled_from([64, 96, 150, 400]),
+    clock=st.sampled_from(list(TIMINGS)),
+    preemption=st.sampled_from(["auto", "swap"]),
+    first=st.sampled_from(["fcfs", "fcfs", "fcfs", "sjf", "mlfq", "vtc"]),
+)
+def test_options(options, rows, allocator_name, slots, clock, preemption, first):
+    kind, fields = OPTIONS[options]
+    workload = Given(rows, beams=(0.1, 1))
+    assert_equal(
+        *both(workload, allocator_name, kind, clock, slots, preemption=preemption, order=first, **fields)
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@settings(max_examples=30)
+@given(
+    rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
+    allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]),
+    slots=st.sampled_from([96, 150, 400]),
+    preemption=st.sampled_from(["auto", "swap"]),
+    turnover=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_groups_with_options(options, rows, allocator_name, slots, preemption, turnover):
+    kind, fields = OPTIONS[options]
+    workload = Given(rows, beams=(turnover, 1))
+    assert_equal(*both(workload, allocator_name, kind, "fixed", slots, preemption=preemption, **fields))
