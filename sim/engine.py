@@ -147,7 +147,7 @@ class Engine:
         while patience:
             if arrived:
                 arrived.clear()
-            step = scheduler.plan(self.now)
+            step = scheduler.next_step(self.now)
             if step.rejected:
                 for request in step.rejected:
                     self._done(request)
@@ -214,6 +214,8 @@ class Engine:
         if step.chunks or step.preempted or step.rejected or step.swapped_in_blocks:
             return end, 1  # the next plan may find the queues and the memory changed
         horizon = self.next_arrival if scheduler.open_to_arrivals else FOREVER
+        if scheduler.ranking is not None:  # it looks at who arrives in any case
+            horizon = min(self.next_arrival, scheduler.ranking.wakes_at)
         if end >= horizon:
             return end, 1
         limit = self._foreseen()
@@ -234,6 +236,8 @@ class Engine:
             limit = min(limit, self.beams.next_turnover - decodes.clock)
         if self.probe is not None:
             limit = min(limit, self.probe.next_sample - self.num_steps - 1)
+        if scheduler.ranking is not None:
+            limit = min(limit, scheduler.ranking.quiet_for(scheduler))
         quiet = scheduler.quiet_for(self.now)
         return quiet if quiet < limit else limit
 

@@ -115,3 +115,11 @@ class Request:
 
     def __repr__(self) -> str:
         return f"request {self.id}"
+
+
+def outputs(request: Request) -> int:
+    """Tokens that a request has generated so far, of several branches those of the first."""
+    tokens = request.prefill_tokens  # grown by them if it was preempted
+    if request.sequences and request.sequences[0].decodes is not None:
+        tokens = request.sequences[0].num_tokens + 1  # the last one has no slot yet
+    return tokens - request.prompt_tokens

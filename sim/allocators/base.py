@@ -153,6 +153,10 @@ class Allocator(ABC):
         """Know the workload; called before the first request where `foresees` is true."""
         raise TypeError(f"{type(self).__name__} foresees nothing")
 
+    def shared_tokens(self, request: Request, num_tokens: int) -> int:
+        """How many of those are in slots that somebody holds, so that finding them takes none of the free ones."""
+        return 0
+
     # What the engine calls
 
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:

@@ -57,7 +57,10 @@ class RadixAllocator(CachingAllocator):
         closed = (workload.get("arrivals") or {}).get("kind") == "closed_loop"
         if config["allocator"].get("eviction") == {"kind": "belady"} and (closed or workload.get("session")):
             what = "a closed loop sends" if closed else "sessions send"
-            yield "allocator.eviction", f"belady knows all requests beforehand, and what {what} depends on answers"
+            yield (
+                "allocator.eviction",
+                f"belady knows all requests beforehand, and what {what} depends on answers",
+            )
 
     def foresee(self, requests: Iterable[Request]) -> None:
         """Know which content will be asked for."""

@@ -47,7 +47,31 @@ class Scheduler(Queues, ABC):
         """Whether a request that arrives now would be looked at by the next plan."""
         return True
 
+    # What the engine calls
+
+    def next_step(self, now: int) -> Step:
+        """The order's turn, if it has one, and then the plan."""
+        if self.ranking is None:
+            return self.plan(now)
+        before = Step()
+        self.ranking.begin(self, now, before)
+        step = self.plan(now)
+        step.preempted[:0] = before.preempted
+        return step
+
     # What policies share
+
+    def could_admit(self, request: Request) -> bool:
+        """Whether memory and the number of sequences allow for a request now; true for one that they never will."""
+        if self.num_seqs + branches(request) > self.max_num_seqs >= request.width:
+            return False
+        return self.allocator.admission(request, request.prefill_tokens) is not Admission.LATER
+
+    def give_way(self, request: Request, step: Step) -> None:
+        """Send a running request of one branch back to the queue for the sake of another."""
+        preemption, self.preemption = self.preemption, "recompute"
+        self.preempt(request, step)
+        self.preemption = preemption
 
     def grow(self, step: Step) -> None:
         """Give every decoding sequence a slot for its next token and put them into the step.

@@ -159,6 +159,15 @@ class ChunkedScheduler(Scheduler):
                 if sequence.capacity < sequence.final_tokens:
                     decodes.await_growth(sequence)
 
+    def demanded(self, requests: Iterable[Request]) -> int:
+        """What the next tokens of decoding requests take of the headroom."""
+        pending = set(self.decodes.copy_pending)
+        return sum(
+            sequence.num_tokens >= sequence.capacity or sequence in pending
+            for request in requests
+            for sequence in request.sequences
+        )
+
     def decode_walked(self, step: Step) -> None:
         """Put the decode set into the step after a walk over the requests."""
         self.tight = True

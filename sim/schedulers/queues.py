@@ -11,6 +11,7 @@ from sim.decode_set import DecodeSet
 from sim.request import NEVER, Request, Sequence
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
+from sim.schedulers.ranking import Ranking
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -36,7 +37,8 @@ class Queues:
         self.max_num_seqs = FOREVER if max_num_seqs is None else max_num_seqs
         self.max_num_batched_tokens = FOREVER if max_num_batched_tokens is None else max_num_batched_tokens
         self.preemption = preemption
-        self.decodes = DecodeSet()
+        self.ranking = order if isinstance(order, Ranking) else None
+        self.decodes = DecodeSet() if self.ranking is None else self.ranking.decode_set()
         self.waiting: deque[Request] = deque()
         self.running: dict[Request, None] = {}
         self.partial: dict[Request, None] = {}  # of those, whose prompts are not computed to their ends
@@ -60,6 +62,9 @@ class Queues:
         """Queue a request behind all that go before it."""
         if self._order is None:
             self.waiting.append(request)
+        elif self.ranking is not None:
+            self.waiting.append(request)
+            self.ranking.arrivals += 1
         else:
             insort(self.waiting, request, key=self._order)
 
@@ -68,6 +73,8 @@ class Queues:
         if self._order is None:
             self.waiting.appendleft(request)
         else:
+            if self.ranking is not None:
+                self.ranking.requeued(request)
             insort_left(self.waiting, request, key=self._order)
 
     @property
@@ -148,6 +155,8 @@ class Queues:
             request.reused_tokens = cached
         request.status = "running"
         self.running[request] = None
+        if self.ranking is not None:
+            self.ranking.admitted(self, request)
         tokens = filled - cached
         step.chunks.append((sequence, cached, tokens))
         step.num_prefill_tokens += tokens

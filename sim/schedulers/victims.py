@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sim.registry import Registry
-from sim.request import Request
+from sim.request import Request, outputs
 
 Victim = Callable[[Sequence[Request]], Request]
 
@@ -28,6 +28,12 @@ def earliest(candidates: Sequence[Request]) -> Request:
 def fewest_slots(candidates: Sequence[Request]) -> Request:
     """The request that holds the fewest slots, the latest of equals: the cheapest to bring back."""
     return min(candidates, key=lambda request: (_held(request), -request.id))
+
+
+@victim("fewest_outputs")
+def fewest_outputs(candidates: Sequence[Request]) -> Request:
+    """The request that has generated the fewest tokens, of equals the longest prompt, then the latest (SGLang)."""
+    return min(candidates, key=lambda request: (outputs(request), -request.prompt_tokens, -request.id))
 
 
 @victim("most_slots")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -17,25 +18,32 @@ class NaiveDecodeSet:
 
     def __init__(self) -> None:
         self.clock = 0
-        self.members: list[Sequence] = []
+        self.sequences: list[Sequence] = []
         self.copy_pending: list[Sequence] = []
         self.growths: dict[int, list[Sequence]] = {}
+        self.given: Counter[int] = Counter()  # tokens by tenant
+
+    def members(self, tenant: int) -> int:
+        return sum(sequence.request.tenant == tenant for sequence in self.sequences)
+
+    def delivered(self, tenant: int) -> int:
+        return self.given[tenant]
 
     @property
     def size(self) -> int:
-        return len(self.members)
+        return len(self.sequences)
 
     @property
     def context(self) -> int:
-        return sum(sequence.num_tokens for sequence in self.members)
+        return sum(sequence.num_tokens for sequence in self.sequences)
 
     def join(self, sequence: Sequence) -> None:
         sequence.origin -= self.clock
         sequence.decodes = self
-        self.members.append(sequence)
+        self.sequences.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        self.members.remove(sequence)
+        self.sequences.remove(sequence)
         tokens = sequence.num_tokens
         sequence.decodes = None
         sequence.origin = tokens
@@ -48,9 +56,10 @@ class NaiveDecodeSet:
     def advance(self, steps: int = 1) -> None:
         assert steps == 1
         self.clock += 1
+        self.given.update(sequence.request.tenant for sequence in self.sequences)
 
     def take_finished(self) -> list[Sequence]:
-        done = sorted((s for s in self.members if s.num_tokens == s.final_tokens), key=arrival_order)
+        done = sorted((s for s in self.sequences if s.num_tokens == s.final_tokens), key=arrival_order)
         for sequence in done:
             self.leave(sequence)
         return done
@@ -158,7 +167,7 @@ def run_naively(
     moved = 0  # blocks swapped out by plans without tokens
     while True:
         arrive()
-        step = scheduler.plan(now)
+        step = scheduler.next_step(now)
         allocator.check_integrity()
         for request in step.rejected:
             over(request)

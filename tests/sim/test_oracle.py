@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -42,9 +44,20 @@ ALLOCATORS = {
     "prefix 4": ("prefix", {"block_size": 4}),
     "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
     "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
+    "nano 4": ("nano_vllm", {"block_size": 4}),
     "radix 1": ("radix", {}),
     "radix 4 lfu": ("radix", {"block_size": 4, "eviction": eviction["lfu"], "watermark": 0.1}),
 }
+ORDERS = {
+    **{kind: partial(lambda each: each, order[kind]) for kind in ("fcfs", "sjf", "ljf", "priority")},
+    "sjf predicted": lambda: partial(order["sjf"], noise=0.5, seed=3),
+    "edf": lambda: partial(order["edf"], target_s=0.01, per_prompt_token_ms=1.0),
+    "mlfq": lambda: order["mlfq"](quantum=3, levels=4, prompt_weight=0.1),
+    "mlfq promoting": lambda: order["mlfq"](quantum=2, levels=3, prompt_weight=0.2, starvation_s=0.02),
+    "vtc": order["vtc"],
+    "vtc by outputs": lambda: order["vtc"](input_weight=0.1, output_weight=1.7),
+}
+RANKED = ("sjf predicted", "edf", "mlfq", "mlfq promoting", "vtc", "vtc by outputs")
 TIMINGS = {
     "fixed": timing["fixed"](None, None, prefill_ms=7.0, decode_ms=3.0),
     "linear": timing["linear"](None, None),
@@ -66,7 +79,8 @@ class Given:
         for number, (gap, prompt, output, width, beam) in enumerate(self.rows):
             at += gap
             content = (number % 3, number % 2, *range(number % 5))
-            named = {"content": content, "content_grain": 6, "priority": number * 7 % 3}
+            ranked = {"priority": number * 7 % 3, "tenant": number * 7 % 3}
+            named = {"content": content, "content_grain": 6, **ranked}
             if beam:
                 yield Request(number, at, prompt, output, beam_width=width, **named)
             else:
@@ -77,7 +91,7 @@ def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
     kind, allocator_fields = ALLOCATORS[allocator_name]
     memory = allocator[kind](Capacity(num_slots=slots, max_model_len=64), **allocator_fields)
     if "order" in fields:
-        fields["order"] = order[fields["order"]]
+        fields["order"] = ORDERS[fields["order"]]()
     if "victim" in fields:
         fields["victim"] = victim[fields["victim"]]
     return memory, scheduler[scheduler_kind](memory, **fields)
@@ -181,6 +195,23 @@ def test_single_sequences(
 
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
+@pytest.mark.parametrize("first", RANKED)
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.one_of(single, single, single, group), min_size=1, max_size=14),
+    allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 4 little host"]),
+    slots=st.sampled_from([96, 150, 400]),
+    clock=st.sampled_from(list(TIMINGS)),
+    max_num_seqs=st.sampled_from([1, 4, 32]),
+    preemption=st.sampled_from(["auto", "swap"]),
+)
+def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_num_seqs, preemption):
+    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "order": first}
+    workload = Given(rows, beams=(0.1, 1))
+    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
+
+
+@pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
 @pytest.mark.parametrize(
     "allocator_name", ["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]
 )
@@ -236,3 +267,61 @@ def test_groups_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, bu
     fields = {"max_num_batched_tokens": budget, "preemption": preemption, **CHUNKED[scheduler_kind]}
     workload = Given(rows, beams=(turnover, 1))
     assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
+
+
+OPTIONS = {
+    "sglang chunks": ("sglang", {"chunked_prefill_size": 8, "max_num_batched_tokens": 30}),
+    "sglang mixed chunks": ("sglang", {"chunked_prefill_size": 8, "mixed_chunk": True}),
+    "sglang bold": ("sglang", {"schedule_conservativeness": 0.1, "policy": "lof", "chunked_prefill_size": None}),
+    "sglang bold and mixed": ("sglang", {"schedule_conservativeness": 0.05, "mixed_chunk": True}),
+    "sglang random": ("sglang", {"policy": "random", "schedule_conservativeness": 0.3}),
+    "sglang depth first": ("sglang", {"policy": "dfs-weight", "max_num_seqs": 4}),
+    "sglang of long outputs": ("sglang", {"max_new_tokens": 40}),
+    "sglang of short outputs": ("sglang", {"max_new_tokens": 5}),
+    "lightllm estimating": ("lightllm", {"busy_share": 0.7, "estimated_output": 5}),
+    "lightllm always estimating": ("lightllm", {"busy_share": 1.0, "estimated_output": 1}),
+    "lightllm of long outputs": ("lightllm", {"max_new_tokens": 40, "max_num_batched_tokens": 70}),
+    "lightllm of short outputs": ("lightllm", {"max_new_tokens": 5}),
+    "trtllm chunks": ("trtllm", {"chunked_context": True, "max_num_batched_tokens": 9}),
+    "trtllm at most": ("trtllm", {"capacity": "max_utilization"}),
+    "trtllm at most in chunks": (
+        "trtllm", {"capacity": "max_utilization", "chunked_context": True, "max_num_batched_tokens": 16},
+    ),
+    "trtllm of long outputs": ("trtllm", {"max_new_tokens": 40, "max_num_batched_tokens": 64}),
+    "trtllm of short outputs": ("trtllm", {"max_new_tokens": 5}),
+    "nano_vllm chunks": ("nano_vllm", {"max_num_batched_tokens": 10}),
+    "nano_vllm few": ("nano_vllm", {"max_num_batched_tokens": 40, "max_num_seqs": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@settings(max_examples=60)
+@given(
+    rows=st.lists(single, min_size=1, max_size=14),
+    allocator_name=st.sampled_from(list(ALLOCATORS)),
+    slots=st.sampled_from([64, 96, 150, 400]),
+    clock=st.sampled_from(list(TIMINGS)),
+    preemption=st.sampled_from(["auto", "swap"]),
+    first=st.sampled_from(["fcfs", "fcfs", "fcfs", "sjf", "mlfq", "vtc"]),
+)
+def test_options(options, rows, allocator_name, slots, clock, preemption, first):
+    kind, fields = OPTIONS[options]
+    workload = Given(rows, beams=(0.1, 1))
+    assert_equal(
+        *both(workload, allocator_name, kind, clock, slots, preemption=preemption, order=first, **fields)
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@settings(max_examples=30)
+@given(
+    rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
+    allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]),
+    slots=st.sampled_from([96, 150, 400]),
+    preemption=st.sampled_from(["auto", "swap"]),
+    turnover=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_groups_with_options(options, rows, allocator_name, slots, preemption, turnover):
+    kind, fields = OPTIONS[options]
+    workload = Given(rows, beams=(turnover, 1))
+    assert_equal(*both(workload, allocator_name, kind, "fixed", slots, preemption=preemption, **fields))

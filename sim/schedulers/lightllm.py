@@ -1,0 +1,157 @@
+"""LightLLM: admission by the predicted peak of memory."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from sim.allocators.base import Admission, Allocator
+from sim.registry import Fraction, PositiveInt
+from sim.request import Request
+from sim.schedulers.base import Preemption, scheduler
+from sim.schedulers.foresight import ForesightedScheduler, prospects
+from sim.schedulers.orders import Order, fcfs
+from sim.schedulers.orders import order as orders
+from sim.schedulers.victims import Victim, latest
+from sim.schedulers.victims import victim as victims
+from sim.step import Step
+from sim.units import FOREVER
+
+
+@scheduler("lightllm")
+class LightLLM(ForesightedScheduler):
+    """Prompts first, admitted while the peak of memory that is foreseen stays below the pool (LightLLM).
+
+    If requests end as foreseen, the one that has the i-th most tokens to come sees i requests at its end, each
+    with what it has by now and as many tokens more; the largest of these sums is the peak
+    (`router/req_queue/continues_batch/impl.py`). The queue is served strictly in order, and the first one that
+    would lift the peak to the pool's size waits. Foreseen is what clients allow. While less than `busy_share` of
+    the slots is in use, it is an estimate, and where that was too low, memory runs out and the latest arrivals are
+    computed again. Made for slots of one token; blocks of more are counted with their rounding.
+
+    Fields:
+        max_num_seqs: Most sequences that run together; a group counts all its samples or beams.
+        max_num_batched_tokens: Most prompt tokens of a step, and the longest prompt that is served; by default
+            the longest sequence of the model, at least 2048.
+        max_new_tokens: Most tokens that clients allow an output to have; null if each one allows exactly as many
+            as come.
+        busy_share: Share of the slots in use from which on outputs are foreseen as long as they may be; below it
+            they are estimated. 0 never estimates (LightLLM's router_token_ratio).
+        estimated_output: An estimated output, or 1.1 times what it is by now if that is more, but never more
+            than clients allow.
+        preemption: What happens to a victim (see vllm_v0); LightLLM recomputes.
+        victim: Who gives way when memory runs out.
+        order: Who goes first in the queue.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        *,
+        max_num_seqs: PositiveInt = 1000,
+        max_num_batched_tokens: PositiveInt | None = None,
+        max_new_tokens: PositiveInt | None = None,
+        busy_share: Fraction = 0.0,
+        estimated_output: PositiveInt = 1024,
+        preemption: Preemption = "auto",
+        victim: Annotated[Victim, victims] = latest,
+        order: Annotated[Order, orders] = fcfs,
+    ) -> None:
+        super().__init__(
+            allocator,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens or max(2048, allocator.max_model_len),
+            max_new_tokens=max_new_tokens,
+            preemption=preemption,
+            victim=victim,
+            order=order,
+        )
+        self.busy_share = busy_share
+        self.estimated_output = estimated_output
+        self._rounding = (allocator.growth or 1) - 1
+        self._foreseen = False  # the head of the queue waits for the forecast only
+
+    def plan(self, now: int) -> Step:
+        """Prompts if any can be admitted, else one token for every running sequence."""
+        step = Step()
+        self.head_refused = self._foreseen = False
+        if self.waiting and not self.swapped:
+            self._admit_prompts(step, now)
+            if step.chunks:
+                return step
+        self.advance(step)
+        if self.swapped and not step.preempted:
+            self.swap_in(step)
+        return step
+
+    def _admit_prompts(self, step: Step, now: int) -> None:
+        batched = 0
+        while self.waiting:
+            request = self.waiting[0]
+            tokens = request.prefill_tokens
+            if tokens > self.max_num_batched_tokens:
+                reason = f"a prompt of {tokens} tokens exceeds the {self.max_num_batched_tokens} of a step"
+                self.reject(self.waiting.popleft(), reason, step)
+                continue
+            admission = self.head_admission(step)
+            if admission is Admission.NEVER:
+                continue
+            batched += tokens
+            if admission is Admission.LATER or batched > self.max_num_batched_tokens or self.full:
+                return
+            if not self._fits(request):
+                if self.refuse_alone(self._excess(request), step):
+                    continue
+                self.head_refused = self._foreseen = True
+                return
+            self.admit(self.waiting.popleft(), step, now)
+
+    def could_admit(self, request: Request) -> bool:
+        """Memory for the prompt, and for all that is foreseen."""
+        return super().could_admit(request) and self._fits(request)
+
+    def promise(self, request: Request) -> int:
+        """Slots that all branches may come to."""
+        slots = request.prompt_tokens + self.limit(request) + self._rounding
+        return request.width * max(slots, request.prefill_tokens + 1 + self._rounding)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the peak with this request is below the pool's size."""
+        pool = self.allocator.num_slots
+        if self.max_new_tokens is None and self.promised + self.promise(request) < pool:
+            return True  # even if all came to their ends at once
+        return self.peak([*self.running, request]) < pool
+
+    def peak(self, requests: list[Request]) -> int:
+        """Slots in use at the foreseen peak if these requests run."""
+        busy = self.allocator.num_tokens >= self.busy_share * self.allocator.num_slots
+        batch = [
+            (max(0, self._foresee(request, outputs, busy) - outputs - 1), tokens)
+            for request in requests
+            for tokens, outputs in prospects(request)
+        ]
+        batch.sort(reverse=True)
+        peak = held = 0
+        for number, (left, tokens) in enumerate(batch, 1):
+            held += tokens + self._rounding
+            peak = max(peak, held + left * number)
+        return peak
+
+    def _foresee(self, request: Request, outputs: int, busy: bool) -> int:
+        """The length that an output is expected to have at its end."""
+        limit = self.limit(request)
+        return limit if busy else min(limit, max(outputs * 11 // 10, self.estimated_output))
+
+    def _excess(self, request: Request) -> str:
+        return (
+            f"{request.prefill_tokens} tokens would come to {self.peak([request])} slots with those foreseen, and "
+            f"LightLLM keeps them below the {self.allocator.num_slots} of the pool"
+        )
+
+    def quiet_for(self, now: int) -> int:
+        """The peak with another request changes as the others go on."""
+        return 0 if self._foreseen else FOREVER
+
+    @property
+    def open_to_arrivals(self) -> bool:
+        """Behind a head that waits, and while a group is swapped out, nobody is looked at."""
+        return not self.head_stays and not self.swapped
