@@ -214,9 +214,7 @@ class VllmV1(ChunkedScheduler):
         if self.reserve_full_prompt:
             return False
         first = request.prefill_tokens - max(0, self._uncached(request) - tokens)
-        fits = self.allocator.admission(request, first) is Admission.OK
-        self.head_refused = not fits
-        return fits
+        return self.allocator.admission(request, first) is Admission.OK
 
     def requeue(self, request: Request) -> None:
         """Queue a preempted request before all others, or where the order has it, equals by arrival."""

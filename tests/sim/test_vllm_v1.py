@@ -134,6 +134,19 @@ def test_a_victim_that_was_scheduled_gives_its_chunk_back():
     assert loop.requests[0].prefill_tokens == 20
 
 
+def test_what_a_victim_gives_back_goes_to_who_is_behind():
+    options = {"long_prefill_token_threshold": 4, "reserve_full_prompt": False}
+    loop = Loop(blocks=7, block_size=4, order=order["priority"], **options)
+    for tokens, priority in ((20, 1), (8, 0), (20, 0)):
+        loop.add(tokens, priority)
+    loop.policy.waiting.rotate(1)  # so that the lesser one is served first
+    assert loop.step() == {0: 4, 1: 4, 2: 4}
+    assert loop.step() == {0: 4, 1: 4, 2: 4}
+    loop.policy.max_num_batched_tokens = 6
+    assert loop.step() == {1: 1, 2: 4}, "4 of the 6 tokens had gone to the first"
+    assert ids(loop.planned.preempted) == [0]
+
+
 def test_a_victim_chosen_otherwise():
     loop = Loop(blocks=4, block_size=4, victim=victim["earliest"])
     for tokens in (7, 8):
@@ -187,6 +200,16 @@ def test_without_chunks_a_prompt_beyond_every_budget_is_refused():
     story = Story(policy, ask((0, 40, 2), (0, 4, 2)))
     assert "40 tokens to compute exceed max_num_batched_tokens, 16" in story.column("requests", "reason")[0]
     assert sorted(story.column("requests", "status")) == ["finished", "rejected"]
+
+
+def test_who_may_be_passed_over_does_not_close_the_queue():
+    """1 never fits beside the decode of 0; 2, which comes amid a stretch of decodes, is looked at all the same."""
+    fields = {"chunked_prefill": False, "max_num_batched_tokens": 20}
+    requests = (0, 4, 30), (0, 20, 1), (15.5, 4, 2)
+    story = Story(scheduled("vllm_v1", exact(400), skip_unfit=True, **fields), ask(*requests))
+    assert "16: decode 0, prompt 2(4)" in story.log or "16: prompt 2(4), decode 0" in story.log
+    story = Story(scheduled("vllm_v1", exact(400), **fields), ask(*requests))
+    assert "39: prompt 1(20)" in story.log, "without it nobody overtakes"
 
 
 # Oracles
