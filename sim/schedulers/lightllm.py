@@ -7,7 +7,7 @@ from typing import Annotated
 from sim.allocators.base import Admission, Allocator
 from sim.registry import Fraction, PositiveInt
 from sim.request import Request
-from sim.schedulers.base import Preemption, scheduler
+from sim.schedulers.base import Preemption, branches, scheduler
 from sim.schedulers.foresight import ForesightedScheduler, prospects
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
@@ -68,12 +68,13 @@ class LightLLM(ForesightedScheduler):
         self.busy_share = busy_share
         self.estimated_output = estimated_output
         self._rounding = (allocator.growth or 1) - 1
-        self._foreseen = False  # the head of the queue waits for the forecast only
+        self._quiet = FOREVER  # decode steps for which the head of the queue is refused
 
     def plan(self, now: int) -> Step:
         """Prompts if any can be admitted, else one token for every running sequence."""
         step = Step()
-        self.head_refused = self._foreseen = False
+        self.head_refused = False
+        self._quiet = FOREVER
         if self.waiting and not self.swapped:
             self._admit_prompts(step, now)
             if step.chunks:
@@ -101,7 +102,8 @@ class LightLLM(ForesightedScheduler):
             if not self._fits(request):
                 if self.refuse_alone(self._excess(request), step):
                     continue
-                self.head_refused = self._foreseen = True
+                self.head_refused = True
+                self._quiet = self._refused_for(request)
                 return
             self.admit(self.waiting.popleft(), step, now)
 
@@ -119,22 +121,38 @@ class LightLLM(ForesightedScheduler):
         pool = self.allocator.num_slots
         if self.max_new_tokens is None and self.promised + self.promise(request) < pool:
             return True  # even if all came to their ends at once
-        return self.peak([*self.running, request]) < pool
+        return self.peak([*self.running, request])[0] < pool
 
-    def peak(self, requests: list[Request]) -> int:
-        """Slots in use at the foreseen peak if these requests run."""
-        busy = self.allocator.num_tokens >= self.busy_share * self.allocator.num_slots
+    def peak(self, requests: list[Request]) -> tuple[int, int]:
+        """Slots in use at the foreseen peak if these requests run, and the steps until then."""
+        busy = self._busy
         batch = [
             (max(0, self._foresee(request, outputs, busy) - outputs - 1), tokens)
             for request in requests
             for tokens, outputs in prospects(request)
         ]
         batch.sort(reverse=True)
-        peak = held = 0
+        peak = steps = held = 0
         for number, (left, tokens) in enumerate(batch, 1):
             held += tokens + self._rounding
-            peak = max(peak, held + left * number)
-        return peak
+            if held + left * number >= peak:
+                peak, steps = held + left * number, left
+        return peak, steps
+
+    def _refused_for(self, request: Request) -> int:
+        """Decode steps for which a request that does not fit is sure not to.
+
+        At the instant of the peak those who run will have what they will have; each branch of the request itself
+        will have one token less for each step that it starts later.
+        """
+        if not self._busy:
+            return 0
+        peak, steps = self.peak([*self.running, request])
+        return min((peak - self.allocator.num_slots) // branches(request), steps)
+
+    @property
+    def _busy(self) -> bool:
+        return self.allocator.num_tokens >= self.busy_share * self.allocator.num_slots
 
     def _foresee(self, request: Request, outputs: int, busy: bool) -> int:
         """The length that an output is expected to have at its end."""
@@ -143,13 +161,13 @@ class LightLLM(ForesightedScheduler):
 
     def _excess(self, request: Request) -> str:
         return (
-            f"{request.prefill_tokens} tokens would come to {self.peak([request])} slots with those foreseen, and "
+            f"{request.prefill_tokens} tokens would come to {self.peak([request])[0]} slots with those foreseen, and "
             f"LightLLM keeps them below the {self.allocator.num_slots} of the pool"
         )
 
     def quiet_for(self, now: int) -> int:
         """The peak with another request changes as the others go on."""
-        return 0 if self._foreseen else FOREVER
+        return self._quiet
 
     @property
     def open_to_arrivals(self) -> bool:

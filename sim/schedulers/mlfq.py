@@ -77,8 +77,7 @@ class MultiLevelFeedback(Ranking):
         for request in self.take_arrivals(scheduler):
             self._join(request)
             self.insert(scheduler, request)
-        if self.wakes_at <= now:
-            self._promote(scheduler)
+        self._promote(scheduler)
         waiting = scheduler.waiting
         if waiting and scheduler.running and scheduler.open_to_arrivals:
             self._make_room(scheduler, step)
@@ -134,14 +133,14 @@ class MultiLevelFeedback(Ranking):
         return FOREVER
 
     def _promote(self, scheduler: Scheduler) -> None:
-        for request in scheduler.waiting:
+        """To the first level, whoever has waited too long."""
+        while self.wakes_at <= self._now:
+            _, request = self._waits.popleft()
+            scheduler.waiting.remove(request)
             place = self._places[request]
-            if place.level and place.since + self.patience <= self._now:
-                place.level = 0
-                place.bound = outputs(request) + self.quantum
-        ranked = sorted(scheduler.waiting, key=self)
-        scheduler.waiting.clear()
-        scheduler.waiting.extend(ranked)
+            place.level = 0
+            place.bound = outputs(request) + self.quantum
+            self.insert(scheduler, request)
 
     def _make_room(self, scheduler: Scheduler, step: Step) -> None:
         head = scheduler.waiting[0]

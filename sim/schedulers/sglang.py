@@ -150,14 +150,13 @@ class SGLang(ForesightedScheduler):
         """Tokens that a request may still generate."""
         return min(CLIP, max(0, self.limit(request) - outputs(request))) * branches(request)
 
-    def _fits(self, request: Request, fresh: int) -> bool:
-        """Whether a request fits beside those that run, and `fresh` tokens to come of those just admitted."""
+    def _fits(self, request: Request, cached: int, coming: int) -> bool:
+        """Whether a request with so many cached tokens fits, beside so many to come of it and those just admitted."""
         allocator = self.allocator
         tokens = request.prefill_tokens
-        cached = allocator.cached_tokens(request, tokens)
         locked = cached - allocator.shared_tokens(request, tokens) if cached else 0
-        total = tokens - cached + self._coming(request)
-        room = self.available - fresh
+        total = tokens - cached + coming
+        room = self.available
         if self.mixed_chunk:
             room -= self.decodes.size
         ratio = self.new_token_ratio
@@ -169,7 +168,8 @@ class SGLang(ForesightedScheduler):
 
     def could_admit(self, request: Request) -> bool:
         """Memory for the prompt, and for what is hoped to come."""
-        return super().could_admit(request) and self._fits(request, 0)
+        cached = self.allocator.cached_tokens(request, request.prefill_tokens)
+        return super().could_admit(request) and self._fits(request, cached, self._coming(request))
 
     # Steps
 
@@ -218,22 +218,23 @@ class SGLang(ForesightedScheduler):
             if self.full:
                 self._refused_at = len(self.running)
                 return
-            if admission is Admission.LATER or not self._fits(request, fresh):
+            known = request.prefill_tokens
+            cached = self.allocator.cached_tokens(request, known)
+            coming = self._coming(request)
+            if admission is Admission.LATER or not self._fits(request, cached, coming + fresh):
                 if self.refuse_alone(self._excess(request), step):
                     continue
                 self.head_refused = True
                 self._refused_at = len(self.running)
                 return
-            known = request.prefill_tokens
-            asked = known - self.allocator.cached_tokens(request, known)
-            asked = -(-asked // self.page) * self.page
+            asked = -(-(known - cached) // self.page) * self.page
             if step.chunks and (asked >= budget or chunk < self.page):
                 return
             part = FOREVER if asked <= chunk else chunk // self.page * self.page
             tokens = self.admit(self.waiting.popleft(), step, now, part)
             if request in self.partial:
                 return
-            fresh += self._coming(request)
+            fresh += coming
             chunk -= asked
             budget -= tokens
             if chunk <= 0 or budget <= 0:
