@@ -76,7 +76,9 @@ class Conversation(SessionKind):
         """Chains."""
         turns = rng.geometric(1.0 / self.turns, count)
         pauses = gamma_times(rng, int(turns.sum()), *self.think_time)
-        return [Script([[0]] * (stop - start), pauses[start:stop]) for start, stop in _cut(turns, self.max_turns)]
+        return [
+            Script([[0]] * (stop - start), pauses[start:stop]) for start, stop in _cut(turns, self.max_turns)
+        ]
 
 
 @session("agent")

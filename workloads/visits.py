@@ -42,7 +42,17 @@ class Visit:
     names on its path. Of several samples nobody knows which one is gone on from: their names are found nowhere.
     """
 
-    __slots__ = ("_answers", "_lead", "_make", "_number", "_on_their_way", "_pauses", "_wave", "_waves", "size")
+    __slots__ = (
+        "_answers",
+        "_lead",
+        "_make",
+        "_number",
+        "_on_their_way",
+        "_pauses",
+        "_wave",
+        "_waves",
+        "size",
+    )
 
     def __init__(
         self,

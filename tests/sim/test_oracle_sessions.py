@@ -78,7 +78,9 @@ def test_sessions_in_chunks(scheduler_kind, allocator_name, seed, kind, slots, b
 
 
 @settings(max_examples=20)
-@given(seed=st.integers(0, 10**6), kind=st.sampled_from(list(SESSIONS)), slots=st.sampled_from([96, 150, 400]))
+@given(
+    seed=st.integers(0, 10**6), kind=st.sampled_from(list(SESSIONS)), slots=st.sampled_from([96, 150, 400])
+)
 def test_sessions_of_samples(seed, kind, slots):
     assert_equal(*both(asked(seed, kind, False, n=3), "paged 4", "vllm_v0", "fixed", slots))
 
