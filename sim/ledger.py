@@ -71,7 +71,17 @@ class Ledger:
                 f"{name} hands out blocks {list(blocks)} as cached, but its keeps_freed is False"
             )
         self.tiers[tier].reset()
+        self._enter_holders(tier, blocks)
         self._touched.update(blocks)
+
+    def _enter_holders(self, tier: str, blocks: Ordered[int]) -> None:
+        """Enter the sequences that have yet to be entered in these blocks: others will look for their content."""
+        at = np.array(blocks, np.int64)
+        unwritten = set(at[self.tiers[tier].rows[at, -1] == UNWRITTEN].tolist())
+        if unwritten:
+            for sequence in self.allocator.sequences:
+                if not unwritten.isdisjoint(sequence.block_table):
+                    self._enter_one(sequence)
 
     def begin(self, sequence: Sequence) -> None:
         """Leading blocks that were touched count as entered: the sequence has to find its content there."""
