@@ -78,7 +78,7 @@ def capacity_told(experiment: Experiment) -> dict[str, Any]:
     model, device = make_hardware(experiment)
     capacity = make_capacity(experiment, model, device)
     return {
-        "num_slots": capacity.num_slots,
+        "num_slots": make_allocator(experiment, capacity).num_slots,
         "max_model_len": capacity.max_model_len,
         "kv_bytes_per_token": model.kv_bytes_per_token if model is not None else None,
     }

@@ -5,8 +5,9 @@ from sim.allocators.contiguous import ContiguousAllocator
 from sim.allocators.paged import PagedAllocator
 from sim.allocators.prefix import PrefixAllocator
 from sim.allocators.radix import RadixAllocator
+from sim.allocators.token import TokenAllocator
 
 __all__ = [
     "Admission", "Allocator", "Capacity", "ContiguousAllocator", "MemoryUsage", "PagedAllocator",
-    "PrefixAllocator", "RadixAllocator", "allocator",
+    "PrefixAllocator", "RadixAllocator", "TokenAllocator", "allocator",
 ]  # fmt: skip

@@ -46,6 +46,7 @@ SETTINGS = {
         {"block_size": 4, "prefix_caching": False},
         {"block_size": 8},
     ],
+    "token": [{}, {"num_host_blocks": 20}],
     "radix": [{}, {"block_size": 4}, {"block_size": 3, "eviction": eviction["mru"], "watermark": 0.1}],
 }
 

@@ -39,6 +39,7 @@ ALLOCATORS = {
     "paged 4": ("paged", {"block_size": 4}),
     "paged 16 no watermark": ("paged", {"block_size": 16, "watermark": 0.0}),
     "paged 4 little host": ("paged", {"block_size": 4, "num_host_blocks": 6}),
+    "token": ("token", {}),
     "prefix 4": ("prefix", {"block_size": 4}),
     "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
     "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
@@ -182,7 +183,7 @@ def test_single_sequences(
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
 @pytest.mark.parametrize(
-    "allocator_name", ["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]
+    "allocator_name", ["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host", "token"]
 )
 @settings(max_examples=40)
 @given(
@@ -222,7 +223,7 @@ def test_prompts_in_chunks(
 
 
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)
-@pytest.mark.parametrize("allocator_name", ["paged 1", "paged 4", "paged 4 little host"])
+@pytest.mark.parametrize("allocator_name", ["paged 1", "paged 4", "paged 4 little host", "token"])
 @settings(max_examples=25)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
