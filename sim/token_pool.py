@@ -24,8 +24,8 @@ class TokenPool(BlockPool):
         super().__init__(num_blocks, tier)
         self.free.reverse()  # slot 0 is handed out first
 
-    @property  # type: ignore[misc]
-    def references(self) -> list[int]:  # type: ignore[override]
+    @property
+    def references(self) -> list[int]:
         """References of every slot, counted anew."""
         counts = [1] * self.num_blocks
         for slot in self.free:

@@ -41,6 +41,8 @@ class TokenAllocator(PagedAllocator):
                 if capacity == sequence.final_tokens:
                     done = True
             if done:
-                sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
+                sequences[:] = [
+                    sequence for sequence in sequences if sequence.capacity < sequence.final_tokens
+                ]
             books.append((tick, self.num_held, self.num_internal))
         return books

@@ -63,7 +63,13 @@ def test_nothing_is_wasted():
     sequence = admit(over, 0, 7, 5)
     assert over.slots(sequence).tolist() == list(range(7))
     usage = over.usage()
-    assert (usage.token_states, usage.reserved, usage.internal, usage.external, usage.free) == (7, 0, 0, 0, 23)
+    assert (usage.token_states, usage.reserved, usage.internal, usage.external, usage.free) == (
+        7,
+        0,
+        0,
+        0,
+        23,
+    )
 
 
 def test_all_slots_may_be_filled_and_the_next_token_is_refused():
