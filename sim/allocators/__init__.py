@@ -6,8 +6,10 @@ from sim.allocators.paged import PagedAllocator
 from sim.allocators.prefix import PrefixAllocator
 from sim.allocators.radix import RadixAllocator
 from sim.allocators.token import TokenAllocator
+from sim.allocators.vattention import VAttentionAllocator
 
 __all__ = [
     "Admission", "Allocator", "Capacity", "ContiguousAllocator", "MemoryUsage", "PagedAllocator",
-    "PrefixAllocator", "RadixAllocator", "TokenAllocator", "allocator",
+    "PrefixAllocator", "RadixAllocator", "TokenAllocator", "VAttentionAllocator",
+    "allocator",
 ]  # fmt: skip

@@ -40,6 +40,8 @@ ALLOCATORS = {
     "paged 16 no watermark": ("paged", {"block_size": 16, "watermark": 0.0}),
     "paged 4 little host": ("paged", {"block_size": 4, "num_host_blocks": 6}),
     "token": ("token", {}),
+    "vattention": ("vattention", {"watermark": 0.1}),
+    "vattention eager": ("vattention", {"reclamation": "eager"}),
     "prefix 4": ("prefix", {"block_size": 4}),
     "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
     "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
