@@ -156,4 +156,4 @@ class VAttentionAllocator(Allocator):
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """A page holds as many tokens as the model's shape says."""
         if config["model"] is None:
-            yield "allocator.kind", "vattention needs a model: its shape says how many tokens a page holds"
+            yield "allocator", "vattention needs a model: its shape says how many tokens a page holds"

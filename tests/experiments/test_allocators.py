@@ -22,7 +22,7 @@ def summary(folder: Path) -> dict:
     [
         "{kind: token}",
         "{kind: vattention, page_size: 64 KiB}",
-        "{kind: vattention, page_size: 256 KiB, megacache: true, reclamation: eager}",
+        "{kind: vattention, page_size: 2 MiB, megacache: true, reclamation: eager}",
     ],
 )
 def test_every_step_is_proved(allocator: str, write: Write, kvsim: Kvsim, tmp_path: Path) -> None:
@@ -51,19 +51,19 @@ CONTRADICTIONS = {
             ("kv_memory: 2 GiB", "num_blocks: 90"),
             (PAGED, "vattention"),
         ],
-        "x.yaml:9:12: allocator.kind: vattention needs a model: its shape says how many tokens a page holds",
+        "x.yaml:9:12: allocator: vattention needs a model: its shape says how many tokens a page holds",
     ),
     "samples": (
         [(PAGED, "{kind: vattention}"), ("  arrivals:", "  sampling: {n: 2}\n  arrivals:")],
-        "x.yaml:7:17: workload.sampling.n: allocator vattention cannot fork: got 2, expected 1, or an allocator",
+        "x.yaml:7:17: workload.sampling.n: allocator vattention cannot fork, got 2, expected 1, or an allocator",
     ),
     "swap": (
         [(PAGED, "{kind: vattention}"), ("vllm_v0}", "vllm_v0, preemption: swap}")],
-        "x.yaml:10:39: scheduler.preemption: allocator vattention cannot swap: got 'swap', expected recompute",
+        "x.yaml:10:40: scheduler.preemption: allocator vattention cannot swap, got 'swap', expected recompute",
     ),
     "page": (
         [(PAGED, "{kind: vattention, page_size: 1 MiB}")],
-        "x.yaml:9:42: allocator.page_size: not allowed: got '1 MiB', expected one of 64 KiB, 128 KiB, 256 KiB, 2 MiB",
+        "x.yaml:9:42: allocator.page_size: not allowed, got '1 MiB', expected one of 64 KiB, 128 KiB, 256 KiB, 2 MiB",
     ),
 }
 
