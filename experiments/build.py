@@ -78,7 +78,7 @@ def capacity_told(experiment: Experiment) -> dict[str, Any]:
     model, device = make_hardware(experiment)
     capacity = make_capacity(experiment, model, device)
     return {
-        "num_slots": capacity.num_slots,
+        "num_slots": make_allocator(experiment, capacity).num_slots,
         "max_model_len": capacity.max_model_len,
         "kv_bytes_per_token": model.kv_bytes_per_token if model is not None else None,
     }
@@ -108,8 +108,12 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     if told and model is not None and device is not None:
         _check_fit(model, device, 1.0)
     block_size = experiment.allocator.get("block_size", BLOCK_SIZE)
+    shape: dict[str, Any] = {}
+    if model is not None:
+        shape["num_layers"] = model.num_layers
+        shape["token_bytes"] = model.kv_bytes_per_token / (2 * model.num_layers * experiment.tensor_parallel)
     if experiment.num_blocks is not None:
-        return Capacity(experiment.num_blocks * block_size, longest, experiment.num_blocks)
+        return Capacity(experiment.num_blocks * block_size, longest, experiment.num_blocks, **shape)
     if model is None:
         raise _wrong("missing", "num_blocks", expected="an integer >= 1, or a model whose KV size is known")
     if experiment.kv_memory is not None:
@@ -122,7 +126,7 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     if slots < block_size:
         got = f"{_told(available)} for KV, {slots} slots of {model.kv_bytes_per_token:,} bytes"
         raise _wrong("too little memory", source, got, f"room for a block of {block_size} slots")
-    return Capacity(slots, longest)
+    return Capacity(slots, longest, **shape)
 
 
 def _left_for_kv(experiment: Experiment, model: Model, device: Device) -> float:

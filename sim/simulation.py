@@ -127,4 +127,5 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "prefix_hit_rate": requests.hit_tokens / prompts if prompts else 0.0,
         "blocks_saved_share": memory.saved * engine.allocator.block_size / unshared if unshared else 0.0,
         **shares,
+        **engine.allocator.figures,
     }

@@ -6,8 +6,11 @@ from sim.allocators.nano_vllm import NanoAllocator
 from sim.allocators.paged import PagedAllocator
 from sim.allocators.prefix import PrefixAllocator
 from sim.allocators.radix import RadixAllocator
+from sim.allocators.token import TokenAllocator
+from sim.allocators.vattention import VAttentionAllocator
 
 __all__ = [
     "Admission", "Allocator", "Capacity", "ContiguousAllocator", "MemoryUsage", "NanoAllocator",
-    "PagedAllocator", "PrefixAllocator", "RadixAllocator", "allocator",
+    "PagedAllocator", "PrefixAllocator", "RadixAllocator", "TokenAllocator", "VAttentionAllocator",
+    "allocator",
 ]  # fmt: skip

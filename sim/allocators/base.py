@@ -34,12 +34,15 @@ class Admission(Enum):
 class Capacity:
     """What a device offers: KV slots (one token each), and the longest sequence that the engine serves.
 
-    `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`.
+    `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`. `token_bytes` is what
+    a token's K, or its V, takes in one of `num_layers` layers on one device; both are 0 where no model is known.
     """
 
     num_slots: int
     max_model_len: int
     num_blocks: int | None = None
+    token_bytes: float = 0.0
+    num_layers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_model_len"):
@@ -283,6 +286,11 @@ class Allocator(ABC):
     def blocks_saved(self) -> int:
         """Blocks that would be held beside those held now if nothing were shared."""
         return 0
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures of a finished run that only this policy has, by their names in the summary."""
+        return {}
 
     # Books
 

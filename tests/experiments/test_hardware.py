@@ -14,6 +14,9 @@ from experiments.experiment import Experiment
 from sim.allocators import Capacity
 from tests.experiments.conftest import SMALL, Write
 
+OPT_13B = {"token_bytes": 10_240, "num_layers": 40}
+"""K of a token in one layer: 5120 values in two bytes each."""
+
 
 def capacity(write: Write, *sets: str) -> Capacity:
     (point,) = load(write("x.yaml", SMALL), sets).points
@@ -23,7 +26,7 @@ def capacity(write: Write, *sets: str) -> Capacity:
 
 def test_opt_13b_has_15728_slots_in_12_gib(write: Write) -> None:
     """PagedAttention, table 1: 15.7K slots in 12 GB."""
-    assert capacity(write, "kv_memory=12 GiB") == Capacity(15_728, 2048)
+    assert capacity(write, "kv_memory=12 GiB") == Capacity(15_728, 2048, **OPT_13B)
 
 
 def test_the_rest_of_the_device_is_about_the_paper_s_12_gb(write: Write) -> None:
@@ -32,9 +35,16 @@ def test_the_rest_of_the_device_is_about_the_paper_s_12_gb(write: Write) -> None
 
 
 def test_blocks_win_over_memory(write: Write) -> None:
-    assert capacity(write, "num_blocks=100") == Capacity(1600, 2048, 100)
-    assert capacity(write, "num_blocks=100", "allocator.block_size=32") == Capacity(3200, 2048, 100)
-    assert capacity(write, "num_blocks=100", "allocator=contiguous") == Capacity(1600, 2048, 100)
+    assert capacity(write, "num_blocks=100") == Capacity(1600, 2048, 100, **OPT_13B)
+    assert capacity(write, "num_blocks=100", "allocator.block_size=32") == Capacity(
+        3200, 2048, 100, **OPT_13B
+    )
+    assert capacity(write, "num_blocks=100", "allocator=contiguous") == Capacity(1600, 2048, 100, **OPT_13B)
+
+
+def test_several_devices_share_what_a_token_takes(write: Write) -> None:
+    shared = capacity(write, "num_blocks=100", "device=a100-40gb", "tensor_parallel=4")
+    assert (shared.token_bytes, shared.num_layers) == (2_560, 40)
 
 
 def test_several_devices_share_the_weights(write: Write) -> None:
@@ -45,7 +55,9 @@ def test_several_devices_share_the_weights(write: Write) -> None:
 
 def test_a_shape_inline_and_a_shipped_one_with_a_change(write: Write) -> None:
     inline = "{num_layers: 2, hidden_size: 64, num_heads: 4, num_params: 1e6, max_model_len: 512}"
-    assert capacity(write, f"model={inline}", "kv_memory=1 MiB") == Capacity(2**20 // (2 * 2 * 64 * 2), 512)
+    assert capacity(write, f"model={inline}", "kv_memory=1 MiB") == Capacity(
+        2**20 // (2 * 2 * 64 * 2), 512, token_bytes=128, num_layers=2
+    )
     assert capacity(write, "model.kv_bytes_per_value=1", "kv_memory=12 GiB").num_slots == 31_457
 
 

@@ -46,6 +46,8 @@ SETTINGS = {
         {"block_size": 4, "prefix_caching": False},
         {"block_size": 8},
     ],
+    "vattention": [{}, {"watermark": 0.2}, {"reclamation": "eager", "map_ahead": False}],
+    "token": [{}, {"num_host_blocks": 20}],
     "radix": [{}, {"block_size": 4}, {"block_size": 3, "eviction": eviction["mru"], "watermark": 0.1}],
 }
 

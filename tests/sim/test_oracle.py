@@ -41,6 +41,9 @@ ALLOCATORS = {
     "paged 4": ("paged", {"block_size": 4}),
     "paged 16 no watermark": ("paged", {"block_size": 16, "watermark": 0.0}),
     "paged 4 little host": ("paged", {"block_size": 4, "num_host_blocks": 6}),
+    "token": ("token", {}),
+    "vattention": ("vattention", {"watermark": 0.1}),
+    "vattention eager": ("vattention", {"reclamation": "eager"}),
     "prefix 4": ("prefix", {"block_size": 4}),
     "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
     "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
@@ -213,7 +216,7 @@ def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_n
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
 @pytest.mark.parametrize(
-    "allocator_name", ["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]
+    "allocator_name", ["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host", "token"]
 )
 @settings(max_examples=40)
 @given(
@@ -253,7 +256,7 @@ def test_prompts_in_chunks(
 
 
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)
-@pytest.mark.parametrize("allocator_name", ["paged 1", "paged 4", "paged 4 little host"])
+@pytest.mark.parametrize("allocator_name", ["paged 1", "paged 4", "paged 4 little host", "token"])
 @settings(max_examples=25)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
