@@ -119,12 +119,19 @@ class ManagerDriver:
         )
 
 
-class _Patient(PrefixAllocator):
+class _PatientMemory(PrefixAllocator):
     """V1's scheduler gives up nobody: who can never fit waits for ever."""
 
     def admission(self, request: Request, num_tokens: int) -> Admission:
         admission = super().admission(request, num_tokens)
         return Admission.LATER if admission is Admission.NEVER else admission
+
+
+class _PatientScheduler(VllmV1):
+    """The same for who exceeds any step."""
+
+    def hopeless(self, request: Request) -> str:
+        return ""
 
 
 class SchedulerDriver:
@@ -135,7 +142,7 @@ class SchedulerDriver:
     def __init__(self, config: Row, requests: list[Row], *, oldest: bool) -> None:
         blocks = config["num_blocks_including_null"]
         capacity = Capacity(1, config["max_model_len"], config["usable_blocks"])
-        self.memory = _Patient(
+        self.memory = _PatientMemory(
             capacity,
             block_size=config["block_size"],
             prefix_caching=config["prefix_caching"],
@@ -144,7 +151,7 @@ class SchedulerDriver:
         self.memory.watermark_blocks = config.get(
             "watermark_blocks", int(config.get("watermark", 0.0) * blocks)
         )
-        self.policy = VllmV1(
+        self.policy = _PatientScheduler(
             self.memory,
             max_num_seqs=config["max_num_seqs"],
             max_num_batched_tokens=config["max_num_batched_tokens"],

@@ -39,7 +39,8 @@ class VllmV1(ChunkedScheduler):
         max_num_seqs: Most sequences that run together; the default is that of vLLM's server on less than 70 GiB.
         max_num_batched_tokens: Most tokens of a step; likewise.
         preemption: What happens to a victim (see vllm_v0); V1 recomputes.
-        victim: Who gives way when blocks run out; latest and earliest are by admission here.
+        victim: Who gives way when blocks run out, others than the latest only if they decode; latest and earliest
+            are by admission here.
         order: Who goes first in the queue.
         chunked_prefill: Whether a prompt may be computed in parts; else one beyond the step's budget stops the queue.
         long_prefill_token_threshold: Most tokens of one prompt in a step; 0 sets no bound.
@@ -148,11 +149,14 @@ class VllmV1(ChunkedScheduler):
         return allocator.can_append(request)
 
     def _choose(self, candidates: list[Request]) -> Request:
+        """Other victims than V1's have a token more than at their admission, so that nobody works in vain for ever."""
         if self.by_priority:
             return max(candidates, key=_rank)
-        if self._choose_victim is latest:
-            return candidates[-1]
-        return candidates[0] if self._choose_victim is earliest else self._choose_victim(candidates)
+        if self._choose_victim is not latest:
+            decoding = [request for request in candidates if request.sequences[0].decodes]
+            if decoding:
+                return decoding[0] if self._choose_victim is earliest else self._choose_victim(decoding)
+        return candidates[-1]
 
     def _take_back(self, request: Request, step: Step) -> None:
         """A victim's tokens of this step are not computed.
@@ -184,10 +188,9 @@ class VllmV1(ChunkedScheduler):
                 continue
             tokens = min(self.longest_chunk, left)
             if not self.chunked_prefill and self._uncached(head) > tokens < self.longest_chunk:
-                if self._uncached(head) > self.max_num_batched_tokens:
-                    self.waiting.popleft()
-                    reason = f"{self._uncached(head)} tokens to compute exceed max_num_batched_tokens, "
-                    self.reject(head, f"{reason}{self.max_num_batched_tokens}, without chunked prefill", step)
+                reason = self.hopeless(head)
+                if reason:
+                    self.reject(self.waiting.popleft(), reason, step)
                     continue
                 if not self.skip_unfit:
                     break
@@ -204,6 +207,13 @@ class VllmV1(ChunkedScheduler):
         else:
             for request in passed:
                 self.requeue(request)
+
+    def hopeless(self, request: Request) -> str:
+        """Why a prompt that may not be computed in parts exceeds any step; empty if it does not."""
+        tokens, most = self._uncached(request), self.max_num_batched_tokens
+        if tokens <= most:
+            return ""
+        return f"{tokens} tokens to compute exceed max_num_batched_tokens, {most}, without chunked prefill"
 
     def _uncached(self, request: Request) -> int:
         tokens = request.prefill_tokens

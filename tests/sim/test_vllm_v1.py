@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sim import Request, order, victim
 from sim.audit import Audit
+from sim.schedulers import VllmV1
 from tests.sim import probing
 from tests.sim.story import Story, ask, memory, scheduled
 from tests.sim.test_oracle import ALLOCATORS, TIMINGS, Given, assert_equal, both, single
@@ -195,6 +196,16 @@ def test_a_prompt_that_can_never_fit_does_not_block_the_queue(reserve):
     assert story.log[0] == "0: prompt 2(4), reject 0"
 
 
+@pytest.mark.parametrize("who", victim.kinds)
+def test_prompts_in_parts_do_not_take_each_others_memory_for_ever(who):
+    """Two prompts of six blocks each, in parts of one, and eight blocks."""
+    owner = exact(32, prefix_caching=False)
+    fields = {"long_prefill_token_threshold": 4, "reserve_full_prompt": False, "victim": victim[who]}
+    story = Story(scheduled("vllm_v1", owner, **fields), ask((0, 24, 2), (0, 24, 2)))
+    assert story.column("requests", "status") == ["finished", "finished"]
+    assert story.summary["preemptions"] < 4
+
+
 def test_without_chunks_a_prompt_beyond_every_budget_is_refused():
     policy = scheduled("vllm_v1", exact(400), chunked_prefill=False, max_num_batched_tokens=16)
     story = Story(policy, ask((0, 40, 2), (0, 4, 2)))
@@ -210,6 +221,21 @@ def test_who_may_be_passed_over_does_not_close_the_queue():
     assert "16: decode 0, prompt 2(4)" in story.log or "16: prompt 2(4), decode 0" in story.log
     story = Story(scheduled("vllm_v1", exact(400), **fields), ask(*requests))
     assert "39: prompt 1(20)" in story.log, "without it nobody overtakes"
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "allocator", "paths"),
+    [
+        ({}, "contiguous", []),
+        ({"reserve_full_prompt": False}, "paged", []),
+        ({"reserve_full_prompt": False}, "contiguous", ["scheduler.reserve_full_prompt"]),
+        ({"skip_unfit": True}, "prefix", ["scheduler.skip_unfit"]),
+        ({"skip_unfit": True, "chunked_prefill": False}, "prefix", []),
+    ],
+)
+def test_options_without_a_meaning_for_each_other(scheduling, allocator, paths):
+    config = {"scheduler": scheduling, "allocator": {"kind": allocator}, "workload": {}}
+    assert [path for path, _ in VllmV1.check(config)] == paths
 
 
 # Oracles
