@@ -76,13 +76,13 @@ class PrefixAllocator(CachingAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found."""
-        self._register(sequence, self._keys(sequence.request, num_tokens))
+        self._register(sequence.block_table, self._keys(sequence.request, num_tokens))
         self._head = None, []
 
-    def _register(self, sequence: Sequence, keys: list[int]) -> None:
+    def _register(self, blocks: list[int], keys: list[int]) -> None:
         pool = self.pool
         known = pool.keys
-        for block, key in zip(sequence.block_table, keys, strict=False):
+        for block, key in zip(blocks, keys, strict=False):
             if known[block] is None:
                 pool.register(block, key)
 
@@ -94,11 +94,13 @@ class PrefixAllocator(CachingAllocator):
             if request.output_content is None:
                 self.pool.mark_full(sequence.block_table[:full])
             else:
-                self._register(sequence, prefix_keys(request, full, self.block_size))
+                known = request.prefill_tokens // self.block_size
+                keys = prefix_keys(request, full, self.block_size, known)
+                self._register(sequence.block_table[known:], keys)
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
         if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
             full = sequence.num_tokens // self.block_size
-            self._register(sequence, prefix_keys(sequence.request, full, self.block_size))
+            self._register(sequence.block_table, prefix_keys(sequence.request, full, self.block_size))
         self.pool.release(sequence.block_table[::-1])
