@@ -75,15 +75,17 @@ class History:
                 covered = min(len(request.content) * grain, request.prompt_tokens)
                 starts += range(0, covered, grain)
             words = np.array([name & _MASK for name in request.content[: len(starts)]], np.uint64)
-            seeds += mixed_words(mixed_words(words) + np.uint64(_CONTENT)).tolist()
+            begins = np.array(starts, np.uint64) * np.uint64(_STEP)
+            seeds += mixed_words(mixed_words(words) + begins + np.uint64(_CONTENT)).tolist()
         if covered < request.prompt_tokens:
             starts.append(covered)
             seeds.append(mixed(mixed(request.id) + _OWN & _MASK))
         starts.append(request.prompt_tokens)
         output = request.output_content
-        seeds.append(
-            _branch_seed(request, 0) if output is None else mixed(mixed(output & _MASK) + _CONTENT & _MASK)
-        )
+        if output is None:
+            seeds.append(_branch_seed(request, 0))
+        else:
+            seeds.append(mixed(mixed(output & _MASK) + request.prompt_tokens * _STEP + _CONTENT & _MASK))
         return cls(starts, seeds)
 
     def fork(self, request: Request, branch: int, length: int) -> History:

@@ -4,54 +4,77 @@ from __future__ import annotations
 
 import numpy as np
 
-from sim.identity import Words, mixed_words
+from sim.identity import mixed, mixed_words
 from sim.request import Request
 
-_CONTENT = np.uint64(0xD6E8FEB86659FD93)
+_CONTENT = 0xD6E8FEB86659FD93
 _INSIDE = np.uint64(0xA0761D6478BD642F)
+_MASK = (1 << 64) - 1
 
 
-def prefix_keys(request: Request, num_blocks: int, block_size: int) -> list[int]:
-    """The keys of a request's first blocks, all of them full.
+def prefix_keys(request: Request, num_blocks: int, block_size: int, first: int = 0) -> list[int]:
+    """The keys of a request's first blocks, all of them full, from the block `first` on.
 
     A block that ends inside named content has a key of 64 bits, chained along the names, where their runs begin and
     where the block ends, as the identities of tokens are. Generated tokens have a name if the request says so and
-    all of its prompt has. With runs of `content_grain` tokens and smaller blocks, a name h becomes (h, j): names of
-    a grain are those of a trace, where unequal names may begin with equal tokens, so hits are a lower bound there.
-    All other blocks, with content of the request's own, have a key that only this request asks for.
+    all of its prompt has. Names of a grain are those of a trace: where blocks are smaller than `content_grain`, a
+    name h becomes (h, j), and a block is found only if the whole name agrees, so hits are a lower bound there. All
+    other blocks, with content of the request's own, have a key that only this request asks for.
     """
+    if not request.content:
+        return own_keys(request, first, num_blocks)
+    if request.content_ends:
+        keys = _keys_of_runs(request, num_blocks, block_size, first)
+    else:
+        keys = _keys_of_grains(request, num_blocks, block_size, first)
+    return [*keys, *own_keys(request, first + len(keys), num_blocks)]
+
+
+def _keys_of_runs(request: Request, num_blocks: int, block_size: int, first: int) -> list[int]:
+    """Keys of blocks that end inside named runs of any length."""
+    content, ends = request.content, request.content_ends
+    assert content is not None
+    if request.output_content is not None and ends[-1] == request.prompt_tokens:
+        content = (*content, request.output_content)
+        ends = (*ends, num_blocks * block_size)
+    chain = start = 0
+    block = first
+    chains: list[int] = []
+    counts: list[int] = []
+    for name, end in zip(content, ends, strict=True):
+        chain += mixed(mixed(name & _MASK) + (start + 1) * _CONTENT & _MASK)
+        stop = min(end // block_size, num_blocks)
+        if stop > block:
+            chains.append(chain & _MASK)
+            counts.append(stop - block)
+            block = stop
+        start = end
+    if not chains:
+        return []
+    keys = np.arange((first + 1) * block_size - 1, block * block_size, block_size, dtype=np.uint64)
+    keys *= _INSIDE
+    keys += np.repeat(np.array(chains, np.uint64), counts)
+    whole: list[int] = mixed_words(keys).tolist()
+    return whole
+
+
+def _keys_of_grains(request: Request, num_blocks: int, block_size: int, first: int) -> list[int]:
+    """Keys of blocks that end inside names of `content_grain` tokens each."""
     content, grain = request.content, request.content_grain
-    if not content:
-        return own_keys(request, 0, num_blocks)
-    if request.content_ends:
-        ends = request.content_ends
-        covered = ends[-1]
-        if covered == request.prompt_tokens and request.output_content is not None:
-            content = (*content, request.output_content)
-            covered = num_blocks * block_size
-    else:
-        covered = min(len(content) * grain, request.prompt_tokens)
+    assert content is not None
+    covered = min(len(content) * grain, request.prompt_tokens)
     named = min(num_blocks, covered // block_size)
-    last = np.arange(block_size - 1, named * block_size, block_size)
-    if request.content_ends:
-        at = np.searchsorted(ends, last, side="right")
-        starts = np.array((0, *ends), np.uint64)[: len(content)]
-    else:
-        at = last // grain
-        content = content[: int(at[-1]) + 1 if named else 0]
-        starts = np.arange(len(content), dtype=np.uint64)
-    keys = _chained(np.array(content).astype(np.uint64), starts)[at]
-    if not grain or block_size % grain:
-        inside = last % grain if grain else last
-        keys = mixed_words(keys + inside.astype(np.uint64) * _INSIDE)
-    return [*keys.tolist(), *own_keys(request, named, num_blocks)]
-
-
-def _chained(names: Words, starts: Words) -> Words:
-    """For each name a word for all names up to it and where their runs begin."""
-    words = mixed_words(names)
-    words += (starts + np.uint64(1)) * _CONTENT
-    return mixed_words(words).cumsum()
+    if named <= first:
+        return []
+    last = np.arange((first + 1) * block_size - 1, named * block_size, block_size)
+    at = last // grain
+    words = mixed_words(np.array(content[: int(at[-1]) + 1]).astype(np.uint64))
+    words += np.arange(1, len(words) + 1, dtype=np.uint64) * np.uint64(_CONTENT)
+    keys = mixed_words(words).cumsum()[at]
+    if block_size % grain:
+        keys = mixed_words(keys + (last % grain).astype(np.uint64) * _INSIDE)
+    whole: list[int] = keys.tolist()
+    return whole
 
 
 def own_keys(request: Request, first: int, stop: int) -> list[int]:

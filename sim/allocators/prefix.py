@@ -87,7 +87,9 @@ class PrefixAllocator(CachingAllocator):
             if request.output_content is None:
                 self.pool.mark_full(sequence.block_table[:full])
             else:
-                self.pool.register_table(sequence.block_table, prefix_keys(request, full, self.block_size))
+                known = request.prefill_tokens // self.block_size
+                keys = prefix_keys(request, full, self.block_size, known)
+                self.pool.register_table(sequence.block_table[known:], keys)
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
