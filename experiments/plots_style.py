@@ -187,7 +187,7 @@ def grid_shape(panels: int) -> tuple[int, int]:
 
 
 def numeric_scale(axes: Axes, values: list[float]) -> None:
-    """A scale for swept values: log 2 where each doubles the one before, log 10 for wide ranges; ticks at few values."""
+    """A scale for swept values: log 2 where each doubles the last, log 10 for wide ranges; ticks at few values."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     positive = values[0] > 0
