@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -93,6 +94,8 @@ class Synthetic(Workload):
         arrivals: When they come.
         lengths: How long prompts and outputs are.
         sampling: Parallel samples or beams.
+        tenants: Shares of the requests that each of several tenants sends, in any unit; all are of one tenant
+            by default. Who sends a request is drawn at random.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Synthetic(Workload):
         arrivals: Annotated[ArrivalProcess, arrivals],
         lengths: Annotated[LengthSampler, lengths],
         sampling: Sampling = _ONE_BRANCH,
+        tenants: list[PositiveFloat] | None = None,
     ) -> None:
         self.streams = streams
         self.max_model_len = max_model_len
@@ -114,10 +118,11 @@ class Synthetic(Workload):
         self.think_time = arrivals.think_time
         self.sampling = sampling
         self.beams = _beams(streams, sampling)
+        self.tenants = _shares(tenants)
 
     def requests(self) -> Iterator[Request]:
         """The requests. Raises UserError if arrivals are so rare that the clock cannot tell the last one."""
-        return chain.from_iterable(self._chunks())
+        return _dealt(chain.from_iterable(self._chunks()), self.tenants, self.streams)
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
         make = _maker(self.sampling)
@@ -153,6 +158,7 @@ class Trace(Workload):
         window_s: Leave out what arrives this much or more after start_s, in the trace's time.
         num_requests: Stop after so many requests.
         sampling: Parallel samples or beams.
+        tenants: Shares of the requests that each of several tenants sends (see synthetic).
     """
 
     def __init__(
@@ -168,6 +174,7 @@ class Trace(Workload):
         window_s: PositiveFloat | None = None,
         num_requests: PositiveInt | None = None,
         sampling: Sampling = _ONE_BRANCH,
+        tenants: list[PositiveFloat] | None = None,
     ) -> None:
         if rate is not None and time_scale != 1.0:
             raise UserError(f"rate and time_scale exclude each other: got {rate:g} and {time_scale:g}")
@@ -178,6 +185,8 @@ class Trace(Workload):
         self.limit = num_requests
         self.sampling = sampling
         self.beams = _beams(streams, sampling)
+        self.streams = streams
+        self.tenants = _shares(tenants)
         if rate is None:
             self.factor = time_scale
             next(self.format.read(path), None)  # a file that cannot be read is told of before anything runs
@@ -186,7 +195,7 @@ class Trace(Workload):
 
     def requests(self) -> Iterator[Request]:
         """The requests. Raises UserError for a wrong row, with `file:line`, and for an empty window."""
-        return chain.from_iterable(self._chunks())
+        return _dealt(chain.from_iterable(self._chunks()), self.tenants, self.streams)
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
         make = _maker(self.sampling)
@@ -268,6 +277,29 @@ def _made(make: Callable[..., Request], first: int, rows: TraceRows, grain: int)
         make(id_, time, prompt, output, content=content, content_grain=grain)
         for id_, time, prompt, output, content in zip(ids, *columns, rows.content, strict=True)
     )
+
+
+def _shares(tenants: list[float] | None) -> list[float] | None:
+    """Where the parts of 0 .. 1 of the tenants behind the first begin; None for one tenant. Raises UserError if there is none."""
+    if tenants is None:
+        return None
+    if not tenants:
+        raise UserError("tenants: got no share, expected one for each tenant")
+    ends = np.cumsum(tenants) / sum(tenants)
+    return [float(end) for end in ends[:-1]]
+
+
+def _dealt(requests: Iterator[Request], shares: list[float] | None, streams: Streams) -> Iterator[Request]:
+    """The requests, each of a tenant; the draw of one does not depend on how many there are."""
+    return requests if shares is None else _of_tenants(requests, shares, streams("tenants"))
+
+
+def _of_tenants(
+    requests: Iterator[Request], shares: list[float], rng: np.random.Generator
+) -> Iterator[Request]:
+    for request in requests:
+        request.tenant = bisect_right(shares, rng.random())
+        yield request
 
 
 def _beams(streams: Streams, sampling: Sampling) -> tuple[float, int] | None:

@@ -76,7 +76,9 @@ class RealLoop:
 
 def _request(number: int, row: dict) -> Request:
     tokens = tuple(first + index for first, count in row["prompt"] for index in range(count))
-    return Request(number, row["arrival_step"], len(tokens), row["max_tokens"], content=tokens, content_grain=1)
+    return Request(
+        number, row["arrival_step"], len(tokens), row["max_tokens"], content=tokens, content_grain=1
+    )
 
 
 prompts = st.lists(
