@@ -169,22 +169,26 @@ def test_the_ratio_falls_with_every_decode_step_and_comes_back_when_nothing_runs
     assert policy.new_token_ratio == pytest.approx(0.7)
 
 
-def test_a_retraction_takes_those_with_the_fewest_outputs_and_sets_the_ratio():
-    policy = sglang(24, schedule_conservativeness=0.01)
-    seen = []
+def test_a_retraction_takes_those_with_the_fewest_outputs_to_the_end_of_the_queue():
+    story = Story(sglang(24, schedule_conservativeness=0.01), ask((0, 4, 12), (5, 5, 10), (5, 4, 10)))
+    assert story.log[1] == "10: prompt 1(5)"  # 2 finds too little
+    assert story.log[9] == "27: decode 0, recompute 1"
+    assert prompts(story)[2:] == ["31: prompt 2(4)", "50: prompt 1(13)"]
+
+
+def test_a_retraction_sets_the_ratio_by_what_was_generated():
+    policy = sglang(100, schedule_conservativeness=0.01)
+    ratios = []
     relieve = policy.relieve
 
     def watched(requests, step) -> None:
         relieve(requests, step)
-        seen.append(policy.new_token_ratio)
+        ratios.append(policy.new_token_ratio)
 
     policy.relieve = watched
-    story = Story(policy, ask((0, 4, 12), (5, 5, 10), (5, 4, 10)))
-    assert story.log[1] == "10: prompt 1(5)"  # 2 finds too little
-    assert story.log[9] == "27: decode 0, recompute 1"
-    assert seen == [1.0]  # 0 has 9 outputs and 20 more to come, as it seems, of 12
-    # 1 goes behind 2, which waited.
-    assert prompts(story)[2:] == ["31: prompt 2(4)", "50: prompt 1(13)"]
+    story = Story(policy, ask(*[(at, 4, 60) for at in (0, 5, 15, 25)]))
+    assert "60: decode 0 1, recompute 3 2" in story.log  # each has 21 of its 60 outputs
+    assert ratios[0] == pytest.approx((2 * 21 + 2 * 20) / (2 * 60 + 1))
 
 
 def test_a_retraction_makes_room_for_twenty_steps():
@@ -285,18 +289,22 @@ def test_longest_outputs_and_chance():
 
 
 def test_a_cached_prefix_that_is_locked_is_no_longer_free():
-    """16 slots of 24 are cached and free: 17 tokens and 3 to come fit by 8 new slots, and not beside the 16."""
-    over = memory("radix", slots=24, block_size=4)
-    policy = scheduled("sglang", over, max_num_seqs=4)
-    requests = named((0, (1, 2, 3, 4), 1), (20, (1, 2, 3, 4), 1))
-    requests[1].output_tokens = 7
-    story = Story(policy, requests)
-    assert prompts(story)[1] == "20: prompt 1(1)"
-    tight = named((0, (1, 2, 3, 4), 1), (20, (9,), 3), (25, (1, 2, 3, 4), 1))
-    tight[1].output_tokens = 9  # to come: 9 beside its 7, 8 of which are held at 30 ms
-    assert prompts(Story(scheduled("sglang", memory("radix", slots=24, block_size=4)), tight))[2].startswith(
-        "38:"
-    )
+    """At 30 ms 24 slots are free, 16 of them cached, and 1 has 8 tokens to come. 2 would lock the 16 and have 9."""
+    requests = named((0, (1, 2, 3, 4), 1), (20, (9,), 3), (25, (1, 2, 3, 4), 1))
+    requests[1].output_tokens = 9
+    requests[2].output_tokens = 8
+    story = Story(sglang(32, "radix"), requests)
+    assert prompts(story)[1:] == ["20: prompt 1(7)", "38: prompt 2(1)"]
+    requests = named((0, (1, 2, 3, 4), 1), (20, (9,), 3), (25, (1, 2, 3, 4), 1))
+    requests[1].output_tokens = 9
+    assert prompts(Story(sglang(32, "radix"), requests))[2] == "30: prompt 2(1)"  # with 2 tokens in all
+
+
+@pytest.mark.parametrize(("mixed", "at"), [(False, "10"), (True, "25")])
+def test_decodes_of_a_mixed_step_need_slots_too(mixed, at):
+    """1 needs 8 + 20 slots; 32 - 0.21 * 15 are left, and one less in a step that decodes."""
+    policy = sglang(40, schedule_conservativeness=0.3, mixed_chunk=mixed)
+    assert prompts(Story(policy, ask((0, 8, 16), (5, 8, 20))))[1].startswith(f"{at}: prompt 1(8)")
 
 
 def test_an_order_is_refused_beside_a_policy_that_sorts():

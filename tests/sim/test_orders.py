@@ -167,6 +167,22 @@ def test_counters_weigh_prompts_and_outputs():
     ]  # 2.4, 12.04, 4.8, 7.2
 
 
+def test_the_token_that_a_prompt_ends_in_counts():
+    rows = (0, 1, 1), (0, 1, 1), (0, 1, 1), (0, 40, 1), (0, 40, 1)
+    fair = order["vtc"](input_weight=0.01, output_weight=1)
+    prompts = served(fair, of_tenants([0, 0, 0, 1, 1], *rows))
+    assert [line.split()[2][0] for line in prompts] == ["0", "3", "1", "4", "2"]  # 1.01, 1.4, 2.02
+
+
+def test_what_is_computed_again_is_not_counted_again():
+    fair = order["vtc"]()
+    policy = scheduled("vllm_v0", memory(slots=24), order=fair)
+    story = Story(policy, of_tenants([0, 1, 1], (0, 10, 8), (0, 12, 3), (11.5, 6, 2)))
+    assert story.summary["recomputed_tokens"] > 0
+    assert [fair._accounts[tenant].prompts for tenant in (0, 1)] == [10, 18]
+    assert fair.counter(policy, 0) == 10 + 2 * 8
+
+
 def test_nobody_saves_up_service_by_staying_away():
     """Tenant 1 comes when 0 has had a counter of 46, and is lifted to 40 + 2 and the 4 of the decodes until then."""
     rows = (0, 40, 5), (0, 4, 3), (0, 4, 3), (13, 4, 3), (13, 4, 3)
