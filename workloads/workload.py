@@ -280,7 +280,7 @@ def _made(make: Callable[..., Request], first: int, rows: TraceRows, grain: int)
 
 
 def _shares(tenants: list[float] | None) -> list[float] | None:
-    """Where the parts of 0 .. 1 of the tenants behind the first begin; None for one tenant. Raises UserError if there is none."""
+    """Where in 0 .. 1 the parts of the tenants behind the first begin. Raises UserError if there is no tenant."""
     if tenants is None:
         return None
     if not tenants:
