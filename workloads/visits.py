@@ -128,7 +128,9 @@ class Visit:
                 end = parent.prompt_tokens + parent.output_tokens
                 assert parent.content is not None
                 names = (*parent.content, self._number + 2 * planned.parent_number + 1)
-                followers.append((pause, self._request(planned, 0, names, (*parent.content_ends, end))))
+                follower = self._request(planned, 0, names, (*parent.content_ends, end))
+                follower.tenant = parent.tenant
+                followers.append((pause, follower))
         return followers
 
     def _request(

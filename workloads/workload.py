@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -82,6 +83,8 @@ class Synthetic(Workload):
         few_shot: Instructions and examples that all requests of a task share; none by default.
         session: What answers lead to; nothing by default.
         sampling: Parallel samples or beams.
+        tenants: Shares of the requests that each of several tenants sends, in any unit; all are of one tenant
+            by default. Who sends a request is drawn at random.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Synthetic(Workload):
         few_shot: FewShot | None = None,
         session: Annotated[SessionKind, session] | None = None,
         sampling: Sampling = _ONE_BRANCH,
+        tenants: list[PositiveFloat] | None = None,
     ) -> None:
         self.streams = streams
         self.max_model_len = max_model_len
@@ -107,6 +111,7 @@ class Synthetic(Workload):
         self.think_time = arrivals.think_time
         self.sampling = sampling
         self.beams = _beams(streams, sampling)
+        self.tenants = _shares(tenants)
         self.pools: list[SharedPrefix] = [pool for pool in (system_prompts, few_shot) if pool is not None]
         if self.pools:
             shortest = Leads(streams, self.pools).shortest
@@ -118,9 +123,8 @@ class Synthetic(Workload):
 
     def requests(self) -> Iterator[Request]:
         """The requests, with sessions those that begin one. Raises UserError if the clock cannot tell the last one."""
-        if self.session is not None:
-            return chain.from_iterable(self._visits(self.session))
-        return chain.from_iterable(self._chunks())
+        made = self._chunks() if self.session is None else self._visits(self.session)
+        return _dealt(chain.from_iterable(made), self.tenants, self.streams)
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
         make = self.sampling.maker()
@@ -186,6 +190,7 @@ class Trace(Workload):
         window_s: Leave out what arrives this much or more after start_s, in the trace's time.
         num_requests: Stop after so many requests.
         sampling: Parallel samples or beams.
+        tenants: Shares of the requests that each of several tenants sends (see synthetic).
     """
 
     def __init__(
@@ -201,6 +206,7 @@ class Trace(Workload):
         window_s: PositiveFloat | None = None,
         num_requests: PositiveInt | None = None,
         sampling: Sampling = _ONE_BRANCH,
+        tenants: list[PositiveFloat] | None = None,
     ) -> None:
         if rate is not None and time_scale != 1.0:
             raise UserError(f"rate and time_scale exclude each other: got {rate:g} and {time_scale:g}")
@@ -212,6 +218,8 @@ class Trace(Workload):
         self.limit = num_requests
         self.sampling = sampling
         self.beams = _beams(streams, sampling)
+        self.streams = streams
+        self.tenants = _shares(tenants)
         if rate is None:
             self.factor = time_scale
             next(self.format.read(path), None)  # a file that cannot be read is told of before anything runs
@@ -220,7 +228,7 @@ class Trace(Workload):
 
     def requests(self) -> Iterator[Request]:
         """The requests. Raises UserError for a wrong row, with `file:line`, and for an empty window."""
-        return chain.from_iterable(self._chunks())
+        return _dealt(chain.from_iterable(self._chunks()), self.tenants, self.streams)
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
         make = self.sampling.maker()
@@ -303,6 +311,34 @@ def _made(make: Make, first: int, rows: TraceRows, grain: int) -> Iterator[Reque
         make(id_, time, prompt, output, content=content, content_grain=grain)
         for id_, time, prompt, output, content in zip(ids, *columns, rows.content, strict=True)
     )
+
+
+def _shares(tenants: list[float] | None) -> list[float] | None:
+    """Where in 0 .. 1 the parts of the tenants behind the first begin. Raises UserError if there is no tenant."""
+    if tenants is None:
+        return None
+    if not tenants:
+        raise UserError("tenants: got no share, expected one for each tenant")
+    ends = np.cumsum(tenants) / sum(tenants)
+    return [float(end) for end in ends[:-1]]
+
+
+def _dealt(requests: Iterator[Request], shares: list[float] | None, streams: Streams) -> Iterator[Request]:
+    """The requests, each of a tenant; the draw of one does not depend on how many there are."""
+    return requests if shares is None else _of_tenants(requests, shares, streams("tenants"))
+
+
+def _of_tenants(
+    requests: Iterator[Request], shares: list[float], rng: np.random.Generator
+) -> Iterator[Request]:
+    session = None
+    tenant = 0
+    for request in requests:
+        if session is None or request.session is not session:  # a session is one tenant's
+            session = request.session
+            tenant = bisect_right(shares, rng.random())
+        request.tenant = tenant
+        yield request
 
 
 def _beams(streams: Streams, sampling: Sampling) -> tuple[float, int] | None:

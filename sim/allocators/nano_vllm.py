@@ -19,10 +19,10 @@ class NanoAllocator(PrefixAllocator):
     is reused; freed blocks queue up behind all others whether they are full or not. There is no watermark.
 
     Fields:
-        block_size: KV slots per block.
+        block_size: KV slots per block; nano-vllm's own is 256.
     """
 
-    def __init__(self, capacity: Capacity, *, block_size: PositiveInt = 256) -> None:
+    def __init__(self, capacity: Capacity, *, block_size: PositiveInt = 16) -> None:
         super().__init__(capacity, block_size=block_size, keyless_first=False)
         self.pool = PrefixPool(self.num_blocks, keyless_first=False, newest_found=True)
 

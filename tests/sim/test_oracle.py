@@ -298,7 +298,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     rows=st.lists(single, min_size=1, max_size=14),
     allocator_name=st.sampled_from(list(ALLOCATORS)),
@@ -316,7 +316,7 @@ def test_options(options, rows, allocator_name, slots, clock, preemption, first)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
     allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]),
