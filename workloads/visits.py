@@ -34,9 +34,9 @@ class Visit:
     """A session under way: what it asks next, and the answers that it waits for.
 
     Everything is known beforehand but the time. `prompts` and `outputs` give the lengths of its requests in order.
-    All of the first wave ask the same. Requests of later waves that would leave no room for an output within `longest` tokens are left out with all that
-    goes on from them, and so are those from the `limit`-th on; `size` remain. One that is rejected leads to nothing,
-    and the others go on.
+    All of the first wave ask the same. Requests of later waves that would leave no room for an output within
+    `longest` tokens are left out with all that goes on from them, and so are those from the `limit`-th on; `size`
+    remain. One that is rejected leads to nothing, and the others go on.
 
     Content is named by the visit: the new tokens of a request and its output each have a name, and a prompt is the
     names on its path. Of several samples nobody knows which one is gone on from: their names are found nowhere.

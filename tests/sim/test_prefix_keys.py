@@ -53,7 +53,9 @@ def test_blocks_have_equal_keys_where_names_and_places_are_equal(one, other, siz
         equal = spelled(one, end) == spelled(other, end)
         if key == their_key:
             assert equal
-        elif equal:  # found less: behind an empty run that the other has not, or where not all of a prompt is named
+        elif (
+            equal
+        ):  # found less: behind an empty run that the other has not, or where not all of a prompt is named
             runs = [
                 [pair for pair in zip(each.content or (), each.content_ends, strict=True) if pair[1] < end]
                 for each in (one, other)

@@ -59,7 +59,8 @@ def test_a_turn_finds_the_whole_history_in_full_blocks(kind):
 def test_arrivals_go_before_what_answers_lead_to_at_the_same_instant():
     """The second turn of session 0 and session 1 both fall due at 13 ms."""
     story = Story(
-        scheduled("vllm_v0", memory(slots=64)), chains(Chain(0, 0, (0, 4, 2), (2, 1, 1)), Chain(1, 13, (0, 4, 1)))
+        scheduled("vllm_v0", memory(slots=64)),
+        chains(Chain(0, 0, (0, 4, 2), (2, 1, 1)), Chain(1, 13, (0, 4, 1))),
     )
     assert story.log == ["0: prompt 0(4)", "10: decode 0", "13: prompt 1(4) 2(7)"]
     assert story.column("requests", "arrival_time") == [0, 13, 13]
@@ -125,7 +126,9 @@ def test_a_sample_looks_at_few_sequences_of_many_that_share(kind, seed):
 
 def test_stretches_change_nothing_in_sessions():
     runs = [
-        Story(scheduled("vllm_v0", memory("prefix", slots=900, longest=512, block_size=4)), talk(), stretches=on)
+        Story(
+            scheduled("vllm_v0", memory("prefix", slots=900, longest=512, block_size=4)), talk(), stretches=on
+        )
         for on in (True, False)
     ]
     assert repr(runs[0].summary) == repr(runs[1].summary)
