@@ -9,15 +9,22 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from attention.generation.beam_search import BeamSearch
 from attention.generation.ngram import NGram
 from attention.generation.search import DecodingRequest
 from experiments.text import table
-from sim import Capacity, Recorder, Transfers, allocator, scheduler, simulate, timing
-from workloads import Sampling, Streams, Synthetic, arrivals, lengths
-from workloads.sampling import measured_turnover
+from sim.allocators import Capacity
+from sim.allocators.paged import PagedAllocator
+from sim.recorder import Recorder
+from sim.schedulers.vllm_v0 import VllmV0
+from sim.simulation import simulate
+from sim.timing import Transfers
+from sim.timing.fixed import Fixed
+from workloads.arrivals import Burst
+from workloads.lengths import Fixed as FixedLengths
+from workloads.sampling import Sampling, measured_turnover
+from workloads.streams import Streams
+from workloads.workload import Synthetic
 
 ROOMS = ("sim", "workloads", "attention", "experiments")
 """Packages whose docstrings are the text: written for this project, and there wherever it is installed."""
@@ -35,7 +42,6 @@ Text = Sequence[int]
 
 def bench_beams(folder: Path) -> str:
     """Perplexity by order of the model, then turnover and sharing by width, measured and modelled."""
-    torch.set_num_threads(1)
     text, vocab_size = read_text()
     models = table(
         f"n-gram models of {len(text):,} words of documentation, {vocab_size:,} different",
@@ -152,16 +158,16 @@ def modelled_saving(width: int, turnover: float) -> float:
         Streams(0),
         PROMPT + OUTPUT,
         num_requests=SEARCHES,
-        arrivals=arrivals["burst"](),
-        lengths=lengths["fixed"](prompt=PROMPT, output=OUTPUT),
+        arrivals=Burst(),
+        lengths=FixedLengths(prompt=PROMPT, output=OUTPUT),
         sampling=Sampling(beam_width=width, beam_turnover=turnover),
     )
     slots = 2 * SEARCHES * width * (PROMPT + OUTPUT)
-    memory = allocator["paged"](Capacity(slots, PROMPT + OUTPUT), block_size=1)
+    memory = PagedAllocator(Capacity(slots, PROMPT + OUTPUT), block_size=1)
     summary = simulate(
         workload,
-        scheduler=scheduler["vllm_v0"](memory, max_num_seqs=SEARCHES * width),
-        timing=timing["fixed"](prefill_ms=1e-6, decode_ms=1.0),
+        scheduler=VllmV0(memory, max_num_seqs=SEARCHES * width),
+        timing=Fixed(prefill_ms=1e-6, decode_ms=1.0),
         transfers=Transfers(None, None, 1, copy_latency_us=0.0),
         recorder=Recorder(),
         max_model_len=PROMPT + OUTPUT,

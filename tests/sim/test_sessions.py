@@ -92,14 +92,14 @@ def test_a_refused_turn_ends_its_session_alone():
     assert story.log == ["0: prompt 0(40)", "10: decode 0", "30: prompt 2(4)"]
 
 
-def talk(seed: int = 0) -> Synthetic:
+def talk(seed: int = 0, rate: float = 4.0) -> Synthetic:
     return Synthetic(
         Streams(seed),
         512,
         num_requests=300,
-        arrivals=arrivals["poisson"](rate=4.0),
+        arrivals=arrivals["poisson"](rate=rate),
         lengths=lengths["uniform"](prompt_max=40, output_max=40),
-        system_prompts=SystemPrompts(count=3, tokens_median=60),
+        system_prompts=SystemPrompts(count=100, zipf=0.8, tokens_median=60),
         session=Conversation(turns=3, think_time_s=1.0),
     )
 
@@ -108,10 +108,10 @@ def talk(seed: int = 0) -> Synthetic:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sample_looks_at_few_sequences_of_many_that_share(kind, seed):
     """Those that are not looked at have written what is shared all the same."""
-    over = scheduled("vllm_v0", memory(kind, slots=1500, longest=512, block_size=4))
+    over = scheduled("vllm_v0", memory(kind, slots=20_000, longest=512, block_size=4))
     audit = Audit(samples=200, num_requests=300)
     summary = simulate(
-        talk(seed),
+        talk(seed, rate=60.0),
         scheduler=over,
         timing=timing["fixed"](prefill_ms=10, decode_ms=10),
         transfers=Transfers(None, None, 4, copy_latency_us=0),
@@ -120,7 +120,7 @@ def test_a_sample_looks_at_few_sequences_of_many_that_share(kind, seed):
         probe=audit,
     )
     assert summary["requests_finished"] == 300
-    assert summary["prefix_hit_rate"] > 0.3
+    assert summary["prefix_hit_rate"] > 0.2
     assert audit.num_samples > 10
 
 

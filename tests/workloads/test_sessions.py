@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,8 @@ from workloads.shared_prefixes import Leads
 
 
 def workload(count: int = 200, seed: int = 0, longest: int = 4096, **parts: Any) -> Synthetic:
-    parts.setdefault(
-        "lengths",
-        lengths["lognormal"](prompt_median=30, prompt_sigma=0.5, output_median=40, output_sigma=0.5),
-    )
+    short = lengths["lognormal"](prompt_median=30, prompt_sigma=0.5, output_median=40, output_sigma=0.5)
+    parts.setdefault("lengths", short)
     parts.setdefault("arrivals", arrivals["poisson"](rate=1.0))
     return Synthetic(Streams(seed), longest, num_requests=count, **parts)
 
@@ -82,12 +81,13 @@ def test_a_prompt_repeats_the_prompt_and_the_answer_that_it_goes_on_from(kind):
         assert len(outputs) == len(requests)
         for request in requests:
             names, ends = request.content, request.content_ends
-            assert (
-                len(names) == len(ends) and list(ends) == sorted(ends) and ends[-1] == request.prompt_tokens
-            )
+            assert len(names) == len(ends)
+            assert list(ends) == sorted(ends)
+            assert ends[-1] == request.prompt_tokens
             if len(names) > 2:  # system prompt, question, then answers and messages by turns
                 before = outputs[names[-2]]
-                assert names[:-2] == before.content and ends[:-2] == before.content_ends
+                assert names[:-2] == before.content
+                assert ends[:-2] == before.content_ends
                 assert ends[-2] == before.prompt_tokens + before.output_tokens
             else:
                 assert (names[0], ends[0]) == (requests[0].content[0], 1024)
@@ -129,7 +129,7 @@ def test_an_agent_calls_tools_and_then_answers():
     visits = served(workload(5000, longest=10**6, session=Agent(max_calls=4, result_tokens_sigma=0)))
     assert {len(visit) for visit in visits[:-1]} == {2, 3, 4, 5}
     for visit in visits:
-        for (_, before), (delay, request) in zip(visit, visit[1:], strict=False):
+        for (_, before), (delay, request) in pairwise(visit):
             assert request.prompt_tokens == before.prompt_tokens + before.output_tokens + 100
             assert 0 < delay < 3e9
 
@@ -195,7 +195,7 @@ def test_popularity_follows_zipf():
 
 def test_prefixes_that_leave_no_room_are_refused():
     with pytest.raises(
-        UserError, match="shared prefixes: got 1364 tokens at least .* less than the 1024 tokens"
+        UserError, match=r"shared prefixes: got 1364 tokens at least .* less than the 1024 tokens"
     ):
         workload(longest=1024, system_prompts=SystemPrompts(), few_shot=FewShot())
 
