@@ -8,6 +8,9 @@ from heapq import heappop, heappush
 from sim.block_pool import BlockPool, OutOfBlocks
 from sim.errors import IntegrityError
 
+UNUSED = -2
+"""When a block was used last that nobody has used since it was handed out."""
+
 
 class HashedPool(BlockPool):
     """The rules of V0's `CachedBlockAllocator` (0.4.2, `block_manager_v1.py`, `evictor.py`).
@@ -19,16 +22,8 @@ class HashedPool(BlockPool):
     """
 
     __slots__ = (
-        "_freed",
-        "_made",
-        "_releases",
-        "_sorted",
-        "_times",
-        "computed",
-        "found",
-        "keys",
-        "last_accessed",
-    )
+        "_active", "_freed", "_made", "_next", "_times", "computed", "found", "keys", "last_accessed",
+    )  # fmt: skip
 
     free: dict[int, None]  # type: ignore[assignment]  # those that were never handed out, and those that were
 
@@ -37,14 +32,15 @@ class HashedPool(BlockPool):
         self.free = dict.fromkeys(range(num_blocks))
         self.keys: list[Hashable | None] = [None] * num_blocks
         self.found: dict[Hashable, int] = {}
-        self.last_accessed = [-1] * num_blocks
+        self.last_accessed = [UNUSED] * num_blocks
         self.computed = bytearray(num_blocks)
         self._made = 0  # blocks handed out at least once
-        self._releases = 0
-        # Freed blocks by the time of their last use, as (depth, minus the release, block); some may be held again.
-        self._freed: dict[int, list[tuple[int, int, int]]] = {}
+        # Freed parts of tables by the time of their last use: (depth of the first block, blocks) in order of release.
+        # Some of the blocks may be held again.
+        self._freed: dict[int, list[tuple[int, Sequence[int]]]] = {}
         self._times: list[int] = []  # heap of the keys
-        self._sorted = -1  # the time whose blocks are in order
+        self._active = UNUSED  # the time whose blocks are evicted now
+        self._next: list[int] = []  # these blocks, the next one last
 
     def take(self, count: int = 1) -> list[int]:
         """Hand out `count` blocks without content. Raises OutOfBlocks and takes none if there are fewer."""
@@ -54,32 +50,46 @@ class HashedPool(BlockPool):
         made = min(self._made + count, self.num_blocks)
         blocks = list(range(self._made, made))
         self._made = made
-        blocks += [self._evict() for _ in range(count - len(blocks))]
+        if len(blocks) < count:
+            self._evict(count, blocks)
         references, fresh = self.references, self.fresh
         for block in blocks:
             del free[block]
             references[block] = 1
-            if fresh is not None:
+        if fresh is not None:
+            for block in blocks:
                 fresh[block] = 1
         return blocks
 
-    def _evict(self) -> int:
-        """The free block to be reused next, its content forgotten."""
+    def _evict(self, count: int, blocks: list[int]) -> None:
+        """Add the free blocks to be reused next, their content forgotten, until there are `count`."""
+        free, last, keys, computed = self.free, self.last_accessed, self.keys, self.computed
         while True:
-            time = self._times[0]
-            freed = self._freed[time]
-            if self._sorted != time:
-                freed.sort()
-                self._sorted = time
-            while freed:
-                _, _, block = freed.pop()
-                if block in self.free and self.last_accessed[block] == time:
-                    self.rename(block, None)
-                    self.computed[block] = 0
-                    self.last_accessed[block] = -1
-                    return block
-            heappop(self._times)
-            del self._freed[time]
+            time, following = self._active, self._next
+            while following:
+                block = following.pop()
+                if last[block] == time and block in free:
+                    if keys[block] is not None:
+                        self.rename(block, None)
+                    computed[block] = 0
+                    last[block] = UNUSED
+                    blocks.append(block)
+                    if len(blocks) == count:
+                        return
+            if time == self._times[0]:
+                heappop(self._times)
+                del self._freed[time]
+            self._active = time = self._times[0]
+            parts = self._freed[time]
+            if len(parts) == 1:
+                self._next = list(parts[0][1])
+            else:
+                ordered = sorted(
+                    (depth, -release, block)
+                    for release, (first, part) in enumerate(parts)
+                    for depth, block in enumerate(part, first)
+                )
+                self._next = [block for _, _, block in ordered]
 
     def find(self, key: Hashable) -> int | None:
         """The block with this content, held or free."""
@@ -119,30 +129,38 @@ class HashedPool(BlockPool):
 
         Raises ValueError on a double free.
         """
-        references, last, free, freed = self.references, self.last_accessed, self.free, self._freed
+        references, last = self.references, self.last_accessed
+        if [references[block] for block in blocks].count(1) == len(blocks) and (
+            max([last[block] for block in blocks], default=now) <= now
+        ):
+            for block in blocks:
+                references[block] = 0
+                last[block] = now
+            self._let_go(first, blocks, now)
+            return
         for depth, block in enumerate(blocks, first):
-            time = last[block]
-            if time < now:
-                last[block] = time = now
+            if last[block] < now:
+                last[block] = now
             count = references[block]
+            if count == 0:
+                raise ValueError(f"double free of block {block}")
             references[block] = count - 1
             if count == 1:
-                free[block] = None
-                self._releases += 1
-                entry = (depth, -self._releases, block)
-                there = freed.get(time)
-                if there is None:
-                    freed[time] = [entry]
-                    heappush(self._times, time)
-                else:
-                    there.append(entry)
-                if time == self._sorted:
-                    self._sorted = -1
-            elif count:
-                self.extra_references -= 1
+                self._let_go(depth, (block,), last[block])
             else:
-                references[block] = 0
-                raise ValueError(f"double free of block {block}")
+                self.extra_references -= 1
+
+    def _let_go(self, first: int, blocks: Sequence[int], time: int) -> None:
+        """Nobody references these blocks of a table any more; they were used at `time`."""
+        self.free.update(dict.fromkeys(blocks))
+        parts = self._freed.get(time)
+        if parts is None:
+            self._freed[time] = [(first, blocks)]
+            heappush(self._times, time)
+        else:
+            parts.append((first, blocks))
+        if time <= self._active:
+            self._active, self._next = UNUSED, []
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """The counts against the tables, and the keys against what is found. Raises IntegrityError."""
@@ -150,7 +168,7 @@ class HashedPool(BlockPool):
         known = {key: block for block, key in enumerate(self.keys) if key is not None}
         if known != self.found:
             raise IntegrityError(f"found({len(self.found)}) != blocks with a key({len(known)})")
-        listed = {block for time in self._freed for _, _, block in self._freed[time]}
+        listed = {block for parts in self._freed.values() for _, part in parts for block in part}
         lost = [block for block in self.free if block < self._made and block not in listed]
         if lost:
             raise IntegrityError(f"{self.tier} block {lost[0]} is free, and would never be evicted")
