@@ -64,11 +64,11 @@ class DecodeSet:
         self.finishes[sequence.finish_tick].remove(sequence)
         if sequence.capacity < sequence.final_tokens:
             self.growths[sequence.capacity + 1 - sequence.origin].remove(sequence)
-        if self.copy_pending and sequence in self.copy_pending:
-            self.copy_pending.remove(sequence)
         self._forget(sequence, tokens)
 
     def _forget(self, sequence: Sequence, tokens: int) -> None:
+        if self.copy_pending and sequence in self.copy_pending:
+            self.copy_pending.remove(sequence)
         self.size -= 1
         self.context -= tokens
         sequence.origin = tokens

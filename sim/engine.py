@@ -293,6 +293,8 @@ class Engine:
                     continue
             if sequence.origin < sequence.final_tokens:
                 decodes.join(sequence)
+                if self.allocator.shares_tail(sequence):
+                    decodes.copy_pending.append(sequence)
             else:
                 self._complete(sequence, end)
         if step.num_decodes:

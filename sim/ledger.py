@@ -121,6 +121,11 @@ class Ledger:
         self._note("copy")
         device.rows[target] = device.rows[source]
 
+    def cut(self, block: int, offset: int) -> None:
+        """Nothing is written there."""
+        self.device.reset()
+        self.device.rows[block, offset:] = UNWRITTEN
+
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
         """The targets hold what the sources on the other tier hold."""
         (other,) = (place for name, place in self.tiers.items() if name != tier)

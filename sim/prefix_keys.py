@@ -9,6 +9,7 @@ from sim.request import Request
 
 _CONTENT = 0xD6E8FEB86659FD93
 _INSIDE = np.uint64(0xA0761D6478BD642F)
+_TAIL = 0x8EBC6AF09C88C6E3
 _MASK = (1 << 64) - 1
 
 
@@ -81,3 +82,12 @@ def own_keys(request: Request, first: int, stop: int) -> list[int]:
     """Keys of blocks that nobody else has: negative, so that they are none of named content."""
     base = -(request.id + 1 << 32)
     return list(range(base + first, base + stop))
+
+
+def tail_key(request: Request, num_tokens: int) -> int | None:
+    """The key of all of a request's first tokens, where they end inside named content.
+
+    It is none that a full block has: a block that is filled in part is known with the number of its tokens.
+    """
+    (key,) = prefix_keys(request, 1, num_tokens)
+    return None if key < 0 else mixed(key + _TAIL & _MASK)

@@ -37,6 +37,9 @@ class Witness(Protocol):
     def copy(self, source: int, target: int) -> None:
         """A device block is copied before a write (copy-on-write)."""
 
+    def cut(self, block: int, offset: int) -> None:
+        """What a device block holds from this offset on is void: whoever holds the block has nothing there."""
+
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]]) -> None:
         """Blocks move to `tier`; (source, target) each, the source on the other tier."""
 

@@ -33,6 +33,7 @@ def commit_ahead(
             recorder.usage.extend((tick + offset, held, internal, external))
     recorder.durations.extend(durations)
     decodes.advance(count)
+    allocator.num_ticks += count
     allocator.num_tokens += count * decodes.size
     return end + sum(durations), count + 1
 

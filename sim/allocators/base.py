@@ -76,7 +76,8 @@ class Allocator(ABC):
 
     A policy says whether a request fits (`admission`), gives slots (`reserve`), takes them back (`release`)
     and tells where a sequence's tokens live (`slots`). Accounting is done here, in a handful of counters that
-    change only when a sequence comes, grows or leaves; `num_tokens` is moved by the engine with every step.
+    change only when a sequence comes, grows or leaves; `num_tokens` is moved by the engine with every step,
+    `num_ticks` with every step that decodes.
     Its first parameter is the `Capacity`; the keyword-only ones are its YAML fields.
     """
 
@@ -99,6 +100,7 @@ class Allocator(ABC):
         self.num_slots = capacity.num_slots
         self.max_model_len = capacity.max_model_len
         self.num_tokens = 0
+        self.num_ticks = 0
         self.num_held = 0
         self.num_internal = 0
         self.sequences: set[Sequence] = set()
@@ -259,6 +261,10 @@ class Allocator(ABC):
             return self.slots(sequence)
         finally:
             sequence.origin -= room
+
+    def shares_tail(self, sequence: Sequence) -> bool:
+        """Whether its next token needs a copy of its last block, which a cache gave to another request too."""
+        return False
 
     # Optional powers, refused unless `can_fork` or `can_swap` says otherwise
 

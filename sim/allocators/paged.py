@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,19 @@ class PagedAllocator(Allocator):
         watermark: Share of the blocks that an admission leaves free, so that running sequences can grow.
         num_host_blocks: Blocks of the host pool that swapped requests move to; by default as many as the
             device has, the bound that the paper gives.
+        prefix_caching: Whether blocks are found again by their content, as V0 did it.
     """
 
     can_fork = True
     can_swap = True
+
+    def __new__(cls, *arguments: Any, prefix_caching: bool = False, **fields: Any) -> PagedAllocator:
+        """With prefix caching another class, so that nothing of it is asked for without."""
+        if prefix_caching and cls is PagedAllocator:
+            from sim.allocators.cached_paged import CachedPagedAllocator
+
+            cls = CachedPagedAllocator
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -42,6 +51,7 @@ class PagedAllocator(Allocator):
         block_size: PositiveInt = 16,
         watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.01,
         num_host_blocks: NonNegativeInt | None = None,
+        prefix_caching: bool = False,
     ) -> None:
         super().__init__(capacity)
         num_blocks = capacity.num_slots // block_size if capacity.num_blocks is None else capacity.num_blocks

@@ -102,6 +102,7 @@ class Scheduler(Queues, ABC):
         if not decodes.size:
             return
         decodes.advance()
+        self.allocator.num_ticks += 1
         self.allocator.num_tokens += decodes.size
         step.num_decodes = decodes.size
         step.decode_context = decodes.context

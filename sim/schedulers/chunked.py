@@ -53,7 +53,7 @@ class ChunkedScheduler(Scheduler):
         self._woken = bool(self.resting)
         for sequence in self.resting:
             self.decodes.join(sequence)
-            if sequence.request.width > 1:
+            if sequence.request.width > 1 or self.allocator.shares_tail(sequence):
                 self.decodes.copy_pending.append(sequence)
         self.resting = []
 

@@ -21,6 +21,7 @@ def summary(folder: Path) -> dict:
     "allocator",
     [
         "{kind: token}",
+        "{kind: paged, block_size: 16, prefix_caching: true}",
         "{kind: vattention, page_size: 64 KiB}",
         "{kind: vattention, page_size: 2 MiB, megacache: true, reclamation: eager}",
     ],

@@ -222,6 +222,8 @@ def run_naively(
                     complete(branch)
                 else:
                     scheduler.decodes.join(branch)
+                    if len(branches) == 1 and allocator.shares_tail(branch):
+                        scheduler.decodes.copy_pending.append(branch)
             if len(branches) > 1 and not done:
                 scheduler.decodes.copy_pending += branches
                 if search is not None and request.beam_width > 1:

@@ -41,6 +41,11 @@ ALLOCATORS = {
     "paged 4": ("paged", {"block_size": 4}),
     "paged 16 no watermark": ("paged", {"block_size": 16, "watermark": 0.0}),
     "paged 4 little host": ("paged", {"block_size": 4, "num_host_blocks": 6}),
+    "paged 4 cached": ("paged", {"block_size": 4, "prefix_caching": True}),
+    "paged 5 cached little host": (
+        "paged",
+        {"block_size": 5, "prefix_caching": True, "num_host_blocks": 6, "watermark": 0.0},
+    ),
     "token": ("token", {}),
     "vattention": ("vattention", {"watermark": 0.1}),
     "vattention eager": ("vattention", {"reclamation": "eager"}),
@@ -216,7 +221,16 @@ def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_n
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
 @pytest.mark.parametrize(
-    "allocator_name", ["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host", "token"]
+    "allocator_name",
+    [
+        "paged 1",
+        "paged 4",
+        "paged 16 no watermark",
+        "paged 4 little host",
+        "token",
+        "paged 4 cached",
+        "paged 5 cached little host",
+    ],
 )
 @settings(max_examples=40)
 @given(
@@ -256,7 +270,10 @@ def test_prompts_in_chunks(
 
 
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)
-@pytest.mark.parametrize("allocator_name", ["paged 1", "paged 4", "paged 4 little host", "token"])
+@pytest.mark.parametrize(
+    "allocator_name",
+    ["paged 1", "paged 4", "paged 4 little host", "token", "paged 4 cached", "paged 5 cached little host"],
+)
 @settings(max_examples=25)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
