@@ -69,7 +69,7 @@ class MultiLevelFeedback(Ranking):
 
     def __call__(self, request: Request) -> tuple[int, int]:
         """Level and arrival."""
-        return self._places[request].level, request.id
+        return self._level(request), request.id
 
     def begin(self, scheduler: Scheduler, now: int, step: Step) -> None:
         """Rank the arrivals, promote who starves, and make room for the head of the queue."""

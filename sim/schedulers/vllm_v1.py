@@ -232,6 +232,8 @@ class VllmV1(ChunkedScheduler):
         if order is None:
             self.waiting.appendleft(request)
         else:
+            if self.ranking is not None:
+                self.ranking.requeued(request)
             insort(self.waiting, request, key=lambda each: (order(each), each.id))
 
     @property
