@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated
 
 from sim.allocators.base import Allocator
@@ -119,9 +119,7 @@ class ChunkedScheduler(Scheduler):
     def _serve_who_needs(self, step: Step, longest: int) -> None:
         """`serve_all` where slots are short: who needs none is not looked at, and the last one gives way."""
         decodes, running, partial = self.decodes, self.running, self.partial
-        growing = decodes.growths.get(decodes.clock + 1, [])
-        needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
-        for request in [each for each in running if each in needing or each in partial]:
+        for request in self.who_need_slots(partial):
             if request not in running:
                 break  # nor is anybody behind it
             tokens = len(request.sequences)
@@ -142,6 +140,14 @@ class ChunkedScheduler(Scheduler):
                 else:
                     self.append(request, step)
         self.decode_walked(step)
+
+    def who_need_slots(self, others: Collection[Request] = ()) -> list[Request]:
+        """Requests whose decodes need a slot or a copy at the next tick, and others, in order of admission."""
+        decodes = self.decodes
+        growing = decodes.growths.get(decodes.clock + 1, [])
+        needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
+        needing.update(others)
+        return [request for request in self.running if request in needing]
 
     def has_room(self, request: Request, tokens: int) -> bool:
         """Whether a running request can have its next tokens."""

@@ -94,6 +94,9 @@ class NanoVLLM(ChunkedScheduler):
         if self.decodes.size <= self.max_num_seqs and self.ample(0):
             self.grow(step)
             return
+        if self.decodes.size <= self.max_num_seqs and self._last_gives_way:
+            self._grow_who_needs(step)
+            return
         queue = [request for request in self.running if request not in self.partial]
         left = self.max_num_seqs
         index = 0
@@ -111,6 +114,16 @@ class NanoVLLM(ChunkedScheduler):
                 self.append(request, step)
                 left -= len(request.sequences)
         self.rest(queue[index:])
+        self.decode_walked(step)
+
+    def _grow_who_needs(self, step: Step) -> None:
+        """Where every decode has its turn and the last gives way: who has a slot already is not looked at."""
+        running, partial = self.running, self.partial
+        for request in self.who_need_slots():
+            while request in running and self.demanded([request]) > self.allocator.headroom:
+                self.preempt(next(each for each in reversed(running) if each not in partial), step)
+            if request in running:
+                self.append(request, step)
         self.decode_walked(step)
 
     def _choose(self, candidates: list[Request]) -> Request:

@@ -98,6 +98,8 @@ class SGLang(ForesightedScheduler):
         self._set_ratio = self._init_ratio, 0  # at this tick
         self._pool = self.available
         self._refused_at = FOREVER  # requests that ran when the queue was refused
+        self._ends = 0  # prompts and limits of all that run
+        self._clipped = 0  # those of them that come to less than their limits, or to more
 
     # The new-token ratio
 
@@ -162,9 +164,36 @@ class SGLang(ForesightedScheduler):
         ratio = self.new_token_ratio
         if total < room - locked - ratio * self.promised:
             return True
-        decoding = [each for each in self.running if each.sequences[0].decodes is not None]
-        room_left = room - ratio * sum(map(self._coming, decoding))
+        room_left = room - ratio * self._coming_of_decodes()
         return total < room_left and total <= room_left - locked
+
+    def _coming_of_decodes(self) -> int:
+        """Tokens that decoding requests may still generate: where no bound clips them, limits less what is there."""
+        decodes = self.decodes
+        if self._clipped:
+            decoding = [each for each in self.running if each.sequences[0].decodes is not None]
+            return sum(map(self._coming, decoding))
+        ends = self._ends
+        fresh = len(self.running) - decodes.size  # of this step, or in parts: the last ones
+        for request in reversed(self.running):
+            if not fresh:
+                break
+            if request.sequences[0].decodes is None:
+                ends -= request.prompt_tokens + self.limit(request)
+                fresh -= 1
+        return ends - decodes.context - decodes.size
+
+    def _promise(self, request: Request) -> None:
+        super()._promise(request)
+        limit = self.limit(request)
+        self._ends += request.prompt_tokens + limit
+        self._clipped += request.width > 1 or not request.output_tokens <= limit <= CLIP
+
+    def _forgo(self, request: Request) -> None:
+        super()._forgo(request)
+        limit = self.limit(request)
+        self._ends -= request.prompt_tokens + limit
+        self._clipped -= request.width > 1 or not request.output_tokens <= limit <= CLIP
 
     def could_admit(self, request: Request) -> bool:
         """Memory for the prompt, and for what is hoped to come."""
