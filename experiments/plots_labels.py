@@ -17,6 +17,7 @@ _TELLING = ("kind", "name", "reserve", "block_size")
 _AXES = {
     "workload.arrivals.rate": ("Request rate", "requests/s"),
     "workload.rate": ("Request rate", "requests/s"),
+    "workload.arrivals.session_rate": ("Session rate", "sessions/s"),
     "workload.arrivals.clients": ("Clients", ""),
     "workload.sampling.n": ("Samples per request", ""),
     "workload.sampling.beam_width": ("Beam width", ""),

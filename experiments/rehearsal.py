@@ -89,8 +89,8 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             yield Mistake(complaint, tuple(field.split(".")))
     owner, name = allocator[settings["allocator"]["kind"]], settings["allocator"]["kind"]
     sampling = settings["workload"].get("sampling") or {}
-    for field in ("n", "beam_width"):
-        if sampling.get(field, 1) > 1 and not getattr(owner, "can_fork", True):
+    for field in ("n", "best_of", "beam_width"):
+        if (sampling.get(field) or 1) > 1 and not getattr(owner, "can_fork", True):
             expected = f"1, or an allocator that shares slots ({_those('can_fork')})"
             yield Mistake(
                 f"allocator {name} cannot fork",

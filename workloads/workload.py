@@ -28,7 +28,7 @@ from workloads.visits import Visit
 workload: Registry[type[Workload]] = Registry("workload")
 
 SESSIONS = 64
-"""Sessions drawn at once; where a chunk ends makes no difference."""
+"""Sessions drawn at once; always so many, so that num_requests does not change what is drawn."""
 
 
 _ONE_BRANCH = Sampling()

@@ -150,11 +150,16 @@ class PagedAllocator(Allocator):
         if not self.pool.extra_references:
             super().free(sequence)
             return
-        siblings = [
-            other for other in sequence.request.sequences if other is not sequence and other.block_table
-        ]
-        self._book([*siblings, sequence], -1)
-        self._book(siblings, 1)
+        # Branches are as long as each other, so what the others hold too stays as it is entered.
+        size, references = self.block_size, self.pool.references
+        tokens, final = sequence.num_tokens, sequence.final_tokens
+        for index, block in enumerate(sequence.block_table):
+            if references[block] == 1:
+                start = index * size
+                self.num_held -= size
+                self.num_tokens -= min(size, max(0, tokens - start))
+                if sequence.capacity >= final:
+                    self.num_internal -= size - min(size, max(0, final - start))
         self.release(sequence)
         self.sequences.discard(sequence)
         sequence.capacity = 0

@@ -240,7 +240,7 @@ class Scheduler(Queues, ABC):
         """(dotted path, complaint) for options of a whole experiment that contradict each other."""
         preemption = config["scheduler"].get("preemption")
         sampling = config["workload"].get("sampling") or {}
-        group = max(sampling.get("n", 1), sampling.get("beam_width", 1)) > 1
+        group = any((sampling.get(field) or 1) > 1 for field in ("n", "best_of", "beam_width"))
         if config["allocator"].get("num_host_blocks") == 0 and (preemption == "swap" or group):
             who = "groups of sequences are" if group else "preemption is set to swap: requests are"
             yield "allocator.num_host_blocks", f"{who} swapped when memory runs out, which needs a host pool"

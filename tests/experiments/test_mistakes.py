@@ -131,6 +131,24 @@ CASES = {
         "x.yaml:7:13: workload.sampling: n and beam_width exclude each other: got 2 and 2, "
         "expected one to be 1",
     ),
+    "fewer samples than are returned": (
+        ("  arrivals:", "  sampling: {n: 4, best_of: 2}\n  arrivals:"),
+        "x.yaml:7:13: workload.sampling: best_of: got 2, expected at least n, the 4 samples that are returned",
+    ),
+    "a session that is none": (
+        ("  arrivals:", "  session: tre\n  arrivals:"),
+        "x.yaml:7:12: workload.session: unknown kind, got 'tre', expected one of conversation, agent, tree, "
+        "did you mean 'tree'?",
+    ),
+    "half a turn": (
+        ("  arrivals:", "  session: {kind: conversation, turns: 0.5}\n  arrivals:"),
+        "x.yaml:7:40: workload.session.turns: out of bounds, got 0.5, expected a number >= 1",
+    ),
+    "a trace with sessions": (
+        ("num_requests: 60\n", "kind: trace\n  path: x.yaml\n  session: conversation\n"),
+        "x.yaml:8:3: workload.session: unknown key, expected one of kind, path, format, time_scale, rate, start_s, "
+        "window_s, num_requests, sampling",
+    ),
 }
 
 
