@@ -153,6 +153,17 @@ class DecodeSet:
         """The next tick at which a member may be done; FOREVER if the set is empty."""
         return self._finish_ticks[0] if self._finish_ticks else FOREVER
 
+    @property
+    def next_growth(self) -> int:
+        """The next tick at which a member needs a slot that it does not hold; FOREVER if none does."""
+        growths = self.growths
+        while growths:
+            tick = min(growths)
+            if growths[tick]:
+                return tick
+            del growths[tick]
+        return FOREVER
+
     def take_finished(self) -> list[Sequence]:
         """Members whose last token came with this tick, in order of arrival; they are out of the set."""
         if not self._finish_ticks or self._finish_ticks[0] != self.clock:

@@ -198,6 +198,7 @@ class Engine:
         scheduler = self.scheduler
         allocator = self.allocator
         recorder = self.recorder
+        self.timing.num_entries = allocator.num_entries
         seconds = self.timing.seconds(step)
         if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
             seconds += self.transfers.seconds(step)
@@ -231,7 +232,10 @@ class Engine:
         if limit < 1 or scheduler.tight:
             return 0
         if decodes.growths and self.allocator.growth is None:
-            limit = 1  # any growth may change any part of the usage
+            # Any growth may change any part of the usage, and the table.
+            limit = min(limit, decodes.next_growth - decodes.clock - 1)
+            if limit < 1:
+                return 0
         if self.beams is not None:
             limit = min(limit, self.beams.next_turnover - decodes.clock)
         if self.probe is not None:
@@ -250,6 +254,10 @@ class Engine:
         waiting = len(scheduler.waiting) + len(scheduler.swapped) - len(arrived)
         decodes = step.num_decodes
         saved = self.allocator.blocks_saved
+        entries = self.allocator.num_entries
+        joined = 0
+        if entries is not None:
+            joined = self.allocator.num_held // self.allocator.block_size + saved - entries
         if steps > 1 and arrived:
             starts = list(accumulate(recorder.durations[-steps:-1], initial=start))
             begin = 0
@@ -260,7 +268,7 @@ class Engine:
                 if index > begin:
                     at = tokens + begin * decodes
                     recorder.stretch(
-                        starts[begin], index - begin, 0, decodes, running, waiting, at, decodes, saved
+                        starts[begin], index - begin, 0, decodes, running, waiting, at, decodes, saved, joined
                     )
                     begin = index
                 waiting += 1
@@ -268,7 +276,7 @@ class Engine:
             steps -= begin
             tokens += begin * decodes
         recorder.stretch(
-            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, decodes, saved
+            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, decodes, saved, joined
         )
 
     def _sample(self, now: int) -> None:

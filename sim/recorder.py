@@ -47,7 +47,8 @@ class Recorder:
         self._requests = array("q")  # twelve figures a request
         self._others: dict[int, tuple[str, str]] = {}  # status and reason of those that did not finish
         # One row a stretch of steps: start, steps, prefill tokens, decoding sequences, running and waiting
-        # requests, token states in the first step and more per step, blocks saved by sharing.
+        # requests, token states in the first step and more per step, blocks saved by sharing, blocks that tables have
+        # no entry of their own for.
         self._stretches = array("q")
         self._covered = 0  # steps in them
         # One entry a step.
@@ -80,6 +81,7 @@ class Recorder:
         tokens: int,
         tokens_per_step: int,
         saved_blocks: int,
+        joined_blocks: int = 0,
     ) -> None:
         """Steps that differ only in what was appended to the columns of single steps beforehand.
 
@@ -96,6 +98,7 @@ class Recorder:
                 tokens,
                 tokens_per_step,
                 saved_blocks,
+                joined_blocks,
             )
         )
         self._covered += steps
@@ -150,7 +153,7 @@ class Recorder:
     def _flush_stretches(self) -> None:
         if not self._stretches:
             return
-        rows: Ints = np.array(self._stretches).reshape(-1, 9)
+        rows: Ints = np.array(self._stretches).reshape(-1, 10)
         durations: Ints = np.array(self.durations)
         usage: Ints = np.array(self.usage).reshape(-1, 4)
         lasting = np.diff(usage[:, 0], append=len(durations))
@@ -160,7 +163,9 @@ class Recorder:
             del column[:]
         steps = rows[:, 1]
         first = np.repeat(np.cumsum(steps) - steps, steps)  # index of each step's first in its stretch
-        starts, _, prefill, decodes, running, waiting, tokens, slope, saved = np.repeat(rows, steps, axis=0).T
+        starts, _, prefill, decodes, running, waiting, tokens, slope, saved, joined = np.repeat(
+            rows, steps, axis=0
+        ).T
         elapsed = np.cumsum(durations) - durations
         starts = starts + (elapsed - elapsed[first])
         tokens = tokens + (np.arange(len(first)) - first) * slope
@@ -171,7 +176,7 @@ class Recorder:
             "external": external,
             "free": self.num_slots - held - external,
         }
-        self.memory.add(starts, durations, parts, running, waiting, saved, held, self.last_arrival)
+        self.memory.add(starts, durations, parts, running, waiting, saved, joined, held, self.last_arrival)
         busy = (prefill > 0) | (decodes > 0)
         self.num_steps += int(busy.sum())
         times = starts / 1e9

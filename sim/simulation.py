@@ -105,7 +105,8 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
     duration = memory.end / 1e9
     unshared = memory.held + memory.saved * engine.allocator.block_size
     prompts = requests.admitted_prompt_tokens
-    averages = memory.averages()
+    allocator = engine.allocator
+    averages = memory.averages(allocator.block_size if allocator.pools else 0)
     shares = {name: averages.pop(name) for name in list(averages) if name.endswith("_share")}
     return {
         "duration_s": duration,

@@ -298,6 +298,14 @@ class Allocator(ABC):
         """Figures of a finished run that only this policy has, by their names in the summary."""
         return {}
 
+    @property
+    def num_entries(self) -> int | None:
+        """Entries of all block tables on the device where blocks differ in size; None where each block has one.
+
+        It may change only when a sequence comes, grows or leaves, and where `growth` is None.
+        """
+        return None
+
     # Books
 
     def usage(self, head_refused: bool = False) -> MemoryUsage:

@@ -25,6 +25,8 @@ class StepTime(ABC):
     """True if a decode step's time depends on the number of sequences only."""
     num_slots: int = FOREVER
     """KV slots of the device; the engine says it before the first step."""
+    num_entries: int | None = None
+    """Entries of all block tables, where blocks differ in size; the engine says it before each step."""
 
     @abstractmethod
     def seconds(self, step: Step) -> float:

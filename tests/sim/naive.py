@@ -192,6 +192,7 @@ def run_naively(
             if now > idle_from:
                 note(idle_from, now - idle_from, 0, 0, False)
             continue
+        timing.num_entries = allocator.num_entries
         seconds = timing.seconds(step)
         if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
             seconds += transfers.seconds(step)

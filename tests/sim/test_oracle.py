@@ -46,6 +46,12 @@ ALLOCATORS = {
         "paged",
         {"block_size": 5, "prefix_caching": True, "num_host_blocks": 6, "watermark": 0.0},
     ),
+    "multi size": ("multi_size", {"block_size": 2, "largest_block": 16, "slack": 0.3}),
+    "multi size little host": (
+        "multi_size",
+        {"block_size": 4, "largest_block": 16, "slack": 1.0, "num_host_blocks": 6, "watermark": 0.1},
+    ),
+    "adaptive": ("adaptive", {"block_size": 2, "largest_block": 16, "window": 5}),
     "token": ("token", {}),
     "vattention": ("vattention", {"watermark": 0.1}),
     "vattention eager": ("vattention", {"reclamation": "eager"}),
@@ -272,7 +278,17 @@ def test_prompts_in_chunks(
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)
 @pytest.mark.parametrize(
     "allocator_name",
-    ["paged 1", "paged 4", "paged 4 little host", "token", "paged 4 cached", "paged 5 cached little host"],
+    [
+        "paged 1",
+        "paged 4",
+        "paged 4 little host",
+        "token",
+        "paged 4 cached",
+        "paged 5 cached little host",
+        "multi size",
+        "multi size little host",
+        "adaptive",
+    ],
 )
 @settings(max_examples=25)
 @given(
