@@ -73,6 +73,7 @@ class Engine:
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
         self._num_prefills = 0  # computed to their ends, with a token each
+        self._joined = 0  # blocks less entries of block tables in the step in flight
         self._progress = 0, 0  # decode steps and prefills at the last preemption
         self._fruitless = 0  # preemptions since there was progress
         recorder.num_slots = timing.num_slots = self.allocator.num_slots
@@ -198,7 +199,10 @@ class Engine:
         scheduler = self.scheduler
         allocator = self.allocator
         recorder = self.recorder
-        self.timing.num_entries = allocator.num_entries
+        self.timing.num_entries = entries = allocator.num_entries
+        if entries is not None:
+            allocator.entry_log.clear()
+            self._joined = allocator.num_held // allocator.block_size - entries
         seconds = self.timing.seconds(step)
         if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
             seconds += self.transfers.seconds(step)
@@ -231,8 +235,12 @@ class Engine:
         limit = decodes.next_finish - decodes.clock
         if limit < 1 or scheduler.tight:
             return 0
-        if decodes.growths and self.allocator.growth is None:
-            # Any growth may change any part of the usage, and the table.
+        allocator = self.allocator
+        if (
+            decodes.growths
+            and allocator.growth is None
+            and (allocator.num_entries is None or self.timing.counts_entries)
+        ):  # any growth may change any part of the usage, or the next step's time
             limit = min(limit, decodes.next_growth - decodes.clock - 1)
             if limit < 1:
                 return 0
@@ -254,24 +262,40 @@ class Engine:
         waiting = len(scheduler.waiting) + len(scheduler.swapped) - len(arrived)
         decodes = step.num_decodes
         saved = self.allocator.blocks_saved
-        entries = self.allocator.num_entries
         joined = 0
-        if entries is not None:
-            joined = self.allocator.num_held // self.allocator.block_size + saved - entries
-        if steps > 1 and arrived:
+        regrown: list[tuple[int, int]] = []  # blocks less entries, from a step of the stretch on
+        if self.allocator.num_entries is not None:
+            joined = self._joined + saved
+            if steps > 1:
+                first = self.scheduler.decodes.clock - steps + 1
+                regrown = [
+                    (tick - first, less + saved) for tick, less in self.allocator.entry_log if tick > first
+                ]
+        if steps > 1 and (arrived or regrown):
             starts = list(accumulate(recorder.durations[-steps:-1], initial=start))
+            cuts = sorted([*((bisect_left(starts, instant), -1) for instant in arrived), *regrown])
             begin = 0
-            for instant in arrived:
-                index = bisect_left(starts, instant)
+            for index, less in cuts:
                 if index == steps:
                     break
                 if index > begin:
-                    at = tokens + begin * decodes
                     recorder.stretch(
-                        starts[begin], index - begin, 0, decodes, running, waiting, at, decodes, saved, joined
+                        starts[begin],
+                        index - begin,
+                        0,
+                        decodes,
+                        running,
+                        waiting,
+                        tokens + begin * decodes,
+                        decodes,
+                        saved,
+                        joined,
                     )
                     begin = index
-                waiting += 1
+                if less < 0:
+                    waiting += 1
+                else:
+                    joined = less
             start = starts[begin]
             steps -= begin
             tokens += begin * decodes

@@ -97,6 +97,7 @@ class Allocator(ABC):
     probe: Witness | None = None
 
     def __init__(self, capacity: Capacity) -> None:
+        self.entry_log: list[tuple[int, int]] = []
         self.num_slots = capacity.num_slots
         self.max_model_len = capacity.max_model_len
         self.num_tokens = 0
@@ -302,7 +303,8 @@ class Allocator(ABC):
     def num_entries(self) -> int | None:
         """Entries of all block tables on the device where blocks differ in size; None where each block has one.
 
-        It may change only when a sequence comes, grows or leaves, and where `growth` is None.
+        Where it says so, a growth changes nothing but what is held, wasted and listed, and `entry_log` has the ticks
+        of growths with the blocks less the entries after each; the engine clears it.
         """
         return None
 

@@ -8,17 +8,16 @@ from sim.allocators.base import Capacity, allocator
 from sim.allocators.runs import RunsAllocator
 from sim.registry import Bounds, Fraction, NonNegativeInt, PositiveInt
 from sim.request import Sequence
-from sim.run_pool import run_of
 
 
 @allocator("multi_size")
 class MultiSizeAllocator(RunsAllocator):
     """Blocks that are small for short sequences and large for long ones, from one pool of pages.
 
-    A prompt takes the largest blocks that it fills, smaller ones for its rest. From then on a block is as large as
-    a share of what the sequence holds allows, so that what its last block may waste stays in proportion to it,
-    and its table grows with the logarithm of its length up to the largest block. A block is an aligned run of
-    pages, from a buddy system; a page is the smallest block.
+    A prompt takes the largest blocks that it fills. Otherwise a block is as large as a share of what the sequence
+    holds allows, so that what its last block may waste stays in proportion to it, and its table grows with the
+    logarithm of its length up to the largest block. A block is an aligned run of pages, from a buddy system; a
+    page is the smallest block.
 
     Fields:
         block_size: KV slots of the smallest block, a page.
@@ -45,4 +44,4 @@ class MultiSizeAllocator(RunsAllocator):
 
     def run(self, sequence: Sequence, missing: int) -> int:
         """Pages of the largest block that the missing ones fill, or that the slack allows."""
-        return run_of(max(missing, int(self.slack * len(sequence.block_table))), self.longest)
+        return self.pool.run_of(max(missing, int(self.slack * len(sequence.block_table))))

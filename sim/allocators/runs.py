@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Collection
 from itertools import pairwise
 
-from sim.allocators.base import Admission, Allocator, Capacity
+from sim.allocators.base import Admission, Capacity
 from sim.allocators.paged import PagedAllocator
 from sim.errors import IntegrityError, UserError
 from sim.request import Request, Sequence
-from sim.run_pool import RunPool, run_of
+from sim.run_pool import RunPool
 
 
 class RunsAllocator(PagedAllocator):
@@ -88,11 +88,16 @@ class RunsAllocator(PagedAllocator):
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """Append runs until the table is long enough; none takes the last pages of the other branches."""
         pool, table, size = self.pool, sequence.block_table, self.block_size
-        others = max(0, len(sequence.request.sequences) - 1)
-        while (missing := -(-num_tokens // size) - len(table)) > 0:
-            wanted = min(self.run(sequence, missing), run_of(pool.num_free - others, self.longest))
+        needed = -(-num_tokens // size)
+        others = len(sequence.request.sequences) - 1
+        entries = 0
+        while (missing := needed - len(table)) > 0:
+            wanted = self.run(sequence, missing)
+            if others > 0:
+                wanted = min(wanted, pool.run_of(pool.num_free - others))
             table += pool.take_run(wanted)
-            self._enter(sequence, 1)
+            entries += 1
+        self._enter(sequence, entries)
         return len(table) * size
 
     def _enter(self, sequence: Sequence, entries: int) -> None:
@@ -106,7 +111,29 @@ class RunsAllocator(PagedAllocator):
 
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """A further run for each sequence of each batch."""
-        return Allocator.grow(self, batches)
+        size, take_run, run, entries = self.block_size, self.pool.take_run, self.run, self._entries
+        books = []
+        for tick, sequences in batches:
+            held, internal, done = self.num_held, self.num_internal, False
+            for sequence in sequences:
+                table = sequence.block_table
+                table += take_run(run(sequence, 1))
+                before, final = sequence.capacity, sequence.final_tokens
+                sequence.capacity = capacity = len(table) * size
+                held += capacity - before
+                if capacity >= final:
+                    internal += capacity - final
+                    done = True
+                entries[sequence] += 1
+            self._num_entries += len(sequences)
+            self.num_held, self.num_internal = held, internal
+            if done:
+                sequences[:] = [
+                    sequence for sequence in sequences if sequence.capacity < sequence.final_tokens
+                ]
+            self.entry_log.append((tick, held // size - self._num_entries))
+            books.append((tick, held, internal))
+        return books
 
     def append(self, sequence: Sequence) -> int:
         """A further run if the last is full, a copy of the next token's page if others share it, else nothing."""
@@ -123,7 +150,8 @@ class RunsAllocator(PagedAllocator):
             self.probe.copy(shared, own)
         table[index] = own
         self.pool.release((shared,))
-        self._enter(sequence, 1)  # the page is on its own, behind the part of the run before it
+        if self._entries[sequence] < len(table):
+            self._enter(sequence, 1)  # the page is on its own, behind the part of its run before it
         self.num_held += size
         self.num_tokens += tokens % size
         self.num_internal += max(0, (index + 1) * size - sequence.final_tokens)

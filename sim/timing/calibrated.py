@@ -29,6 +29,8 @@ class Calibrated(StepTime):
         block_size: Tokens of a block; by default the allocator's, 16 where it has none.
     """
 
+    counts_entries = True
+
     def __init__(
         self,
         model: Model | None,
