@@ -81,6 +81,14 @@ class RunsAllocator(PagedAllocator):
         """Runs of the longest size that free pages come to: nobody's growth takes more."""
         return self.pool.num_free // self.longest
 
+    def demand(self, sequence: Sequence, num_tokens: int) -> int:
+        """Runs of the longest size that its next tokens may take, all of the headroom at most if its pages are free."""
+        pages = -(-(sequence.num_tokens + num_tokens - sequence.capacity) // self.block_size)
+        if pages <= 0:
+            return 0
+        headroom = self.headroom
+        return min(headroom, pages // self.longest + 2) if pages <= self.pool.num_free else headroom + 1
+
     def can_append(self, request: Request) -> bool:
         """A free page for every running branch, whether it needs one or not."""
         return self.pool.num_free >= len(request.sequences)

@@ -21,6 +21,8 @@ def summary(folder: Path) -> dict:
     "allocator",
     [
         "{kind: token}",
+        "{kind: multi_size, slack: 0.5}",
+        "{kind: adaptive, window: 20}",
         "{kind: paged, block_size: 16, prefix_caching: true}",
         "{kind: vattention, page_size: 64 KiB}",
         "{kind: vattention, page_size: 2 MiB, megacache: true, reclamation: eager}",
@@ -61,6 +63,10 @@ CONTRADICTIONS = {
     "swap": (
         [(PAGED, "{kind: vattention}"), ("vllm_v0}", "vllm_v0, preemption: swap}")],
         "x.yaml:10:40: scheduler.preemption: allocator vattention cannot swap, got 'swap', expected recompute",
+    ),
+    "no double": (
+        [(PAGED, "{kind: multi_size, largest_block: 100}")],
+        "x.yaml:9:12: allocator: largest_block: got 100, expected block_size 8 times a power of two",
     ),
     "page": (
         [(PAGED, "{kind: vattention, page_size: 1 MiB}")],

@@ -64,7 +64,7 @@ def test_a_run_is_shared_and_freed_by_the_page():
     pool.release(run)
     assert [pool.references[page] for page in run] == [1, 1, 0, 0]
     assert (pool.num_free, pool.extra_references) == (6, 0)
-    with pytest.raises(ValueError, match="double free of page [26]"):
+    with pytest.raises(ValueError, match=r"double free of page [26]"):
         pool.release(run[2:])
     pool.release(run[:2])
     assert len(pool.take_run(4)) == len(pool.take_run(4)) == 4
@@ -150,6 +150,16 @@ def test_swapping_keeps_sharing_and_counts_runs_anew():
     over.swap_in(sequence.request)
     over.check_integrity()
     assert 1 <= over.num_entries <= 3
+
+
+def test_the_last_pages_are_given_though_they_are_no_longest_run():
+    """Sixteen pages, blocks of eight at most: with three pages free a prompt may still have them."""
+    over = multi_size(64, slack=0.0)
+    admit(over, 0, 40)
+    second = admit(over, 1, 12)
+    assert (over.headroom, over.pool.num_free) == (0, 3)
+    assert over.demand(second, 12) <= over.headroom < over.demand(second, 13)
+    assert over.demand(second, 0) == 0
 
 
 def test_sizes_that_are_no_doubles_are_refused():

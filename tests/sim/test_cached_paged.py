@@ -149,6 +149,25 @@ def test_a_preempted_request_finds_what_it_generated():
     assert first.block_table == [0, 1, 2, 3, 5]
 
 
+def test_the_next_turn_of_a_conversation_finds_what_was_answered():
+    """A prompt of 8 and an answer of 8 tokens, of which the last has no slot: blocks 0 to 2, two of them computed."""
+    over = cached()
+    first = Request(0, 0, 8, 8, content=(1,), content_ends=(8,), output_content=2)
+    sequence = Sequence(first, 0, 0, 15)
+    first.sequences.append(sequence)
+    over.admit(sequence, 8)
+    over.computed(sequence)
+    for _ in range(7):
+        step(over, sequence)
+    over.free(sequence)
+    turn = Request(1, 0, 20, 4, content=(1, 2, 3), content_ends=(8, 16, 20))
+    assert over.cached_tokens(turn, 20) == 8
+    following = Sequence(turn, 0, 0, 23)
+    turn.sequences.append(following)
+    assert over.admit(following, 20) == 8
+    assert following.block_table == [0, 1, 2, 4, 5]
+
+
 def test_forks_share_and_copy_beside_the_cache():
     over = cached()
     parent = admit(over, 0, 10)
