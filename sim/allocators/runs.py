@@ -102,7 +102,7 @@ class RunsAllocator(PagedAllocator):
         while (missing := needed - len(table)) > 0:
             wanted = self.run(sequence, missing)
             if others > 0:
-                wanted = min(wanted, pool.run_of(pool.num_free - others))
+                wanted = min(wanted, pool.run_of(max(1, pool.num_free - others)))
             table += pool.take_run(wanted)
             entries += 1
         self._enter(sequence, entries)

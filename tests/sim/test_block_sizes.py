@@ -141,6 +141,19 @@ def test_a_fork_shares_pages_with_tokens_and_copies_the_page_it_writes():
     assert over.pool.num_used == 5
 
 
+def test_no_branch_takes_the_last_pages_of_its_siblings():
+    """Four branches, six free pages: the first may have two of them, and each of the others still finds one."""
+    over = multi_size(64, slack=0.25)
+    parent = admit(over, 0, 40)
+    branches = [parent, *(fork(over, parent) for _ in range(3))]
+    parent.request.sequences[:] = branches
+    assert over.pool.num_free == 6
+    assert over.can_append(parent.request)
+    for branch in branches:
+        step(over, branch)
+    assert [branch.capacity - 40 for branch in branches] == [8, 4, 4, 4]
+
+
 def test_swapping_keeps_sharing_and_counts_runs_anew():
     over = multi_size()
     sequence = admit(over, 0, 42)
