@@ -228,7 +228,11 @@ class Engine:
         limit = decodes.next_finish - decodes.clock
         if limit < 1 or scheduler.tight:
             return 0
-        if decodes.growths and self.allocator.growth is None:
+        if self.allocator.gave_back:
+            self.allocator.gave_back = False
+            if scheduler.head_refused:
+                return 0
+        if decodes.growths and self.allocator.growth is None and not self.allocator.grows_foreseeably:
             limit = 1  # any growth may change any part of the usage
         if self.beams is not None:
             limit = min(limit, self.beams.next_turnover - decodes.clock)
@@ -245,26 +249,27 @@ class Engine:
         running = len(scheduler.running)
         waiting = len(scheduler.waiting) + len(scheduler.swapped) - len(arrived)
         decodes = step.num_decodes
+        added = decodes * self.allocator.slots_per_token
         saved = self.allocator.blocks_saved
         if steps > 1 and arrived:
             starts = list(accumulate(recorder.durations[-steps:-1], initial=start))
+            first = len(recorder.durations) - steps
             begin = 0
             for instant in arrived:
                 index = bisect_left(starts, instant)
                 if index == steps:
                     break
                 if index > begin:
-                    at = tokens + begin * decodes
                     recorder.stretch(
-                        starts[begin], index - begin, 0, decodes, running, waiting, at, decodes, saved
+                        starts[begin], index - begin, 0, decodes, running, waiting, tokens, added, saved
                     )
+                    tokens += (index - begin) * added - recorder.slid(first + begin, first + index)
                     begin = index
                 waiting += 1
             start = starts[begin]
             steps -= begin
-            tokens += begin * decodes
         recorder.stretch(
-            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, decodes, saved
+            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, added, saved
         )
 
     def _sample(self, now: int) -> None:

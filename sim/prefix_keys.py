@@ -37,5 +37,10 @@ def prefix_keys(request: Request, num_blocks: int, block_size: int) -> list[int]
 
 def own_keys(request: Request, first: int, stop: int) -> list[int]:
     """Keys of blocks that nobody else has: negative, so that they are none of named content."""
-    base = -(request.id + 1 << 32)
+    base = own_key(request, 0)
     return list(range(base + first, base + stop))
+
+
+def own_key(request: Request, index: int) -> int:
+    """Key of one such block."""
+    return index - (request.id + 1 << 32)

@@ -162,12 +162,11 @@ class VllmV1(ChunkedScheduler):
         """
         self.forget_growth(request)
         allocator = self.allocator
-        for sequence, start, tokens in step.chunks:
+        for sequence, _, tokens in step.chunks:
             if sequence.request is request:
                 if allocator.keeps_freed and allocator.probe is not None:
                     allocator.probe.write(sequence)
-                sequence.origin = start
-                allocator.num_tokens -= tokens
+                allocator.unfill(sequence, tokens)
                 step.num_prefill_tokens -= tokens
         step.chunks = [chunk for chunk in step.chunks if chunk[0].request is not request]
 

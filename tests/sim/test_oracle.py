@@ -42,6 +42,14 @@ ALLOCATORS = {
     "prefix 4": ("prefix", {"block_size": 4}),
     "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
     "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
+    "prefix 4 window 10": ("prefix", {"block_size": 4, "windows": [10]}),
+    "prefix 4 full and windows": ("prefix", {"block_size": 4, "windows": [None, 9, 1]}),
+    "prefix 2 windows of 0.10.0": (
+        "prefix", {"block_size": 2, "windows": [5, None, 5], "watermark": 0.1, "keyless_first": False},
+    ),
+    "prefix 8 windows without caching": (
+        "prefix", {"block_size": 8, "windows": [None, 3, 20], "prefix_caching": False},
+    ),
     "radix 1": ("radix", {}),
     "radix 4 lfu": ("radix", {"block_size": 4, "eviction": eviction["lfu"], "watermark": 0.1}),
 }

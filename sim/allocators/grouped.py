@@ -1,0 +1,450 @@
+"""What allocators of several layer groups share: a block table for each, windows that give back, and the books."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.allocators.base import Allocator, Capacity
+from sim.allocators.window_edge import NULL, Edge, Holding
+from sim.errors import IntegrityError
+from sim.layer_groups import Pages
+from sim.request import Request, Sequence
+
+
+class GroupedAllocator(Allocator):
+    """Pages for layers of several kinds: of all tokens, of those in a window, of a state.
+
+    Every sequence has a table for each group of layers (`tables`), all as long as its tokens need; a windowed
+    group gives back the pages that no further token looks at, and its table keeps `NULL` there. A group of states
+    has one page.
+
+    A slot is the largest unit of bytes that tokens and states of all groups are multiples of. A slot is a token
+    state while its token is in the window, or is part of a state. Tokens that left the window and stand in a page
+    that is held alone are internal waste, as is what a page is larger than its block, and what is behind the last
+    token. In a page that several sequences hold, every token counts as live; a page is looked at when the window
+    enters it, and when somebody comes to share it. Between the events of the calendar the window moves a token
+    a step: `Sequence.sliding` slots change from token states to waste.
+    """
+
+    asks_exactly = True
+    grows_foreseeably = True
+
+    def __init__(self, capacity: Capacity, pages: Pages) -> None:
+        super().__init__(capacity)
+        self.groups = pages.groups
+        self.block_size = pages.block_size
+        self.slot_bytes = pages.slot_bytes
+        self.slots_per_token = sum(group.token_slots for group in self.groups)
+        self.token_groups = [index for index, group in enumerate(self.groups) if not group.state_slots]
+        self.windowed = [index for index, group in enumerate(self.groups) if group.window is not None]
+        self.pads = [
+            group.page_slots - (group.state_slots or self.block_size * group.token_slots)
+            for group in self.groups
+        ]
+        self.row_slots = sum(self.groups[index].page_slots for index in self.token_groups)
+        self.row_pads = sum(self.pads[index] for index in self.token_groups)
+        self.slides = bool(self.windowed)
+        self.holdings: dict[Sequence, Holding] = {}
+        self.edges: dict[tuple[int, int], Edge] = {}  # by group and page, of those whose dead tokens count
+        self.buried: set[tuple[int, int]] = set()  # pages that only a sequence that is done holds
+        self.turns: list[tuple[int, int]] = []  # ticks after which so many slots slide, for the recorder
+
+    # What a policy decides
+
+    @abstractmethod
+    def take(self, holding: Holding, group: int, count: int) -> list[int]:
+        """So many pages for a group of a sequence."""
+
+    @abstractmethod
+    def give(self, holding: Holding, group: int, pages: list[int]) -> None:
+        """Take back pages of a group that a sequence held, the deepest first."""
+
+    @abstractmethod
+    def lacks(self, holding: Holding, rows: int) -> bool:
+        """Whether so many more pages for every group cannot be had now."""
+
+    def leave(self, sequence: Sequence, holding: Holding, group: int, freed: int) -> None:  # noqa: B027
+        """The pages before index `freed` are about to be given back, as the window has passed them."""
+
+    def alone(self, group: int, page: int) -> bool:
+        """Whether one sequence holds the page."""
+        return True
+
+    def num_shared(self, group: int, pages: list[int]) -> int:
+        """How many of these held pages others hold too."""
+        return 0
+
+    # The life of a sequence
+
+    def begin(
+        self, sequence: Sequence, tables: list[list[int]], num_tokens: int, filled: int, start: int
+    ) -> None:
+        """Enter a sequence that begins behind `start` tokens of the tables, with pages for `num_tokens`."""
+        holding = Holding(tables)
+        self.holdings[sequence] = holding
+        sequence.origin = filled
+        sequence.sliding = 0
+        rows = holding.rows = -(-num_tokens // self.block_size)
+        for index, table in enumerate(tables):
+            table += self.take(holding, index, (1 if self.groups[index].state_slots else rows) - len(table))
+        for index in self.windowed:
+            window = self.groups[index].window
+            assert window is not None
+            freed = tables[index].count(NULL)
+            left = min(max(0, start - window + 1), (freed + 1) * self.block_size - 1)  # a window of 1 hits one more
+            edge = Edge(index, window, sequence, freed, left)
+            holding.edges.append(edge)
+        self._book(sequence, holding, 1)
+        for edge in holding.edges:
+            if edge.left > edge.freed * self.block_size:
+                self._claim(edge)
+        sequence.block_table = tables[self.token_groups[0]]
+        self.sequences.add(sequence)
+        self._await(sequence, holding)
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> None:
+        """Fill the next slots of a sequence that does not decode: what is out of the window first returns."""
+        start = sequence.origin
+        holding = self.holdings[sequence]
+        for edge in holding.edges:
+            self._disclaim(edge)
+            edge.moving = False
+            edge.left = max(edge.left, start - edge.window + 1)
+            self._give_back(holding, edge, edge.left // self.block_size)
+        self._lengthen(sequence, holding, start + num_tokens)
+        for edge in holding.edges:
+            if edge.left > edge.freed * self.block_size:
+                self._claim(edge)
+        sequence.origin += num_tokens
+        self.num_tokens += num_tokens * self.slots_per_token
+        self._await(sequence, holding)
+
+    def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
+        """Let each sequence's windows give back, and its tables grow, for one more token."""
+        books = []
+        for tick, sequences in batches:
+            decodes = sequences[0].decodes if sequences else None
+            slid = 0 if decodes is None else decodes.sliding
+            for sequence in sequences:
+                self._turn(sequence)
+            sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
+            internal = self.num_internal
+            if decodes is not None:
+                internal += (tick - decodes.clock) * decodes.sliding
+                if decodes.sliding != slid:
+                    self.turns.append((tick, decodes.sliding))
+            books.append((tick, self.num_held, internal))
+        return books
+
+    def gives_back(self, growing: Iterable[Sequence], awaited: bool) -> bool:
+        """Whether a window of one of these sequences leaves a page; if not `awaited`, one that is not its own."""
+        size = self.block_size
+        for sequence in growing:
+            for edge in self.holdings[sequence].edges:
+                if (sequence.capacity + 1 - edge.window) // size > edge.freed and (
+                    awaited or not (edge.own and edge.moving)
+                ):
+                    return True
+        return False
+
+    def append(self, sequence: Sequence) -> int:
+        """Make sure that the next token has its slots."""
+        if sequence.num_tokens >= sequence.capacity:
+            self._turn(sequence)
+        return 0
+
+    def can_append(self, request: Request) -> bool:
+        """Whether every branch whose pages are full can have more; where they lack, windows give back first."""
+        for sequence in request.sequences:
+            holding = self.holdings[sequence]
+            tokens = sequence.num_tokens + 1
+            if tokens > holding.rows * self.block_size and self.lacks(holding, 1):
+                self._move_windows(holding, tokens)
+                if self.lacks(holding, 1):
+                    return False
+        return True
+
+    def _turn(self, sequence: Sequence) -> None:
+        """What is due with token number `capacity` + 1."""
+        tokens = sequence.capacity + 1
+        holding = self.holdings[sequence]
+        if holding.edges:
+            self._move_windows(holding, tokens)
+        if holding.rows * self.block_size < tokens:
+            self._lengthen(sequence, holding, tokens)
+        if holding.moved:
+            for edge in holding.moved:
+                self._claim(edge)
+            holding.moved.clear()
+        self._await(sequence, holding)
+
+    def _move_windows(self, holding: Holding, tokens: int) -> None:
+        """Give back what leaves the windows with token number `tokens`, and note which enter another page."""
+        size = self.block_size
+        for edge in holding.edges:
+            left = tokens - edge.window
+            if left >= 0 and not (edge.moving and left // size == edge.freed):
+                self._disclaim(edge)
+                edge.moving = True
+                self._give_back(holding, edge, left // size)
+                holding.moved.append(edge)
+
+    def _await(self, sequence: Sequence, holding: Holding) -> None:
+        """Note after how many tokens the next page is due, or the next one is given back."""
+        size = self.block_size
+        due = holding.rows * size
+        for edge in holding.edges:
+            if edge.moving:
+                turn = edge.window + (edge.freed + 1) * size - 1
+            else:
+                turn = max(sequence.origin, edge.window - 1)
+            if turn < due:
+                due = turn
+        sequence.capacity = due
+
+    def _lengthen(self, sequence: Sequence, holding: Holding, tokens: int) -> None:
+        size = self.block_size
+        rows = -(-tokens // size) - holding.rows
+        if rows <= 0:
+            return
+        for index in self.token_groups:
+            holding.tables[index] += self.take(holding, index, rows)
+        before = holding.rows * size
+        holding.rows += rows
+        self.num_held += rows * self.row_slots
+        self.num_internal += rows * self.row_pads
+        unused = holding.rows * size - max(before, sequence.final_tokens)
+        if unused > 0:
+            self.num_internal += unused * self.slots_per_token
+
+    def free(self, sequence: Sequence) -> None:
+        """Take everything back, in each group the deepest page first."""
+        holding = self.holdings[sequence]
+        if holding.done:
+            self._exhume(holding)
+        else:
+            for edge in holding.edges:
+                self._disclaim(edge)
+            self._book(sequence, holding, -1)
+        del self.holdings[sequence]
+        self.sequences.discard(sequence)
+        self.release(sequence, holding)
+        sequence.block_table = []
+        sequence.capacity = sequence.sliding = 0
+
+    def release(self, sequence: Sequence, holding: Holding | None = None) -> None:
+        """Give back the pages of all groups."""
+        assert holding is not None
+        for index, table in enumerate(holding.tables):
+            self.give(holding, index, [page for page in reversed(table) if page != NULL])
+
+    def unfill(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take the last tokens back of a sequence that does not decode."""
+        sequence.origin -= num_tokens
+        self.num_tokens -= num_tokens * self.slots_per_token
+
+    def retire(self, request: Request) -> None:
+        """The branches are done and keep their pages: those that they hold alone are internal waste."""
+        for sequence in request.sequences:
+            holding = self.holdings[sequence]
+            for edge in holding.edges:
+                self._disclaim(edge)
+            self._book(sequence, holding, -1)
+            holding.done = True
+            sequence.origin = sequence.final_tokens = sequence.sliding = 0
+            for index, table in enumerate(holding.tables):
+                for page in table:
+                    if page != NULL and self.alone(index, page):
+                        self.buried.add((index, page))
+                        self.num_held += self.groups[index].page_slots
+                        self.num_internal += self.groups[index].page_slots
+
+    def _exhume(self, holding: Holding) -> None:
+        for index, table in enumerate(holding.tables):
+            group = self.groups[index]
+            for page in table:
+                if page == NULL or not self.alone(index, page):
+                    continue
+                self.num_held -= group.page_slots
+                if (index, page) in self.buried:
+                    self.buried.discard((index, page))
+                    self.num_internal -= group.page_slots
+                else:
+                    self.num_tokens -= self.block_size * group.token_slots
+                    self.num_internal -= self.pads[index]
+
+    def share(self, group: int, page: int) -> None:
+        """Somebody else comes to hold a full page: all of it is live."""
+        edge = self.edges.get((group, page))
+        if edge is not None:
+            self._disclaim(edge)
+        elif (group, page) in self.buried:
+            self.buried.discard((group, page))
+            self.slide(-self.block_size * self.groups[group].token_slots)
+
+    # Windows
+
+    def _claim(self, edge: Edge) -> None:
+        """Count dead tokens in the first page of the window as waste, if the sequence is alone with it.
+
+        A window that moves then gains one with every token. What is counted now is a point of that line, at
+        `num_tokens`: less than nothing where the line starts later.
+        """
+        page = self.holdings[edge.sequence].tables[edge.group][edge.freed]
+        if self.alone(edge.group, page):
+            edge.own = True
+            self.edges[edge.group, page] = edge
+            token_slots = self.groups[edge.group].token_slots
+            self.slide(edge.dead(self.block_size) * token_slots)
+            if edge.moving:
+                self._bend(edge.sequence, token_slots)
+
+    def _disclaim(self, edge: Edge) -> None:
+        """Count all tokens of that page as live again."""
+        if edge.own:
+            edge.own = False
+            page = self.holdings[edge.sequence].tables[edge.group][edge.freed]
+            del self.edges[edge.group, page]
+            token_slots = self.groups[edge.group].token_slots
+            self.slide(-edge.dead(self.block_size) * token_slots)
+            if edge.moving:
+                self._bend(edge.sequence, -token_slots)
+
+    def _bend(self, sequence: Sequence, change: int) -> None:
+        """More slots slide with every token of the sequence."""
+        sequence.sliding += change
+        if sequence.decodes is not None:
+            sequence.decodes.sliding += change
+
+    def _give_back(self, holding: Holding, edge: Edge, freed: int) -> None:
+        """Return the pages before index `freed`, the deepest first."""
+        if freed <= edge.freed:
+            return
+        table, group = holding.tables[edge.group], self.groups[edge.group]
+        self.leave(edge.sequence, holding, edge.group, freed)
+        pages = table[edge.freed : freed][::-1]
+        alone = len(pages) - self.num_shared(edge.group, pages)
+        self.num_held -= alone * group.page_slots
+        self.num_tokens -= alone * self.block_size * group.token_slots
+        self.num_internal -= alone * self.pads[edge.group]
+        table[edge.freed : freed] = [NULL] * (freed - edge.freed)
+        edge.freed = freed
+        self.gave_back = True
+        self.give(holding, edge.group, pages)
+
+    def slide(self, slots: int) -> None:
+        """The tokens in so many slots left their windows."""
+        self.num_tokens -= slots
+        self.num_internal += slots
+
+    # Books
+
+    def _book(self, sequence: Sequence, holding: Holding, sign: int) -> None:
+        """Enter (1) or strike (-1) a sequence without dead tokens: the pages that others do not hold."""
+        size = self.block_size
+        unused = max(0, holding.rows * size - sequence.final_tokens)
+        freed = dict.fromkeys(range(len(self.groups)), 0) | {edge.group: edge.freed for edge in holding.edges}
+        held = tokens = internal = 0
+        for index, (group, table) in enumerate(zip(self.groups, holding.tables, strict=True)):
+            pages = table[freed[index] :]
+            shared = self.num_shared(index, pages)
+            alone = len(pages) - shared
+            held += alone * group.page_slots
+            internal += alone * self.pads[index] + unused * group.token_slots
+            if group.state_slots:
+                tokens += group.state_slots
+            else:
+                filled = sequence.origin if sequence.decodes is None else sequence.num_tokens
+                tokens += (filled - (freed[index] + shared) * size) * group.token_slots
+        self.num_held += sign * held
+        self.num_tokens += sign * tokens
+        self.num_internal += sign * internal
+
+    @property
+    def block_slots(self) -> int:
+        """Slots of a page of the first group."""
+        return self.groups[0].page_slots
+
+    def slots(self, sequence: Sequence) -> NDArray[np.int64]:
+        """First slot of every live token in all groups, one group after the other, in order of position."""
+        parts = [self.group_slots(sequence, index)[1] for index in self.token_groups]
+        return np.concatenate(parts)
+
+    def group_slots(self, sequence: Sequence, group: int) -> tuple[int, NDArray[np.int64]]:
+        """Position of the first token that is held in a group, and the first slot of each from there on."""
+        table = self.holdings[sequence].tables[group]
+        tokens = sequence.num_tokens
+        freed = table.count(NULL)
+        first = freed * self.block_size
+        pages = self.page_starts(group, np.array(table[freed:], np.int64))
+        steps = np.arange(self.block_size) * self.groups[group].token_slots
+        return first, (pages[:, None] + steps).reshape(-1)[: tokens - first]
+
+    def page_starts(self, group: int, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First slot of each page."""
+        return pages * self.groups[group].page_slots
+
+    def check_integrity(self) -> None:
+        """Recount everything from the tables, page by page. Raises IntegrityError with the equation that failed."""
+        size = self.block_size
+        filled: dict[tuple[int, int], int] = {}  # live and dead tokens, by group and page
+        holders: dict[tuple[int, int], int] = {}
+        tokens = internal = held = 0
+        for sequence, holding in self.holdings.items():
+            if sequence.num_tokens > sequence.capacity and not holding.done:
+                raise IntegrityError(f"{sequence}: tokens({sequence.num_tokens}) > held({sequence.capacity})")
+            unused = max(0, holding.rows * size - sequence.final_tokens) * (not holding.done)
+            internal += unused * self.slots_per_token
+            for index, table in enumerate(holding.tables):
+                group = self.groups[index]
+                if not group.state_slots and len(table) != holding.rows:
+                    raise IntegrityError(f"{sequence}: pages({len(table)}) of group {index} != {holding.rows}")
+                for at, page in enumerate(table):
+                    if page == NULL:
+                        continue
+                    holders[index, page] = holders.get((index, page), 0) + 1
+                    known = filled.get((index, page), 0)
+                    filled[index, page] = max(known, min(size, sequence.num_tokens - at * size))
+            for edge in holding.edges:
+                first = edge.freed * size
+                left = max(0, sequence.num_tokens - edge.window) if edge.moving else edge.left
+                if not first <= left < first + size and not holding.done:
+                    raise IntegrityError(f"{sequence}: {left} tokens left, {edge.freed} pages given back")
+                if edge.own:
+                    page = holding.tables[edge.group][edge.freed]
+                    if holders[edge.group, page] != 1 or self.edges.get((edge.group, page)) is not edge:
+                        raise IntegrityError(f"{sequence}: page {page} of group {edge.group} is not its own")
+                    dead = (left - first) * self.groups[edge.group].token_slots
+                    tokens -= dead
+                    internal += dead
+        for (index, page), count in filled.items():
+            group = self.groups[index]
+            held += group.page_slots
+            if (index, page) in self.buried:
+                internal += group.page_slots
+            else:
+                internal += self.pads[index]
+                kept = self.block_size if holders[index, page] > 1 else count
+                tokens += group.state_slots or kept * group.token_slots
+        for name, kept, counted in (
+            ("tokens", self.num_tokens, tokens),
+            ("held", self.num_held, held + self.num_loose),
+            ("internal", self.num_internal, internal + self.num_loose),
+        ):
+            if kept != counted:
+                raise IntegrityError(f"{name}({kept}) != recount over the tables({counted})")
+        for refused in (False, True):
+            usage = self.usage(refused)
+            parts = (usage.token_states, usage.reserved, usage.internal, usage.external, usage.free)
+            if min(parts) < 0 or sum(parts) != self.num_slots:
+                raise IntegrityError(f"the parts of {usage} do not make {self.num_slots} slots")
+        self.check_books()
+
+    @property
+    def num_loose(self) -> int:
+        """Slots that are held for a kind of layers and for no sequence."""
+        return 0

@@ -1,0 +1,47 @@
+"""Where windows begin: what a sequence holds in several groups of layers."""
+
+from __future__ import annotations
+
+from sim.request import Sequence
+
+NULL = -1
+"""In a block table: nothing, as the page fell out of the window."""
+
+
+class Edge:
+    """Where the window of a sequence begins in one group.
+
+    The first `freed` pages are given back, and `left` tokens are out of the window: a fixed number while the
+    prompt is computed, `num_tokens` - `window` once it moves. `own` says whether the dead tokens of its first
+    page count as waste.
+    """
+
+    __slots__ = ("freed", "group", "left", "moving", "own", "sequence", "window")
+
+    def __init__(self, group: int, window: int, sequence: Sequence, freed: int, left: int) -> None:
+        self.group = group
+        self.window = window
+        self.sequence = sequence
+        self.freed = freed
+        self.left = left
+        self.moving = False
+        self.own = False
+
+    def dead(self, block_size: int) -> int:
+        """Tokens in the first page that are out of the window."""
+        left = self.sequence.num_tokens - self.window if self.moving else self.left
+        return left - self.freed * block_size
+
+
+class Holding:
+    """What one sequence holds: a table of pages per group, `rows` of them where tokens stand."""
+
+    __slots__ = ("done", "edges", "moved", "registered", "rows", "tables")
+
+    def __init__(self, tables: list[list[int]]) -> None:
+        self.tables = tables
+        self.rows = 0
+        self.registered = 0  # leading rows that can be found
+        self.edges: list[Edge] = []
+        self.moved: list[Edge] = []  # of them, those that begin to move through a page with the next token
+        self.done = False
