@@ -228,6 +228,9 @@ class Allocator(ABC):
         """
         return False
 
+    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+        """All decoding sequences have the slots of the coming tick; told to allocators that slide."""
+
     def unfill(self, sequence: Sequence, num_tokens: int) -> None:
         """Take the last tokens from a sequence that does not decode; it keeps its slots."""
         sequence.origin -= num_tokens

@@ -51,7 +51,7 @@ class GroupedAllocator(Allocator):
         self.holdings: dict[Sequence, Holding] = {}
         self.edges: dict[tuple[int, int], Edge] = {}  # by group and page, of those whose dead tokens count
         self.buried: set[tuple[int, int]] = set()  # pages that only a sequence that is done holds
-        self.turns: list[tuple[int, int]] = []  # ticks after which so many slots slide, for the recorder
+        self.moved: list[Edge] = []  # those that begin to move through a page with the coming tick
 
     # What a policy decides
 
@@ -96,7 +96,7 @@ class GroupedAllocator(Allocator):
             assert window is not None
             freed = tables[index].count(NULL)
             left = min(max(0, start - window + 1), (freed + 1) * self.block_size - 1)  # a window of 1 hits one more
-            edge = Edge(index, window, sequence, freed, left)
+            edge = Edge(index, window, sequence, holding, freed, left)
             holding.edges.append(edge)
         self._book(sequence, holding, 1)
         for edge in holding.edges:
@@ -131,6 +131,7 @@ class GroupedAllocator(Allocator):
             slid = 0 if decodes is None else decodes.sliding
             for sequence in sequences:
                 self._turn(sequence)
+            self.settle()
             sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
             internal = self.num_internal
             if decodes is not None:
@@ -157,6 +158,13 @@ class GroupedAllocator(Allocator):
             self._turn(sequence)
         return 0
 
+    def settle(self) -> None:
+        """All sequences have the slots of the coming tick: look at who is alone with the pages that windows enter."""
+        for edge in self.moved:
+            if edge.moving and not edge.own and self.holdings.get(edge.sequence) is edge.holding:
+                self._claim(edge)
+        self.moved.clear()
+
     def can_append(self, request: Request) -> bool:
         """Whether every branch whose pages are full can have more; where they lack, windows give back first."""
         for sequence in request.sequences:
@@ -176,10 +184,6 @@ class GroupedAllocator(Allocator):
             self._move_windows(holding, tokens)
         if holding.rows * self.block_size < tokens:
             self._lengthen(sequence, holding, tokens)
-        if holding.moved:
-            for edge in holding.moved:
-                self._claim(edge)
-            holding.moved.clear()
         self._await(sequence, holding)
 
     def _move_windows(self, holding: Holding, tokens: int) -> None:
@@ -191,7 +195,7 @@ class GroupedAllocator(Allocator):
                 self._disclaim(edge)
                 edge.moving = True
                 self._give_back(holding, edge, left // size)
-                holding.moved.append(edge)
+                self.moved.append(edge)
 
     def _await(self, sequence: Sequence, holding: Holding) -> None:
         """Note after how many tokens the next page is due, or the next one is given back."""
@@ -294,7 +298,7 @@ class GroupedAllocator(Allocator):
         A window that moves then gains one with every token. What is counted now is a point of that line, at
         `num_tokens`: less than nothing where the line starts later.
         """
-        page = self.holdings[edge.sequence].tables[edge.group][edge.freed]
+        page = edge.holding.tables[edge.group][edge.freed]
         if self.alone(edge.group, page):
             edge.own = True
             self.edges[edge.group, page] = edge
@@ -307,7 +311,7 @@ class GroupedAllocator(Allocator):
         """Count all tokens of that page as live again."""
         if edge.own:
             edge.own = False
-            page = self.holdings[edge.sequence].tables[edge.group][edge.freed]
+            page = edge.holding.tables[edge.group][edge.freed]
             del self.edges[edge.group, page]
             token_slots = self.groups[edge.group].token_slots
             self.slide(-edge.dead(self.block_size) * token_slots)

@@ -16,12 +16,15 @@ class Edge:
     page count as waste.
     """
 
-    __slots__ = ("freed", "group", "left", "moving", "own", "sequence", "window")
+    __slots__ = ("freed", "group", "holding", "left", "moving", "own", "sequence", "window")
 
-    def __init__(self, group: int, window: int, sequence: Sequence, freed: int, left: int) -> None:
+    def __init__(
+        self, group: int, window: int, sequence: Sequence, holding: Holding, freed: int, left: int
+    ) -> None:
         self.group = group
         self.window = window
         self.sequence = sequence
+        self.holding = holding
         self.freed = freed
         self.left = left
         self.moving = False
@@ -36,12 +39,11 @@ class Edge:
 class Holding:
     """What one sequence holds: a table of pages per group, `rows` of them where tokens stand."""
 
-    __slots__ = ("done", "edges", "moved", "registered", "rows", "tables")
+    __slots__ = ("done", "edges", "registered", "rows", "tables")
 
     def __init__(self, tables: list[list[int]]) -> None:
         self.tables = tables
         self.rows = 0
         self.registered = 0  # leading rows that can be found
         self.edges: list[Edge] = []
-        self.moved: list[Edge] = []  # of them, those that begin to move through a page with the next token
         self.done = False

@@ -77,6 +77,8 @@ class Scheduler(Queues, ABC):
         decodes = self.decodes
         if not decodes.size:
             return
+        if self.allocator.slides:
+            self.allocator.settle()
         decodes.advance()
         self.allocator.num_tokens += decodes.size * self.allocator.slots_per_token
         if decodes.sliding:
