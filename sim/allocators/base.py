@@ -90,6 +90,8 @@ class Allocator(ABC):
     """Whether `can_append` refuses only requests that need a slot, and takes one out of the headroom for each."""
     growth: int | None = None
     """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
+    groups_layers: ClassVar[bool] = False
+    """Whether layers of several kinds each keep what they need, states too; else all keep every token."""
     grows_foreseeably: ClassVar[bool] = False
     """Whether growths that differ change no more than what `grow` tells, `num_external` for one."""
     slides: bool = False
@@ -132,6 +134,10 @@ class Allocator(ABC):
     @abstractmethod
     def slots(self, sequence: Sequence) -> NDArray[np.int64]:
         """Slot of every token of the sequence, shape [num_tokens], in order of position."""
+
+    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
+        """`admission` of a request that computes at most `chunk` tokens in a step, and gets slots for no more."""
+        return self.admission(request, num_tokens)
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Why the request can never be admitted, in numbers."""

@@ -31,6 +31,7 @@ class GroupedAllocator(Allocator):
     """
 
     asks_exactly = True
+    groups_layers = True
     grows_foreseeably = True
 
     def __init__(self, capacity: Capacity, pages: Pages) -> None:

@@ -13,7 +13,6 @@ from sim.prefix_cache import PrefixCache
 from sim.prefix_keys import own_key, prefix_keys
 from sim.prefix_pool import PrefixPool
 from sim.request import Request, Sequence
-from sim.units import FOREVER
 
 
 class GroupedPrefixAllocator(GroupedAllocator):
@@ -69,7 +68,11 @@ class GroupedPrefixAllocator(GroupedAllocator):
         """The slots behind the last whole page."""
         return self._remainder
 
-    def admission(self, request: Request, num_tokens: int, chunk: int = FOREVER) -> Admission:
+    def admission(self, request: Request, num_tokens: int) -> Admission:
+        """Room for all tokens at once."""
+        return self.admission_in_chunks(request, num_tokens, num_tokens)
+
+    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
         """Room for the sum of what all groups need: new pages, and those of the hits that nobody holds.
 
         A windowed group needs no more at once than its window and `chunk` tokens. The watermark stays free unless

@@ -35,6 +35,7 @@ class PrefixAllocator(CachingAllocator):
         windows: Tokens that each group of layers attends to, null for all; by default as the model has it.
     """
 
+    groups_layers = True
     pool: PrefixPool
 
     def __new__(cls, capacity: Capacity, **fields: Any) -> Any:
