@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 import numpy as np
@@ -51,7 +52,8 @@ class GroupedAllocator(Allocator):
         self.slides = bool(self.windowed)
         self.holdings: dict[Sequence, Holding] = {}
         self.edges: dict[tuple[int, int], Edge] = {}  # by group and page, of those whose dead tokens count
-        self.buried: set[tuple[int, int]] = set()  # pages that only a sequence that is done holds
+        self.done: Counter[tuple[int, int]] = Counter()  # sequences that are done, by page they hold
+        self.buried: set[tuple[int, int]] = set()  # pages that nobody else holds
         self.moved: list[Edge] = []  # those that begin to move through a page with the coming tick
 
     # What a policy decides
@@ -71,9 +73,9 @@ class GroupedAllocator(Allocator):
     def leave(self, sequence: Sequence, holding: Holding, group: int, freed: int) -> None:  # noqa: B027
         """The pages before index `freed` are about to be given back, as the window has passed them."""
 
-    def alone(self, group: int, page: int) -> bool:
-        """Whether one sequence holds the page."""
-        return True
+    def num_holders(self, group: int, page: int) -> int:
+        """How many sequences hold a page."""
+        return 1
 
     def num_shared(self, group: int, pages: list[int]) -> int:
         """How many of these held pages others hold too."""
@@ -235,6 +237,8 @@ class GroupedAllocator(Allocator):
             for edge in holding.edges:
                 self._disclaim(edge)
             self._book(sequence, holding, -1)
+            for index, page in holding.pages() if self.done else ():
+                self._bury_left(index, page)
         del self.holdings[sequence]
         self.sequences.discard(sequence)
         self.release(sequence, holding)
@@ -261,26 +265,36 @@ class GroupedAllocator(Allocator):
             self._book(sequence, holding, -1)
             holding.done = True
             sequence.origin = sequence.final_tokens = sequence.sliding = 0
-            for index, table in enumerate(holding.tables):
-                for page in table:
-                    if page != NULL and self.alone(index, page):
-                        self.buried.add((index, page))
-                        self.num_held += self.groups[index].page_slots
-                        self.num_internal += self.groups[index].page_slots
+            for index, page in holding.pages():
+                self.done[index, page] += 1
+                if self.num_holders(index, page) == 1:
+                    self.buried.add((index, page))
+                    self.num_held += self.groups[index].page_slots
+                    self.num_internal += self.groups[index].page_slots
+                else:
+                    self._bury(index, page, self.num_holders(index, page))
+
+    def _bury_left(self, group: int, page: int) -> None:
+        """A sequence that is not done leaves a page."""
+        holders = self.num_holders(group, page) - 1
+        if holders:
+            self._bury(group, page, holders)
+
+    def _bury(self, group: int, page: int, holders: int) -> None:
+        """Count a full page as waste if all that hold it are done."""
+        if self.done[group, page] == holders:
+            self.buried.add((group, page))
+            self.slide(self.block_size * self.groups[group].token_slots)
 
     def _exhume(self, holding: Holding) -> None:
-        for index, table in enumerate(holding.tables):
-            group = self.groups[index]
-            for page in table:
-                if page == NULL or not self.alone(index, page):
-                    continue
-                self.num_held -= group.page_slots
-                if (index, page) in self.buried:
-                    self.buried.discard((index, page))
-                    self.num_internal -= group.page_slots
-                else:
-                    self.num_tokens -= self.block_size * group.token_slots
-                    self.num_internal -= self.pads[index]
+        """A sequence that is done leaves: what it holds alone is free."""
+        for index, page in holding.pages():
+            self.done[index, page] -= 1
+            if self.num_holders(index, page) == 1:
+                self.buried.discard((index, page))
+                self.num_held -= self.groups[index].page_slots
+                self.num_internal -= self.groups[index].page_slots
+        self.done = +self.done
 
     def share(self, group: int, page: int) -> None:
         """Somebody else comes to hold a full page: all of it is live."""
@@ -300,7 +314,7 @@ class GroupedAllocator(Allocator):
         `num_tokens`: less than nothing where the line starts later.
         """
         page = edge.holding.tables[edge.group][edge.freed]
-        if self.alone(edge.group, page):
+        if self.num_holders(edge.group, page) == 1:
             edge.own = True
             self.edges[edge.group, page] = edge
             token_slots = self.groups[edge.group].token_slots
@@ -336,6 +350,8 @@ class GroupedAllocator(Allocator):
         self.num_held -= alone * group.page_slots
         self.num_tokens -= alone * self.block_size * group.token_slots
         self.num_internal -= alone * self.pads[edge.group]
+        for page in pages if self.done else ():
+            self._bury_left(edge.group, page)
         table[edge.freed : freed] = [NULL] * (freed - edge.freed)
         edge.freed = freed
         self.gave_back = True
@@ -381,13 +397,22 @@ class GroupedAllocator(Allocator):
 
     def group_slots(self, sequence: Sequence, group: int) -> tuple[int, NDArray[np.int64]]:
         """Position of the first token that is held in a group, and the first slot of each from there on."""
-        table = self.holdings[sequence].tables[group]
         tokens = sequence.num_tokens
-        freed = table.count(NULL)
-        first = freed * self.block_size
-        pages = self.page_starts(group, np.array(table[freed:], np.int64))
+        first, pages = self.held_pages(sequence, group)
+        pages = self.page_starts(group, pages)
         steps = np.arange(self.block_size) * self.groups[group].token_slots
         return first, (pages[:, None] + steps).reshape(-1)[: tokens - first]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages as `held_pages` numbers them."""
+        return self.num_slots // self.groups[0].page_slots
+
+    def held_pages(self, sequence: Sequence, group: int) -> tuple[int, NDArray[np.int64]]:
+        """Position of the first token that is held in a group, and the pages from there on, each by one number."""
+        table = self.holdings[sequence].tables[group]
+        freed = table.count(NULL)
+        return freed * self.block_size, np.array(table[freed:], np.int64)
 
     def page_starts(self, group: int, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """First slot of each page."""

@@ -152,7 +152,8 @@ class GroupedPrefixAllocator(GroupedAllocator):
             if found and self.probe is not None:
                 self.probe.touch(self.pool.tier, found)
         self.begin(sequence, tables, num_tokens, filled, tokens)
-        self.holdings[sequence].registered = tokens // self.block_size
+        holding = self.holdings[sequence]
+        holding.registered = holding.found = tokens // self.block_size
         self._register(sequence, filled)
         if self.keeps_freed and self.probe is not None:
             self.probe.begin(sequence)
@@ -223,14 +224,16 @@ class GroupedPrefixAllocator(GroupedAllocator):
     def leave(self, sequence: Sequence, holding: Holding, group: int, freed: int) -> None:
         """What a window leaves behind is full, and can be found until it is handed out."""
         if self.keeps_freed:
+            if self.probe is not None:
+                self.probe.leave(sequence, group, freed * self.block_size)
             pool, table, number = self.pool, holding.tables[group], self.token_groups.index(group)
             for index in range(max(0, table.count(NULL)), freed):
                 if pool.keys[table[index]] is None:
                     pool.register(table[index], (own_key(sequence.request, index), number))
 
-    def alone(self, group: int, page: int) -> bool:
-        """Whether one sequence holds the block."""
-        return self.pool.references[page] == 1
+    def num_holders(self, group: int, page: int) -> int:
+        """References of a block."""
+        return self.pool.references[page]
 
     def num_shared(self, group: int, pages: list[int]) -> int:
         """How many of these held blocks others hold too."""

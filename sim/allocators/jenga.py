@@ -151,8 +151,19 @@ class JengaAllocator(GroupedAllocator):
         super().release(sequence, holding)
         del self._own[holding]
 
+    @property
+    def num_pages(self) -> int:
+        """Small pages that memory could be split into, kind after kind."""
+        return self.pages.num_large * sum(self.pages.splits)
+
+    def held_pages(self, sequence: Sequence, group: int) -> tuple[int, NDArray[np.int64]]:
+        """Those of a kind behind all of the kinds before it."""
+        first, pages = super().held_pages(sequence, group)
+        return first, pages + self.pages.num_large * sum(self.pages.splits[:group])
+
     def page_starts(self, group: int, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """First slot of each page."""
+        pages = pages - self.pages.num_large * sum(self.pages.splits[:group])
         split = self.pages.splits[group]
         return pages // split * self.pages.size + pages % split * self.groups[group].page_slots
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sim.request import Sequence
 
 NULL = -1
@@ -39,11 +41,16 @@ class Edge:
 class Holding:
     """What one sequence holds: a table of pages per group, `rows` of them where tokens stand."""
 
-    __slots__ = ("done", "edges", "registered", "rows", "tables")
+    __slots__ = ("done", "edges", "found", "registered", "rows", "tables")
 
     def __init__(self, tables: list[list[int]]) -> None:
         self.tables = tables
         self.rows = 0
         self.registered = 0  # leading rows that can be found
+        self.found = 0  # of them, those that were found at admission
         self.edges: list[Edge] = []
         self.done = False
+
+    def pages(self) -> Iterator[tuple[int, int]]:
+        """Group and page of all that is held."""
+        return ((group, page) for group, table in enumerate(self.tables) for page in table if page != NULL)
