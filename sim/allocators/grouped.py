@@ -168,6 +168,17 @@ class GroupedAllocator(Allocator):
                 self._claim(edge)
         self.moved.clear()
 
+    def pages_needed(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """New pages by group that the next tokens take, less those that windows give back for good before."""
+        holding = self.holdings[sequence]
+        start, size = sequence.num_tokens, self.block_size
+        rows = max(0, -(-(start + num_tokens) // size) - holding.rows)
+        needed = [0 if group.state_slots else rows for group in self.groups]
+        for edge in holding.edges if rows else ():
+            pages = holding.tables[edge.group][edge.freed : max(0, start - edge.window + 1) // size]
+            needed[edge.group] -= len(pages) - self.num_shared(edge.group, pages)
+        return needed
+
     def can_append(self, request: Request) -> bool:
         """Whether every branch whose pages are full can have more; where they lack, windows give back first."""
         for sequence in request.sequences:

@@ -106,19 +106,10 @@ class GroupedPrefixAllocator(GroupedAllocator):
         return self.pool.num_free < rows * len(self.token_groups)
 
     def demand(self, sequence: Sequence, num_tokens: int) -> int:
-        """Rows of pages that the next tokens take, less those that the windows give back before."""
-        holding = self.holdings[sequence]
-        start = sequence.num_tokens
-        size, number = self.block_size, len(self.token_groups)
-        rows = -(-(start + num_tokens) // size) - holding.rows
-        if rows <= 0:
-            return 0
-        needed = rows * number
-        for edge in holding.edges:
-            table = holding.tables[edge.group]
-            pages = table[edge.freed : max(0, start - edge.window + 1) // size]
-            needed -= len(pages) - self.num_shared(edge.group, pages)
-        return min(-(-needed // number), self.headroom) if needed <= self.pool.num_free else rows
+        """Pages for every group that the next tokens take, more than the headroom only if they cannot be had."""
+        needed = sum(self.pages_needed(sequence, num_tokens))
+        rows = max(0, -(-needed // len(self.token_groups)))
+        return min(rows, self.headroom) if needed <= self.pool.num_free else rows
 
     # The life of a sequence
 

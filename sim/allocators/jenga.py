@@ -101,13 +101,14 @@ class JengaAllocator(GroupedAllocator):
         return not self.pages.fits(needs, self._own[holding])
 
     def demand(self, sequence: Sequence, num_tokens: int) -> int:
-        """Rows of pages that the next tokens take; more than the headroom if they cannot be had."""
-        holding = self.holdings[sequence]
-        rows = -(-(sequence.num_tokens + num_tokens) // self.block_size) - holding.rows
-        if rows <= 0:
+        """Pages of every kind that the next tokens take, more than the headroom only if they cannot be had."""
+        needed = self.pages_needed(sequence, num_tokens)
+        if max(needed) <= 0:
             return 0
         headroom = self.headroom
-        return headroom + 1 if self.lacks(holding, rows) else min(rows, headroom)
+        if not self.pages.fits(needed, self._own[self.holdings[sequence]]):
+            return headroom + 1
+        return min(max(needed), headroom)
 
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
         """Give a sequence pages of every kind."""
