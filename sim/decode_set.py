@@ -137,9 +137,17 @@ class DecodeSet:
         `step` is the number of slots that each of them gained, None if they differ.
         """
         if step is None:
+            growths = self.growths
             for sequence in grown:
                 if sequence.capacity < sequence.final_tokens:
-                    self.await_growth(sequence)
+                    tick = sequence.capacity + 1 - sequence.origin
+                    growing = growths.get(tick)
+                    if not growing:
+                        growths[tick] = [sequence]
+                    elif growing[-1].order < sequence.order:
+                        growing.append(sequence)
+                    else:
+                        self.await_growth(sequence)
             return
         if grown:
             later = self.growths.get(tick + step)

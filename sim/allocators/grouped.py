@@ -49,9 +49,11 @@ class GroupedAllocator(Allocator):
         ]
         self.row_slots = sum(self.groups[index].page_slots for index in self.token_groups)
         self.row_pads = sum(self.pads[index] for index in self.token_groups)
+        self.state_slots = sum(group.state_slots for group in self.groups)
+        self.state_pads = sum(self.pads) - self.row_pads
         self.slides = bool(self.windowed)
         self.holdings: dict[Sequence, Holding] = {}
-        self.edges: dict[tuple[int, int], Edge] = {}  # by group and page, of those whose dead tokens count
+        self.edges: dict[int, Edge] = {}  # by page, of those whose dead tokens count
         self.done: Counter[tuple[int, int]] = Counter()  # sequences that are done, by page they hold
         self.buried: set[tuple[int, int]] = set()  # pages that nobody else holds
         self.moved: list[Edge] = []  # those that begin to move through a page with the coming tick
@@ -77,6 +79,11 @@ class GroupedAllocator(Allocator):
         """How many sequences hold a page."""
         return 1
 
+    @property
+    def sharing(self) -> bool:
+        """Whether any page has several holders."""
+        return False
+
     def num_shared(self, group: int, pages: list[int]) -> int:
         """How many of these held pages others hold too."""
         return 0
@@ -100,6 +107,7 @@ class GroupedAllocator(Allocator):
             freed = tables[index].count(NULL)
             left = min(max(0, start - window + 1), (freed + 1) * self.block_size - 1)  # a window of 1 hits one more
             edge = Edge(index, window, sequence, holding, freed, left)
+            edge.turn = max(filled + 1, window)
             holding.edges.append(edge)
         self._book(sequence, holding, 1)
         for edge in holding.edges:
@@ -117,6 +125,7 @@ class GroupedAllocator(Allocator):
             self._disclaim(edge)
             edge.moving = False
             edge.left = max(edge.left, start - edge.window + 1)
+            edge.turn = max(start + num_tokens + 1, edge.window)
             self._give_back(holding, edge, edge.left // self.block_size)
         self._lengthen(sequence, holding, start + num_tokens)
         for edge in holding.edges:
@@ -129,13 +138,35 @@ class GroupedAllocator(Allocator):
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """Let each sequence's windows give back, and its tables grow, for one more token."""
         books = []
+        size, holdings = self.block_size, self.holdings
         for tick, sequences in batches:
             decodes = sequences[0].decodes if sequences else None
             slid = 0 if decodes is None else decodes.sliding
-            for sequence in sequences:
-                self._turn(sequence)
-            self.settle()
-            sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
+            sharing = self.sharing
+            needing = []
+            growing = [(sequence, holdings[sequence]) for sequence in sequences]
+            for sequence, holding in growing:
+                tokens = sequence.capacity + 1
+                for edge in holding.edges:
+                    if tokens >= edge.turn:
+                        self._move(holding, edge, tokens, sharing)
+                if holding.rows * size < tokens:
+                    needing.append((sequence, holding))
+            if needing:
+                self._take_rows(needing)
+            if self.moved:
+                self.settle()
+            finishing = False
+            for sequence, holding in growing:
+                due = holding.rows * size
+                for edge in holding.edges:
+                    if edge.turn <= due:
+                        due = edge.turn - 1
+                sequence.capacity = due
+                if due >= sequence.final_tokens:
+                    finishing = True
+            if finishing:
+                sequences[:] = [each for each in sequences if each.capacity < each.final_tokens]
             internal = self.num_internal
             if decodes is not None:
                 internal += (tick - decodes.clock) * decodes.sliding
@@ -144,27 +175,49 @@ class GroupedAllocator(Allocator):
             books.append((tick, self.num_held, internal))
         return books
 
+    def _take_rows(self, growing: list[tuple[Sequence, Holding]]) -> None:
+        """A page in every group for each of these sequences, whose pages are full."""
+        size = self.block_size
+        self.lengthen(growing)
+        for sequence, holding in growing:
+            holding.rows += 1
+            unused = holding.rows * size - sequence.final_tokens
+            if unused > 0:
+                self.num_internal += unused * self.slots_per_token
+        self.num_held += len(growing) * self.row_slots
+        self.num_internal += len(growing) * self.row_pads
+
+    def lengthen(self, growing: list[tuple[Sequence, Holding]]) -> None:
+        """One more page at the end of every table of these sequences."""
+        for _, holding in growing:
+            for index in self.token_groups:
+                holding.tables[index] += self.take(holding, index, 1)
+
     def gives_back(self, growing: Iterable[Sequence], awaited: bool) -> bool:
         """Whether a window of one of these sequences leaves a page; if not `awaited`, one that is not its own."""
-        size = self.block_size
         for sequence in growing:
             for edge in self.holdings[sequence].edges:
-                if (sequence.capacity + 1 - edge.window) // size > edge.freed and (
-                    awaited or not (edge.own and edge.moving)
-                ):
+                if sequence.capacity + 1 >= edge.turn and (awaited or not (edge.own and edge.moving)):
                     return True
         return False
 
     def append(self, sequence: Sequence) -> int:
         """Make sure that the next token has its slots."""
-        if sequence.num_tokens >= sequence.capacity:
-            self._turn(sequence)
+        tokens = sequence.num_tokens + 1
+        if tokens > sequence.capacity:
+            holding = self.holdings[sequence]
+            self._move_windows(holding, tokens)
+            if holding.rows * self.block_size < tokens:
+                self._take_rows([(sequence, holding)])
+            self._await(sequence, holding)
         return 0
 
     def settle(self) -> None:
         """All sequences have the slots of the coming tick: look at who is alone with the pages that windows enter."""
         for edge in self.moved:
-            if edge.moving and not edge.own and self.holdings.get(edge.sequence) is edge.holding:
+            if edge.own or not edge.moving:
+                continue
+            if self.holdings.get(edge.sequence) is edge.holding:
                 self._claim(edge)
         self.moved.clear()
 
@@ -190,38 +243,44 @@ class GroupedAllocator(Allocator):
                     return False
         return True
 
-    def _turn(self, sequence: Sequence) -> None:
-        """What is due with token number `capacity` + 1."""
-        tokens = sequence.capacity + 1
-        holding = self.holdings[sequence]
-        if holding.edges:
-            self._move_windows(holding, tokens)
-        if holding.rows * self.block_size < tokens:
-            self._lengthen(sequence, holding, tokens)
-        self._await(sequence, holding)
-
     def _move_windows(self, holding: Holding, tokens: int) -> None:
-        """Give back what leaves the windows with token number `tokens`, and note which enter another page."""
-        size = self.block_size
         for edge in holding.edges:
-            left = tokens - edge.window
-            if left >= 0 and not (edge.moving and left // size == edge.freed):
-                self._disclaim(edge)
-                edge.moving = True
-                self._give_back(holding, edge, left // size)
-                self.moved.append(edge)
+            if tokens >= edge.turn:
+                self._move(holding, edge, tokens, self.sharing)
+
+    def _move(self, holding: Holding, edge: Edge, tokens: int, sharing: bool) -> None:
+        """A window gives back what leaves it with token number `tokens`, and moves through another page."""
+        size, index = self.block_size, edge.freed
+        if edge.own and edge.moving and not sharing and index + 1 < holding.rows:
+            # as below, and then claimed again: all of it was dead, and as many tokens go on to die
+            table, group = holding.tables[edge.group], self.groups[edge.group]
+            page = table[index]
+            table[index] = NULL
+            edge.freed = index + 1
+            edge.turn += size
+            self.num_held -= group.page_slots
+            self.num_internal -= group.page_slots
+            self.edges.pop(page, None)
+            self.edges[table[index + 1]] = edge
+            self.gave_back = True
+            self.give_left(holding, edge, page, index)
+            return
+        self._disclaim(edge)
+        edge.moving = True
+        self._give_back(holding, edge, (tokens - edge.window) // size)
+        edge.turn = edge.window + (edge.freed + 1) * size
+        self.moved.append(edge)
+
+    def give_left(self, holding: Holding, edge: Edge, page: int, index: int) -> None:
+        """Take back the page at an index that a window has passed."""
+        self.give(holding, edge.group, [page])
 
     def _await(self, sequence: Sequence, holding: Holding) -> None:
         """Note after how many tokens the next page is due, or the next one is given back."""
-        size = self.block_size
-        due = holding.rows * size
+        due = holding.rows * self.block_size
         for edge in holding.edges:
-            if edge.moving:
-                turn = edge.window + (edge.freed + 1) * size - 1
-            else:
-                turn = max(sequence.origin, edge.window - 1)
-            if turn < due:
-                due = turn
+            if edge.turn <= due:
+                due = edge.turn - 1
         sequence.capacity = due
 
     def _lengthen(self, sequence: Sequence, holding: Holding, tokens: int) -> None:
@@ -309,7 +368,7 @@ class GroupedAllocator(Allocator):
 
     def share(self, group: int, page: int) -> None:
         """Somebody else comes to hold a full page: all of it is live."""
-        edge = self.edges.get((group, page))
+        edge = self.edges.get(page)
         if edge is not None:
             self._disclaim(edge)
         elif (group, page) in self.buried:
@@ -327,7 +386,7 @@ class GroupedAllocator(Allocator):
         page = edge.holding.tables[edge.group][edge.freed]
         if self.num_holders(edge.group, page) == 1:
             edge.own = True
-            self.edges[edge.group, page] = edge
+            self.edges[page] = edge
             token_slots = self.groups[edge.group].token_slots
             self.slide(edge.dead(self.block_size) * token_slots)
             if edge.moving:
@@ -338,7 +397,7 @@ class GroupedAllocator(Allocator):
         if edge.own:
             edge.own = False
             page = edge.holding.tables[edge.group][edge.freed]
-            del self.edges[edge.group, page]
+            self.edges.pop(page, None)
             token_slots = self.groups[edge.group].token_slots
             self.slide(-edge.dead(self.block_size) * token_slots)
             if edge.moving:
@@ -377,21 +436,24 @@ class GroupedAllocator(Allocator):
 
     def _book(self, sequence: Sequence, holding: Holding, sign: int) -> None:
         """Enter (1) or strike (-1) a sequence without dead tokens: the pages that others do not hold."""
-        size = self.block_size
-        unused = max(0, holding.rows * size - sequence.final_tokens)
-        freed = dict.fromkeys(range(len(self.groups)), 0) | {edge.group: edge.freed for edge in holding.edges}
-        held = tokens = internal = 0
-        for index, (group, table) in enumerate(zip(self.groups, holding.tables, strict=True)):
-            pages = table[freed[index] :]
-            shared = self.num_shared(index, pages)
-            alone = len(pages) - shared
-            held += alone * group.page_slots
-            internal += alone * self.pads[index] + unused * group.token_slots
-            if group.state_slots:
-                tokens += group.state_slots
-            else:
-                filled = sequence.origin if sequence.decodes is None else sequence.num_tokens
-                tokens += (filled - (freed[index] + shared) * size) * group.token_slots
+        size, rows = self.block_size, holding.rows
+        held = rows * self.row_slots + self.state_slots + self.state_pads
+        tokens = sequence.num_tokens * self.slots_per_token + self.state_slots
+        internal = rows * self.row_pads + self.state_pads
+        unused = rows * size - sequence.final_tokens
+        if unused > 0:
+            internal += unused * self.slots_per_token
+        for edge in holding.edges:
+            group = self.groups[edge.group]
+            held -= edge.freed * group.page_slots
+            tokens -= edge.freed * size * group.token_slots
+            internal -= edge.freed * self.pads[edge.group]
+        for index in self.token_groups if self.sharing else ():
+            group, pages = self.groups[index], holding.tables[index]
+            shared = self.num_shared(index, [page for page in pages if page != NULL])
+            held -= shared * group.page_slots
+            tokens -= shared * size * group.token_slots
+            internal -= shared * self.pads[index]
         self.num_held += sign * held
         self.num_tokens += sign * tokens
         self.num_internal += sign * internal
@@ -457,7 +519,7 @@ class GroupedAllocator(Allocator):
                     raise IntegrityError(f"{sequence}: {left} tokens left, {edge.freed} pages given back")
                 if edge.own:
                     page = holding.tables[edge.group][edge.freed]
-                    if holders[edge.group, page] != 1 or self.edges.get((edge.group, page)) is not edge:
+                    if holders[edge.group, page] != 1:
                         raise IntegrityError(f"{sequence}: page {page} of group {edge.group} is not its own")
                     dead = (left - first) * self.groups[edge.group].token_slots
                     tokens -= dead

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Ordered
 
 from sim.allocators.base import Admission, Capacity
 from sim.allocators.grouped import GroupedAllocator
-from sim.allocators.window_edge import NULL, Holding
+from sim.allocators.window_edge import NULL, Edge, Holding
 from sim.errors import UserError
 from sim.layer_groups import unified_pages, windowed_pages
 from sim.prefix_cache import PrefixCache
@@ -60,6 +60,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
         )
         self.pool = self.cache.pool
         self._states = states
+        self._number = {group: number for number, group in enumerate(self.token_groups)}
         self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
 
     # Room
@@ -208,6 +209,25 @@ class GroupedPrefixAllocator(GroupedAllocator):
         """Blocks from the head of the queue."""
         return self.pool.take(count)
 
+    def lengthen(self, growing: list[tuple[Sequence, Holding]]) -> None:
+        """One more block at the end of every table of these sequences."""
+        groups = self.token_groups
+        blocks = iter(self.pool.take(len(groups) * len(growing)))
+        for _, holding in growing:
+            tables = holding.tables
+            for group in groups:
+                tables[group].append(next(blocks))
+
+    def give_left(self, holding: Holding, edge: Edge, page: int, index: int) -> None:
+        """Queue a block that a window has passed: it is full, and can be found until it is handed out."""
+        pool = self.pool
+        if self.keeps_freed:
+            if self.probe is not None:
+                self.probe.leave(edge.sequence, edge.group, (index + 1) * self.block_size)
+            pool.give_full(page, (own_key(edge.sequence.request, index), self._number[edge.group]))
+        else:
+            pool.release((page,))
+
     def give(self, holding: Holding, group: int, pages: list[int]) -> None:
         """Queue blocks."""
         self.pool.release(pages)
@@ -217,7 +237,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
         if self.keeps_freed:
             if self.probe is not None:
                 self.probe.leave(sequence, group, freed * self.block_size)
-            pool, table, number = self.pool, holding.tables[group], self.token_groups.index(group)
+            pool, table, number = self.pool, holding.tables[group], self._number[group]
             for index in range(max(0, table.count(NULL)), freed):
                 if pool.keys[table[index]] is None:
                     pool.register(table[index], (own_key(sequence.request, index), number))
@@ -226,10 +246,13 @@ class GroupedPrefixAllocator(GroupedAllocator):
         """References of a block."""
         return self.pool.references[page]
 
+    @property
+    def sharing(self) -> bool:
+        """Whether any block has several references."""
+        return self.pool.extra_references > 0
+
     def num_shared(self, group: int, pages: list[int]) -> int:
         """How many of these held blocks others hold too."""
-        if not self.pool.extra_references:
-            return 0
         references = self.pool.references
         return sum([references[page] > 1 for page in pages])
 

@@ -18,7 +18,7 @@ class Edge:
     page count as waste.
     """
 
-    __slots__ = ("freed", "group", "holding", "left", "moving", "own", "sequence", "window")
+    __slots__ = ("freed", "group", "holding", "left", "moving", "own", "sequence", "turn", "window")
 
     def __init__(
         self, group: int, window: int, sequence: Sequence, holding: Holding, freed: int, left: int
@@ -29,6 +29,7 @@ class Edge:
         self.holding = holding
         self.freed = freed
         self.left = left
+        self.turn = window  # number of the token that it gives back with next, or begins to move
         self.moving = False
         self.own = False
 
