@@ -29,7 +29,16 @@ class DecodeSet:
     its last token.
     """
 
-    __slots__ = ("_finish_ticks", "clock", "context", "copy_pending", "finishes", "growths", "size", "sliding")
+    __slots__ = (
+        "_finish_ticks",
+        "clock",
+        "context",
+        "copy_pending",
+        "finishes",
+        "growths",
+        "size",
+        "sliding",
+    )
 
     def __init__(self) -> None:
         self.clock = 0

@@ -151,13 +151,17 @@ class GroupedLedger:
             clashes = np.flatnonzero((found != UNWRITTEN) & (found != values))
             if len(clashes):
                 at = int(clashes[0])
-                told = f"{sequence}, token {first + new + at} of layer group {group}, device slot {places[at]}"
+                told = (
+                    f"{sequence}, token {first + new + at} of layer group {group}, device slot {places[at]}"
+                )
                 raise self.error(f"{told} is written over {self.told(int(found[at]))}")
         self.device.slots[places] = values
         entered[group] = max(entered[group], stop)
         return wanted
 
-    def piece(self, sequence: Sequence, limit: int, draw: random.Random) -> tuple[Ints, Ints, Ints, int | None]:
+    def piece(
+        self, sequence: Sequence, limit: int, draw: random.Random
+    ) -> tuple[Ints, Ints, Ints, int | None]:
         """Held tokens of a sequence in one of its groups, at most `limit`: pages, what is in them, what should be.
 
         The last is the window of that group where its newest token can be asked for all that it sees, else None.

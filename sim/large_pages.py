@@ -95,7 +95,9 @@ class LargePages:
         for kind, used in enumerate(tables):
             pages = list(used)
             if len(set(pages)) != len(pages):
-                raise IntegrityError(f"pages of kind {kind}: distinct({len(set(pages))}) != used({len(pages)})")
+                raise IntegrityError(
+                    f"pages of kind {kind}: distinct({len(set(pages))}) != used({len(pages)})"
+                )
             large = {page // self.splits[kind] for page in pages}
             vacant = self.vacant[kind]
             known = [page for rest in vacant.values() for page in rest]
@@ -106,7 +108,9 @@ class LargePages:
                 )
             for page in large:
                 if split_into.setdefault(page, kind) != kind:
-                    raise IntegrityError(f"large page {page} is split into kinds {split_into[page]} and {kind}")
+                    raise IntegrityError(
+                        f"large page {page} is split into kinds {split_into[page]} and {kind}"
+                    )
             loose += len(large) * self.size - len(pages) * self.sizes[kind]
         if sorted([*split_into, *self.free]) != list(range(self.num_large)):
             raise IntegrityError(

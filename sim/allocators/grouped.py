@@ -105,7 +105,9 @@ class GroupedAllocator(Allocator):
             window = self.groups[index].window
             assert window is not None
             freed = tables[index].count(NULL)
-            left = min(max(0, start - window + 1), (freed + 1) * self.block_size - 1)  # a window of 1 hits one more
+            left = min(
+                max(0, start - window + 1), (freed + 1) * self.block_size - 1
+            )  # a window of 1 hits one more
             edge = Edge(index, window, sequence, holding, freed, left)
             edge.turn = max(filled + 1, window)
             holding.edges.append(edge)
@@ -505,7 +507,9 @@ class GroupedAllocator(Allocator):
             for index, table in enumerate(holding.tables):
                 group = self.groups[index]
                 if not group.state_slots and len(table) != holding.rows:
-                    raise IntegrityError(f"{sequence}: pages({len(table)}) of group {index} != {holding.rows}")
+                    raise IntegrityError(
+                        f"{sequence}: pages({len(table)}) of group {index} != {holding.rows}"
+                    )
                 for at, page in enumerate(table):
                     if page == NULL:
                         continue

@@ -83,9 +83,9 @@ class GroupedPrefixAllocator(GroupedAllocator):
         nothing: list[list[int]] = [[] for _ in self.token_groups]
         if cache.needed(nothing, nothing, num_tokens, chunk) + self._states > self.num_blocks:
             return Admission.NEVER
-        _, hits = cache.hit(self._keys(request, num_tokens), num_tokens)
+        hit, hits = cache.hit(self._keys(request, num_tokens), num_tokens)
         spare = self.pool.num_free - (self.watermark_blocks if self.sequences else 0)
-        needed = cache.needed(nothing, hits, num_tokens, chunk) + self._states
+        needed = cache.needed(nothing, hits, num_tokens, min(chunk, num_tokens - hit)) + self._states
         return Admission.OK if needed <= spare else Admission.LATER
 
     def refusal(self, request: Request, num_tokens: int) -> str:

@@ -178,8 +178,7 @@ class VllmV1(ChunkedScheduler):
             head = self.waiting[0]
             if self.full and head.width <= self.max_num_seqs:
                 break
-            chunk = min(self.longest_chunk, self.max_num_batched_tokens) if self.chunked_prefill else FOREVER
-            admission = self.head_admission(step, chunk)
+            admission = self.head_admission(step, min(self.longest_chunk, left))
             if admission is Admission.NEVER:
                 continue
             tokens = min(self.longest_chunk, left)

@@ -47,10 +47,12 @@ ALLOCATORS = {
     "prefix 4 window 10": ("prefix", {"block_size": 4, "windows": [10]}),
     "prefix 4 full and windows": ("prefix", {"block_size": 4, "windows": [None, 9, 1]}),
     "prefix 2 windows of 0.10.0": (
-        "prefix", {"block_size": 2, "windows": [5, None, 5], "watermark": 0.1, "keyless_first": False},
+        "prefix",
+        {"block_size": 2, "windows": [5, None, 5], "watermark": 0.1, "keyless_first": False},
     ),
     "prefix 8 windows without caching": (
-        "prefix", {"block_size": 8, "windows": [None, 3, 20], "prefix_caching": False},
+        "prefix",
+        {"block_size": 8, "windows": [None, 3, 20], "prefix_caching": False},
     ),
     "prefix 4 of four kinds of layers": ("prefix", {"block_size": 4}, KINDS),
     "jenga 1": ("jenga", {"block_size": 1}),
