@@ -73,8 +73,10 @@ class Audit:
 
     def start(self, allocator: Allocator) -> None:
         """Open a ledger that is told of everything from the first slot on."""
-        grouped = isinstance(allocator, GroupedAllocator)
-        self.ledger = GroupedLedger(allocator) if grouped else Ledger(allocator)
+        if isinstance(allocator, GroupedAllocator):
+            self.ledger = GroupedLedger(allocator)
+        else:
+            self.ledger = Ledger(allocator)
         if self.steps.every is None:
             self.ledger.on_event = self._hurry
         allocator.watch(self.ledger)
@@ -97,7 +99,8 @@ class Audit:
         if self.looked_at:
             layout = ledger.layout(self.looked_at)
             self._check_held(layout)
-            self._compare(layout, ledger.enter(layout), ledger.device)
+            contents = ledger.enter(layout)  # type: ignore[arg-type]  # the ledger's own layout
+            self._compare(layout, contents, ledger.device)
         if thorough:
             self._check_swapped()
             self._check_books()
@@ -201,7 +204,7 @@ class Audit:
         ledger = self.ledger
         on_device = ledger.allocator.sequences
         away = [sequence for sequence in ledger.live if sequence.block_table and sequence not in on_device]
-        if away and "host" in ledger.tiers:
+        if away and isinstance(ledger, Ledger) and "host" in ledger.tiers:
             host = ledger.tiers["host"]
             host.reset()
             layout = Layout(away)

@@ -48,6 +48,8 @@ class GroupedPrefixAllocator(GroupedAllocator):
         self.num_blocks = slots // page if capacity.num_blocks is None else capacity.num_blocks
         self.num_slots = slots if capacity.num_blocks is None else self.num_blocks * page
         self.watermark_blocks = int(watermark * self.num_blocks)
+        if not self.num_blocks:
+            raise UserError(f"a page of all layer groups has {page:,} slots, and there are {slots:,}")
         self._remainder = self.num_slots - self.num_blocks * page  # too short for a page
         states = len(self.groups) - len(self.token_groups)
         self.prefix_caching = self.keeps_freed = prefix_caching and not states
