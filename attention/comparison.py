@@ -28,13 +28,14 @@ class Window:
 
     `blocks` [num_blocks] are entries of the block table, `found` [num_blocks, block_size] the identities that
     the ledger has in them, `wanted` [num_tokens] those of the sequence's history. Windows that were seen at the
-    same time have the same `layer`.
+    same time have the same `layer`. With `sliding` the last token sees so many of them only.
     """
 
     blocks: Ints
     found: Ints
     wanted: Ints
     layer: int = 0
+    sliding: int | None = None
 
 
 @functools.cache
@@ -90,16 +91,22 @@ class Comparison:
             tables[index, : len(blocks)] = blocks
         rows = [torch.from_numpy(window.wanted % NUM_ROWS) for window in windows]
         queries = torch.stack([self._q[row[-1]] for row in rows])
-        out = paged_attention(
-            queries.to(self.device),
-            self.k_cache,
-            self.v_cache,
-            torch.from_numpy(tables).to(self.device),
-            torch.tensor([len(row) for row in rows], device=self.device),
-        ).cpu()
+        lengths = torch.tensor([len(row) for row in rows])
+        out = torch.empty_like(queries)
+        for sliding in {window.sliding for window in windows}:
+            of = torch.tensor([index for index, each in enumerate(windows) if each.sliding == sliding])
+            out[of] = paged_attention(
+                queries[of].to(self.device),
+                self.k_cache,
+                self.v_cache,
+                torch.from_numpy(tables)[of].to(self.device),
+                lengths[of].to(self.device),
+                sliding_window=sliding,
+            ).cpu()
         scale = 1 / math.sqrt(HEAD_DIM)
         errors = []
-        for got, query, row in zip(out, queries, rows, strict=True):
+        for got, query, row, window in zip(out, queries, rows, windows, strict=True):
+            row = row[-(window.sliding or len(row)) :]
             plain, _ = plain_attention(
                 query[None].double(), self._k[row].double(), self._v[row].double(), scale
             )

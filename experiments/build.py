@@ -111,9 +111,11 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     shape: dict[str, Any] = {}
     if model is not None:
         shape["num_layers"] = model.num_layers
+        shape["layers"] = model.layer_kinds
         shape["token_bytes"] = model.kv_bytes_per_token / (2 * model.num_layers * experiment.tensor_parallel)
     if experiment.num_blocks is not None:
-        return Capacity(experiment.num_blocks * block_size, longest, experiment.num_blocks, **shape)
+        slots = experiment.num_blocks * block_size
+        return Capacity(slots, longest, experiment.num_blocks, **shape)
     if model is None:
         raise _wrong("missing", "num_blocks", expected="an integer >= 1, or a model whose KV size is known")
     if experiment.kv_memory is not None:
@@ -126,6 +128,8 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     if slots < block_size:
         got = f"{_told(available)} for KV, {slots} slots of {model.kv_bytes_per_token:,} bytes"
         raise _wrong("too little memory", source, got, f"room for a block of {block_size} slots")
+    if model.layer_kinds:
+        shape["kv_bytes"] = int(available)
     return Capacity(slots, longest, **shape)
 
 
@@ -150,7 +154,11 @@ def _check_fit(model: Model, device: Device, share: float) -> None:
 
 
 def make_allocator(experiment: Experiment, capacity: Capacity) -> Allocator:
-    """The allocator over its slots."""
+    """The allocator over its slots. Raises Mistakes if it has no place for what the model's layers keep."""
+    kind = experiment.allocator["kind"]
+    if any(each.state_bytes for each in capacity.layers) and not allocator[kind].groups_layers:
+        able = " or ".join(name for name in allocator.kinds if allocator[name].groups_layers)
+        raise _wrong("no place for the states of the model's layers", "allocator", kind, f"{able}")
     made: Allocator = make(allocator, experiment.allocator, ("allocator",), capacity)
     return made
 

@@ -6,11 +6,17 @@ from collections.abc import Iterable, Sequence
 
 from experiments.parity import Row, block_keys, canonical, histogram
 from sim import Admission, Capacity, Request, Step
+from sim.allocators.grouped_prefix import GroupedPrefixAllocator
 from sim.allocators.prefix import PrefixAllocator
 from sim.decode_set import arrival_order
 from sim.prefix_cache import NULL, Holding, PrefixCache
 from sim.schedulers import VllmV1
 from sim.schedulers import order as orders
+
+
+def windows_of(config: Row) -> list[int | None]:
+    """The window of each group of layers in the header of a recording, None for all tokens."""
+    return [None if group in ("full", None) else group for group in config.get("groups", ["full"])]
 
 
 class _Request:
@@ -38,7 +44,7 @@ class ManagerDriver:
         self.cache = PrefixCache(
             config["usable_blocks"],
             config["block_size"],
-            windows=[None if group in ("full", None) else group for group in config["groups"]],
+            windows=windows_of(config),
             caching=config["prefix_caching"],
             watermark_blocks=config["watermark_blocks"],
             keyless_first=keyless_first,
@@ -134,6 +140,14 @@ class _PatientScheduler(VllmV1):
         return ""
 
 
+class _PatientGroups(GroupedPrefixAllocator):
+    """Likewise, over several groups of layers."""
+
+    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
+        admission = super().admission_in_chunks(request, num_tokens, chunk)
+        return Admission.LATER if admission is Admission.NEVER else admission
+
+
 class SchedulerDriver:
     """Performs the steps of a scheduler file on `vllm_v1` over `prefix`: a plan, then the effect of its execution."""
 
@@ -142,12 +156,17 @@ class SchedulerDriver:
     def __init__(self, config: Row, requests: list[Row], *, oldest: bool) -> None:
         blocks = config["num_blocks_including_null"]
         capacity = Capacity(1, config["max_model_len"], config["usable_blocks"])
-        self.memory = _PatientMemory(
-            capacity,
-            block_size=config["block_size"],
-            prefix_caching=config["prefix_caching"],
-            keyless_first=not oldest,
-        )
+        fields = {
+            "block_size": config["block_size"],
+            "prefix_caching": config["prefix_caching"],
+            "keyless_first": not oldest,
+        }
+        windows = windows_of(config)
+        self.memory: _PatientMemory | _PatientGroups
+        if windows == [None]:
+            self.memory = _PatientMemory(capacity, **fields)
+        else:
+            self.memory = _PatientGroups(capacity, windows=windows, **fields)
         self.memory.watermark_blocks = config.get(
             "watermark_blocks", int(config.get("watermark", 0.0) * blocks)
         )

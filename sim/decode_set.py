@@ -29,12 +29,22 @@ class DecodeSet:
     its last token.
     """
 
-    __slots__ = ("_finish_ticks", "clock", "context", "copy_pending", "finishes", "growths", "size")
+    __slots__ = (
+        "_finish_ticks",
+        "clock",
+        "context",
+        "copy_pending",
+        "finishes",
+        "growths",
+        "size",
+        "sliding",
+    )
 
     def __init__(self) -> None:
         self.clock = 0
         self.size = 0
         self.context = 0
+        self.sliding = 0  # slots whose tokens leave a window with every tick
         self.finishes: dict[int, list[Sequence]] = {}
         self.growths: dict[int, list[Sequence]] = {}  # each in order of arrival
         self.copy_pending: list[Sequence] = []  # forked: the last block may be shared
@@ -45,6 +55,7 @@ class DecodeSet:
         clock = self.clock
         tokens = sequence.origin
         self.size += 1
+        self.sliding += sequence.sliding
         self.context += tokens
         sequence.origin = origin = tokens - clock
         sequence.decodes = self
@@ -70,6 +81,7 @@ class DecodeSet:
         if self.copy_pending and sequence in self.copy_pending:
             self.copy_pending.remove(sequence)
         self.size -= 1
+        self.sliding -= sequence.sliding
         self.context -= tokens
         sequence.origin = tokens
         sequence.decodes = None
@@ -94,13 +106,17 @@ class DecodeSet:
         allocator.grow([(tick, growing)])
         self.note_grown(tick, growing, allocator.growth)
 
-    def grow(self, allocator: Allocator, ticks: int, spare: int) -> tuple[int, list[tuple[int, int, int]]]:
+    def grow(
+        self, allocator: Allocator, ticks: int, spare: int, awaited: bool = False
+    ) -> tuple[int, list[tuple[int, int, int]]]:
         """Give members the slots that they need in the next ticks, in order of arrival within a tick.
 
-        Stops before the first tick that would leave fewer than `spare` members' worth of headroom. Returns
-        the number of ticks served, and (tick, slots held, internal waste) after each that grew any.
+        Stops before the first tick that would leave fewer than `spare` members' worth of headroom, or at which a
+        member gives slots back, where free ones are `awaited` or it changes more than a growth may. Returns the
+        number of ticks served, and (tick, slots held, internal waste) after each that grew any.
         """
         growths = self.growths
+        slides = allocator.slides
         spare = allocator.headroom - spare
         tick = first = self.clock + 1
         stop = first + ticks
@@ -112,7 +128,7 @@ class DecodeSet:
                 growing = growths.get(tick)
                 if growing is not None:
                     spare -= len(growing)
-                    if spare < 0:
+                    if spare < 0 or (slides and allocator.gives_back(growing, awaited)):
                         stop = tick
                         break
                     del growths[tick]
@@ -130,9 +146,17 @@ class DecodeSet:
         `step` is the number of slots that each of them gained, None if they differ.
         """
         if step is None:
+            growths = self.growths
             for sequence in grown:
                 if sequence.capacity < sequence.final_tokens:
-                    self.await_growth(sequence)
+                    tick = sequence.capacity + 1 - sequence.origin
+                    growing = growths.get(tick)
+                    if not growing:
+                        growths[tick] = [sequence]
+                    elif growing[-1].order < sequence.order:
+                        growing.append(sequence)
+                    else:
+                        self.await_growth(sequence)
             return
         if grown:
             later = self.growths.get(tick + step)

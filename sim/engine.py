@@ -236,9 +236,14 @@ class Engine:
         if limit < 1 or scheduler.tight:
             return 0
         allocator = self.allocator
+        if allocator.gave_back:
+            allocator.gave_back = False
+            if scheduler.head_refused:
+                return 0
         if (
             decodes.growths
             and allocator.growth is None
+            and not allocator.grows_foreseeably
             and (allocator.num_entries is None or self.timing.counts_entries)
         ):  # any growth may change any part of the usage, or the next step's time
             limit = min(limit, decodes.next_growth - decodes.clock - 1)
@@ -261,6 +266,7 @@ class Engine:
         running = len(scheduler.running)
         waiting = len(scheduler.waiting) + len(scheduler.swapped) - len(arrived)
         decodes = step.num_decodes
+        added = decodes * self.allocator.slots_per_token
         saved = self.allocator.blocks_saved
         joined = 0
         regrown: list[tuple[int, int]] = []  # blocks less entries, from a step of the stretch on
@@ -274,6 +280,7 @@ class Engine:
         if steps > 1 and (arrived or regrown):
             starts = list(accumulate(recorder.durations[-steps:-1], initial=start))
             cuts = sorted([*((bisect_left(starts, instant), -1) for instant in arrived), *regrown])
+            entry = len(recorder.durations) - steps
             begin = 0
             for index, less in cuts:
                 if index == steps:
@@ -286,11 +293,12 @@ class Engine:
                         decodes,
                         running,
                         waiting,
-                        tokens + begin * decodes,
-                        decodes,
+                        tokens,
+                        added,
                         saved,
                         joined,
                     )
+                    tokens += (index - begin) * added - recorder.slid(entry + begin, entry + index)
                     begin = index
                 if less < 0:
                     waiting += 1
@@ -298,9 +306,8 @@ class Engine:
                     joined = less
             start = starts[begin]
             steps -= begin
-            tokens += begin * decodes
         recorder.stretch(
-            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, decodes, saved, joined
+            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, added, saved, joined
         )
 
     def _sample(self, now: int) -> None:

@@ -103,6 +103,10 @@ class Ledger:
         else:
             self.enter(self.layout([sequence]))
 
+    def leave(self, sequence: Sequence, group: int, tokens: int) -> None:
+        """Tables of one group have no windows."""
+        raise self.error(f"{sequence} leaves {tokens} tokens behind in layer group {group}")
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Both go on from the same history, the child as a branch of its own."""
         self._note("fork")

@@ -80,7 +80,7 @@ def _keys_of_grains(request: Request, num_blocks: int, block_size: int, first: i
 
 def own_keys(request: Request, first: int, stop: int) -> list[int]:
     """Keys of blocks that nobody else has: negative, so that they are none of named content."""
-    base = -(request.id + 1 << 32)
+    base = own_key(request, 0)
     return list(range(base + first, base + stop))
 
 
@@ -91,3 +91,8 @@ def tail_key(request: Request, num_tokens: int) -> int | None:
     """
     (key,) = prefix_keys(request, 1, num_tokens)
     return None if key < 0 else mixed(key + _TAIL & _MASK)
+
+
+def own_key(request: Request, index: int) -> int:
+    """Key of one such block."""
+    return index - (request.id + 1 << 32)

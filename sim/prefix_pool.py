@@ -116,6 +116,18 @@ class PrefixPool(BlockPool):
             free[block] = None
             free.move_to_end(block, last=False)
 
+    def give_full(self, block: int, key: Hashable) -> None:
+        """Drop the one reference of a full block, which can be found by this key if it has none yet."""
+        if self.keys[block] is None:
+            if self._found.setdefault(key, block) == block:
+                self.keys[block] = key
+                self.num_keyed += 1
+            else:
+                self.register(block, key)
+        assert self.references[block] == 1
+        self.references[block] = 0
+        self.free[block] = None
+
     def register(self, block: int, key: Hashable) -> None:
         """Let the block be found by the key of its content."""
         if self.keys[block] is not None:

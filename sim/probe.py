@@ -31,6 +31,9 @@ class Witness(Protocol):
     def write(self, sequence: Sequence) -> None:
         """All tokens of the sequence up to `num_tokens` are written now, before something moves them."""
 
+    def leave(self, sequence: Sequence, group: int, tokens: int) -> None:
+        """The first tokens of the sequence, all written, are about to leave the window of a group of layers."""
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """The child starts with the parent's history, all of it written."""
 

@@ -55,6 +55,9 @@ class Recorder:
         self.durations = array("q")
         # Whenever it changes: entry of `durations` from which it holds, slots held, internal, external.
         self.usage = array("q")
+        # Likewise, in stretches: entry after which every step moves so many slots from token states to internal.
+        self.sliding = 0
+        self._slides = array("q")
 
     def request(self, request: Request) -> None:
         """A request is over."""
@@ -105,6 +108,22 @@ class Recorder:
         if self._covered >= CHUNK and self._covered == len(self.durations):
             self._flush_stretches()
 
+    def slide(self, entry: int, slots: int) -> None:
+        """From the step after this entry on, so many slots' tokens leave their windows in every step."""
+        self.sliding = slots
+        self._slides.extend((entry, slots))
+
+    def slid(self, begin: int, end: int) -> int:
+        """Slots whose tokens left their windows in the steps after entry `begin`, up to `end`."""
+        total = 0
+        for at in range(len(self._slides) - 2, -1, -2):
+            entry, slots = self._slides[at], self._slides[at + 1]
+            total += max(0, end - max(entry, begin)) * slots
+            end = min(end, entry)
+            if entry <= begin:
+                break
+        return total
+
     def close(self) -> None:
         """Hand on what is left."""
         self._flush_requests()
@@ -150,6 +169,17 @@ class Recorder:
             columns[name] = np.where(values == NEVER, np.nan, values / 1e9)
         self._emit("requests", {name: columns[name] for name in REQUEST_COLUMNS})
 
+    def _moved(self, entries: int) -> Ints:
+        """Slots whose tokens left their windows up to each entry, had all steps been decode steps; starts anew."""
+        rows: Ints = np.array(self._slides).reshape(-1, 2)
+        begins = np.minimum(rows[:, 0] + 1, entries)
+        per_step = np.zeros(entries, np.int64)
+        per_step[begins[0] :] = np.repeat(rows[:, 1], np.diff(begins, append=entries))
+        del self._slides[:]
+        if self.sliding:
+            self._slides.extend((-1, self.sliding))
+        return np.cumsum(per_step)
+
     def _flush_stretches(self) -> None:
         if not self._stretches:
             return
@@ -158,6 +188,7 @@ class Recorder:
         usage: Ints = np.array(self.usage).reshape(-1, 4)
         lasting = np.diff(usage[:, 0], append=len(durations))
         held, internal, external = np.repeat(usage[:, 1:], lasting, axis=0).T
+        moved = self._moved(len(durations)) if self._slides else None
         self._covered = 0
         for column in (self._stretches, self.durations, self.usage):
             del column[:]
@@ -169,6 +200,9 @@ class Recorder:
         elapsed = np.cumsum(durations) - durations
         starts = starts + (elapsed - elapsed[first])
         tokens = tokens + (np.arange(len(first)) - first) * slope
+        if moved is not None:
+            tokens -= moved - moved[first]
+            internal = internal + moved - moved[np.repeat(usage[:, 0], lasting)]
         parts = {
             "token_states": tokens,
             "reserved": held - tokens - internal,

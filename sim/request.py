@@ -23,7 +23,7 @@ class Sequence:
 
     __slots__ = (
         "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "order", "origin",
-        "request",
+        "request", "sliding",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
@@ -37,6 +37,7 @@ class Sequence:
         self.decodes: DecodeSet | None = None
         self.origin = num_tokens
         self.finish_tick = NEVER
+        self.sliding = 0  # slots whose tokens leave a window with every further token; kept by the allocator
 
     @property
     def num_tokens(self) -> int:

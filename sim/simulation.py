@@ -103,7 +103,7 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
     """The figures of a finished run; shares and mean_running over the loaded period."""
     requests, memory = recorder.latencies, recorder.memory
     duration = memory.end / 1e9
-    unshared = memory.held + memory.saved * engine.allocator.block_size
+    unshared = memory.held + memory.saved * engine.allocator.block_slots
     prompts = requests.admitted_prompt_tokens
     allocator = engine.allocator
     averages = memory.averages(allocator.block_size if allocator.pools else 0)
@@ -126,7 +126,7 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "copied_blocks": engine.copied_blocks,
         "prefix_hit_tokens": requests.hit_tokens,
         "prefix_hit_rate": requests.hit_tokens / prompts if prompts else 0.0,
-        "blocks_saved_share": memory.saved * engine.allocator.block_size / unshared if unshared else 0.0,
+        "blocks_saved_share": memory.saved * engine.allocator.block_slots / unshared if unshared else 0.0,
         **shares,
         **engine.allocator.figures,
     }

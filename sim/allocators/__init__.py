@@ -3,6 +3,7 @@
 from sim.allocators.adaptive import AdaptiveAllocator
 from sim.allocators.base import Admission, Allocator, Capacity, MemoryUsage, allocator
 from sim.allocators.contiguous import ContiguousAllocator
+from sim.allocators.jenga import JengaAllocator
 from sim.allocators.multi_size import MultiSizeAllocator
 from sim.allocators.nano_vllm import NanoAllocator
 from sim.allocators.paged import PagedAllocator
@@ -12,7 +13,7 @@ from sim.allocators.token import TokenAllocator
 from sim.allocators.vattention import VAttentionAllocator
 
 __all__ = [
-    "AdaptiveAllocator", "Admission", "Allocator", "Capacity", "ContiguousAllocator", "MemoryUsage",
-    "MultiSizeAllocator", "NanoAllocator", "PagedAllocator", "PrefixAllocator", "RadixAllocator",
-    "TokenAllocator", "VAttentionAllocator", "allocator",
+    "AdaptiveAllocator", "Admission", "Allocator", "Capacity", "ContiguousAllocator", "JengaAllocator",
+    "MemoryUsage", "MultiSizeAllocator", "NanoAllocator", "PagedAllocator", "PrefixAllocator",
+    "RadixAllocator", "TokenAllocator", "VAttentionAllocator", "allocator",
 ]  # fmt: skip

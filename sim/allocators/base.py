@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
+from sim.layer_groups import LayerKind
 from sim.probe import Witness
 from sim.registry import Registry
 from sim.request import Request, Sequence
@@ -36,6 +37,8 @@ class Capacity:
 
     `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`. `token_bytes` is what
     a token's K, or its V, takes in one of `num_layers` layers on one device; both are 0 where no model is known.
+    A model whose layers are of several kinds says so in `layers`, with the bytes that there are for all of them;
+    `num_slots` are then tokens without any window.
     """
 
     num_slots: int
@@ -43,6 +46,8 @@ class Capacity:
     num_blocks: int | None = None
     token_bytes: float = 0.0
     num_layers: int = 0
+    layers: tuple[LayerKind, ...] = ()
+    kv_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_model_len"):
@@ -89,7 +94,17 @@ class Allocator(ABC):
     """Whether `can_append` refuses only requests that need a slot, and takes one out of the headroom for each."""
     growth: int | None = None
     """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
+    groups_layers: ClassVar[bool] = False
+    """Whether layers of several kinds each keep what they need, states too; else all keep every token."""
+    grows_foreseeably: ClassVar[bool] = False
+    """Whether growths that differ change no more than what `grow` tells, `num_external` for one."""
+    slides: bool = False
+    """Whether running sequences give slots back, as windows slide past them."""
+    gave_back: bool = False
+    """Whether a running sequence gave slots back since somebody last looked (and cleared it)."""
     block_size: int = 1
+    slots_per_token: int = 1
+    """Token states that a further token adds, before any slides out of a window."""
     keeps_freed: bool = False
     """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
     foresees: bool = False
@@ -105,6 +120,8 @@ class Allocator(ABC):
         self.num_held = 0
         self.num_internal = 0
         self.sequences: set[Sequence] = set()
+        self.turns: list[tuple[int, int]] = []
+        """Of the last growths, ticks from which on so many slots slide out of windows with every tick."""
 
     # What a policy decides
 
@@ -123,6 +140,10 @@ class Allocator(ABC):
     @abstractmethod
     def slots(self, sequence: Sequence) -> NDArray[np.int64]:
         """Slot of every token of the sequence, shape [num_tokens], in order of position."""
+
+    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
+        """`admission` of a request that computes at most `chunk` tokens in a step, and gets slots for no more."""
+        return self.admission(request, num_tokens)
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Why the request can never be admitted, in numbers."""
@@ -216,6 +237,26 @@ class Allocator(ABC):
         if held > sequence.final_tokens:
             self.num_internal += held - max(before, sequence.final_tokens)
 
+    def gives_back(self, growing: Iterable[Sequence], awaited: bool) -> bool:
+        """Whether one of these sequences gives slots back where it grows next.
+
+        If they are not `awaited`, whether that changes more than the slots held and internal waste.
+        """
+        return False
+
+    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+        """All decoding sequences have the slots of the coming tick; told to allocators that slide."""
+
+    def unfill(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take the last tokens from a sequence that does not decode; it keeps its slots."""
+        sequence.origin -= num_tokens
+        self.num_tokens -= num_tokens
+
+    def slide(self, slots: int) -> None:
+        """The tokens in so many slots left their windows."""
+        self.num_tokens -= slots
+        self.num_internal += slots
+
     def append(self, sequence: Sequence) -> int:
         """Make sure that the next token of the sequence has a slot of its own; the number of blocks copied."""
         if sequence.num_tokens >= sequence.capacity:
@@ -307,6 +348,11 @@ class Allocator(ABC):
         of growths with the blocks less the entries after each; the engine clears it.
         """
         return None
+
+    @property
+    def block_slots(self) -> int:
+        """Slots of a block as `blocks_saved` counts them."""
+        return self.block_size
 
     # Books
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
+from sim.allocators.grouped_prefix import GroupedPrefixAllocator
 from sim.prefix_keys import prefix_keys
 from sim.prefix_pool import PrefixPool
 from sim.registry import Bounds, PositiveInt
@@ -22,15 +23,26 @@ class PrefixAllocator(CachingAllocator):
     in `sim/prefix_pool.py`). The same content computed twice stays in two blocks. There are no forks and no
     swapping: parallel samples are requests of their own in V1.
 
+    Of a model whose layers are of several kinds, or with `windows`, each group of layers has a block table of its
+    own over one pool of equal pages; see `GroupedPrefixAllocator`, which is made in its place.
+
     Fields:
         block_size: KV slots per block.
         watermark: Share of the blocks that an admission leaves free while others run.
         prefix_caching: Whether blocks are found again at all.
         keyless_first: Whether freed blocks without a hash are reused first (vLLM of 2026), or queue up behind
             the others (false, vLLM 0.10.0).
+        windows: Tokens that each group of layers attends to, null for all; by default as the model has it.
     """
 
+    groups_layers = True
     pool: PrefixPool
+
+    def __new__(cls, capacity: Capacity, **fields: Any) -> Any:
+        """The allocator of one group that sees all tokens, or that of several."""
+        if fields.get("windows") is None and not capacity.layers:
+            return super().__new__(cls)
+        return GroupedPrefixAllocator(capacity, **fields)
 
     def __init__(
         self,
@@ -40,7 +52,9 @@ class PrefixAllocator(CachingAllocator):
         watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.0,
         prefix_caching: bool = True,
         keyless_first: bool = True,
+        windows: list[PositiveInt | None] | None = None,
     ) -> None:
+        assert windows is None  # see __new__
         super().__init__(capacity, block_size, watermark)
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
         self.prefix_caching = self.keeps_freed = prefix_caching

@@ -116,7 +116,7 @@ class AISimulate(ChunkedScheduler):
 
     def _admit_chunks(self, step: Step, now: int, left: int) -> None:
         while self.waiting and left > 0:
-            admission = self.head_admission(step)
+            admission = self.head_admission(step, left)
             if admission is Admission.NEVER:
                 continue
             if admission is Admission.LATER or self.full:

@@ -101,15 +101,19 @@ class Scheduler(Queues, ABC):
         decodes = self.decodes
         if not decodes.size:
             return
+        if self.allocator.slides:
+            self.allocator.settle()
         decodes.advance()
         self.allocator.num_ticks += 1
-        self.allocator.num_tokens += decodes.size
+        self.allocator.num_tokens += decodes.size * self.allocator.slots_per_token
+        if decodes.sliding:
+            self.allocator.slide(decodes.sliding)
         step.num_decodes = decodes.size
         step.decode_context = decodes.context
 
     def grow_ahead(self, ticks: int) -> tuple[int, list[tuple[int, int, int]]]:
         """Grow the decode set through further ticks while nobody could be refused (see `DecodeSet.grow`)."""
-        return self.decodes.grow(self.allocator, ticks, self._widest)
+        return self.decodes.grow(self.allocator, ticks, self._widest, self.head_refused)
 
     def _grow_one_by_one(self, step: Step) -> None:
         """In order of arrival, as vLLM V0 does where blocks are short."""

@@ -87,11 +87,17 @@ class Queues:
         """Requests that are in and not running: queued or swapped out."""
         return len(self.waiting) + len(self.swapped)
 
-    def head_admission(self, step: Step) -> Admission:
-        """What the allocator says of the head of the queue; a head that can never run is rejected and gone."""
+    def head_admission(self, step: Step, chunk: int = FOREVER) -> Admission:
+        """What the allocator says of the head of the queue; a head that can never run is rejected and gone.
+
+        Where slots are given as they are filled, by at most `chunk` tokens a step, windows need less.
+        """
         request = self.waiting[0]
         tokens = request.prefill_tokens
-        admission = self.allocator.admission(request, tokens)
+        if chunk < tokens:
+            admission = self.allocator.admission_in_chunks(request, tokens, chunk)
+        else:
+            admission = self.allocator.admission(request, tokens)
         if admission is Admission.LATER:
             self.head_refused = True
         elif admission is Admission.NEVER:

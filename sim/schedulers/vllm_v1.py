@@ -166,12 +166,11 @@ class VllmV1(ChunkedScheduler):
         """
         self.forget_growth(request)
         allocator = self.allocator
-        for sequence, start, tokens in step.chunks:
+        for sequence, _, tokens in step.chunks:
             if sequence.request is request:
                 if allocator.keeps_freed and allocator.probe is not None:
                     allocator.probe.write(sequence)
-                sequence.origin = start
-                allocator.num_tokens -= tokens
+                allocator.unfill(sequence, tokens)
                 step.num_prefill_tokens -= tokens
         step.chunks = [chunk for chunk in step.chunks if chunk[0].request is not request]
 
@@ -183,7 +182,7 @@ class VllmV1(ChunkedScheduler):
             head = self.waiting[0]
             if self.full and head.width <= self.max_num_seqs:
                 break
-            admission = self.head_admission(step)
+            admission = self.head_admission(step, min(self.longest_chunk, left))
             if admission is Admission.NEVER:
                 continue
             tokens = min(self.longest_chunk, left)

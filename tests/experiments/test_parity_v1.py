@@ -82,6 +82,30 @@ def test_every_step_is_v1s(
     )  # fmt: skip
 
 
+@settings(max_examples=150)
+@given(
+    rows=rows,
+    groups=st.lists(st.sampled_from(["full", 2, 3, 5, 8, 13]), min_size=1, max_size=4),
+    oldest=st.booleans(),
+    block_size=st.sampled_from([2, 4]),
+    blocks=st.sampled_from([16, 24, 40, 100]),
+    budget=st.sampled_from([3, 5, 16, 64]),
+    caching=st.booleans(),
+    reserve=st.booleans(),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    watermark=st.sampled_from([0.0, 0.2]),
+)
+def test_every_step_is_v1s_over_several_groups(
+    rows, groups, oldest, block_size, blocks, budget, caching, reserve, policy, watermark
+):
+    assert_equal(
+        *both(
+            rows, oldest, groups=groups, block_size=block_size, usable_blocks=blocks, prefix_caching=caching,
+            max_num_batched_tokens=budget, reserve_full_isl=reserve, policy=policy, watermark=watermark,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_under_pressure_victims_find_their_blocks_again(policy):
     """Twelve requests that want thrice the memory: the comparison has victims, and hits after preemption."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from experiments.parity import Row, block_keys
+from experiments.parity_v1 import windows_of
 from sim.prefix_cache import Holding, PrefixCache
 
 
@@ -195,6 +196,7 @@ class TokenDriver:
         self.cache = PrefixCache(
             config["usable_blocks"],
             config["block_size"],
+            windows=windows_of(config),
             caching=config["prefix_caching"],
             watermark_blocks=config.get("watermark_blocks", int(config.get("watermark", 0.0) * blocks)),
             keyless_first=not oldest,

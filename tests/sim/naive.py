@@ -37,6 +37,14 @@ class NaiveDecodeSet:
     def context(self) -> int:
         return sum(sequence.num_tokens for sequence in self.sequences)
 
+    @property
+    def sliding(self) -> int:
+        return sum(sequence.sliding for sequence in self.members)
+
+    @sliding.setter
+    def sliding(self, slots: int) -> None:
+        """Follows from the members."""
+
     def join(self, sequence: Sequence) -> None:
         sequence.origin -= self.clock
         sequence.decodes = self
@@ -235,6 +243,6 @@ def run_naively(
             if search is not None:
                 search.turn_over(scheduler)
     outcome.counters = {**counters, "recomputed_tokens": scheduler.recomputed_tokens}
-    saved = outcome.saved * allocator.block_size
+    saved = outcome.saved * allocator.block_slots
     outcome.counters["blocks_saved_share"] = saved / (outcome.held + saved) if outcome.held else 0.0
     return outcome

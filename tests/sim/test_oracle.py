@@ -24,6 +24,7 @@ from sim import (
     victim,
 )
 from sim.eviction import eviction
+from sim.layer_groups import LayerKind
 from tests.sim.naive import run_naively
 
 MODEL = Model(
@@ -32,6 +33,7 @@ MODEL = Model(
 )  # fmt: skip
 DEVICE = Device(name="d", flops_per_s=1e12, memory_bytes_per_s=1e10, memory_bytes=1e9, host_bytes_per_s=1e9)
 
+KINDS = (LayerKind(1, 2), LayerKind(3, 2, 7), LayerKind(2, 2, 20), LayerKind(1, state_bytes=7))
 ALLOCATORS = {
     "contiguous max": ("contiguous", {}),
     "contiguous pow2": ("contiguous", {"reserve": "pow2"}),
@@ -59,6 +61,20 @@ ALLOCATORS = {
     "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
     "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
     "nano 4": ("nano_vllm", {"block_size": 4}),
+    "prefix 4 window 10": ("prefix", {"block_size": 4, "windows": [10]}),
+    "prefix 4 full and windows": ("prefix", {"block_size": 4, "windows": [None, 9, 1]}),
+    "prefix 2 windows of 0.10.0": (
+        "prefix",
+        {"block_size": 2, "windows": [5, None, 5], "watermark": 0.1, "keyless_first": False},
+    ),
+    "prefix 8 windows without caching": (
+        "prefix",
+        {"block_size": 8, "windows": [None, 3, 20], "prefix_caching": False},
+    ),
+    "prefix 4 of four kinds of layers": ("prefix", {"block_size": 4}, KINDS),
+    "jenga 1": ("jenga", {"block_size": 1}),
+    "jenga 4 of four kinds of layers": ("jenga", {"block_size": 4}, KINDS),
+    "jenga 2 full and sliding": ("jenga", {"block_size": 2, "watermark": 0.1}, KINDS[:2]),
     "radix 1": ("radix", {}),
     "radix 4 lfu": ("radix", {"block_size": 4, "eviction": eviction["lfu"], "watermark": 0.1}),
 }
@@ -102,8 +118,11 @@ class Given:
 
 
 def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
-    kind, allocator_fields = ALLOCATORS[allocator_name]
-    memory = allocator[kind](Capacity(num_slots=slots, max_model_len=64), **allocator_fields)
+    kind, allocator_fields, *layers = ALLOCATORS[allocator_name]
+    capacity = Capacity(num_slots=slots, max_model_len=64)
+    if layers:
+        capacity = Capacity(num_slots=slots, max_model_len=64, layers=layers[0], kv_bytes=13 * slots)
+    memory = allocator[kind](capacity, **allocator_fields)
     if "order" in fields:
         fields["order"] = ORDERS[fields["order"]]()
     if "victim" in fields:
