@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate, count
+from operator import mul, sub
 from typing import Annotated
 
 from sim.allocators.base import Admission, Allocator
@@ -69,6 +72,11 @@ class LightLLM(ForesightedScheduler):
         self.estimated_output = estimated_output
         self._rounding = (allocator.growth or 1) - 1
         self._quiet = FOREVER  # decode steps for which the head of the queue is refused
+        # Of those that run, by their ends: last ticks of growth, negative, and slots as if at tick 0.
+        self._ends: list[int] = []
+        self._starts: list[int] = []
+        self._lines: dict[Request, tuple[int, int]] = {}
+        self._uneven = 0  # who runs in other ways: groups, and limits that outputs may exceed
 
     def plan(self, now: int) -> Step:
         """Prompts if any can be admitted, else one token for every running sequence."""
@@ -121,7 +129,52 @@ class LightLLM(ForesightedScheduler):
         pool = self.allocator.num_slots
         if self.max_new_tokens is None and self.promised + self.promise(request) < pool:
             return True  # even if all came to their ends at once
-        return self.peak([*self.running, request])[0] < pool
+        return self._peak_with(request)[0] < pool
+
+    def _peak_with(self, request: Request) -> tuple[int, int]:
+        """The peak with another request.
+
+        Where every output is foreseen to its limit, who runs has a token more with each step and one less to come:
+        the peak stays where it is as long as the same requests run, and their ends are kept in order.
+        """
+        if self._uneven or request.width > 1 or not self._busy or self.max_new_tokens is not None:
+            return self.peak([*self.running, request])
+        end, start = self._line(request)
+        at = bisect_left(self._ends, -end)
+        ends, starts = self._ends.copy(), self._starts.copy()
+        ends.insert(at, -end)
+        starts.insert(at, start)
+        levels = [*map(sub, accumulate(starts), map(mul, ends, count(1)))]
+        peak = max(levels)
+        last = len(levels) - 1 - levels[::-1].index(peak)  # of equals the one that comes first
+        return peak, -ends[last] - self.decodes.clock
+
+    def _line(self, request: Request) -> tuple[int, int]:
+        """The tick of a request's last growth, and the slots that it has at tick 0 if it grew all the time."""
+        clock = self.decodes.clock
+        ((tokens, outputs),) = prospects(request)
+        left = self.limit(request) - outputs - 1
+        return clock + max(0, left), tokens + self._rounding - clock
+
+    def _promise(self, request: Request) -> None:
+        super()._promise(request)
+        if request.width > 1 or self.max_new_tokens is not None:
+            self._uneven += 1
+            return
+        end, start = self._lines[request] = self._line(request)
+        at = bisect_left(self._ends, -end)
+        self._ends.insert(at, -end)
+        self._starts.insert(at, start)
+
+    def _forgo(self, request: Request) -> None:
+        super()._forgo(request)
+        if request not in self._lines:
+            self._uneven -= 1
+            return
+        end, start = self._lines.pop(request)
+        at = bisect_left(self._ends, -end)
+        at = self._starts.index(start, at)
+        del self._ends[at], self._starts[at]
 
     def peak(self, requests: list[Request]) -> tuple[int, int]:
         """Slots in use at the foreseen peak if these requests run, and the steps until then."""
@@ -147,7 +200,7 @@ class LightLLM(ForesightedScheduler):
         """
         if not self._busy:
             return 0
-        peak, steps = self.peak([*self.running, request])
+        peak, steps = self._peak_with(request)
         return min((peak - self.allocator.num_slots) // branches(request), steps)
 
     @property

@@ -98,8 +98,8 @@ class SGLang(ForesightedScheduler):
         self._set_ratio = self._init_ratio, 0  # at this tick
         self._pool = self.available
         self._refused_at = FOREVER  # requests that ran when the queue was refused
-        self._ends = 0  # prompts and limits of all that run
-        self._clipped = 0  # those of them that come to less than their limits, or to more
+        self._ends = 0  # prompts and limits of those that run
+        self._bounded: dict[Request, None] = {}  # others: groups, and limits that are too high or too low
 
     # The new-token ratio
 
@@ -168,32 +168,38 @@ class SGLang(ForesightedScheduler):
         return total < room_left and total <= room_left - locked
 
     def _coming_of_decodes(self) -> int:
-        """Tokens that decoding requests may still generate: where no bound clips them, limits less what is there."""
+        """Tokens that decoding requests may still generate: limits less what is there, but for those they bound."""
         decodes = self.decodes
-        if self._clipped:
-            decoding = [each for each in self.running if each.sequences[0].decodes is not None]
-            return sum(map(self._coming, decoding))
-        ends = self._ends
-        fresh = len(self.running) - decodes.size  # of this step, or in parts: the last ones
+        coming, context, size = self._ends, decodes.context, decodes.size
+        for request in self._bounded:
+            decoding = [each.num_tokens for each in request.sequences if each.decodes is not None]
+            if decoding:
+                coming += self._coming(request)
+                context -= sum(decoding)
+                size -= len(decoding)
+        fresh = len(self.running) - len(self._bounded) - size  # of this step, or in parts: the last ones
         for request in reversed(self.running):
             if not fresh:
                 break
-            if request.sequences[0].decodes is None:
-                ends -= request.prompt_tokens + self.limit(request)
+            if request not in self._bounded and request.sequences[0].decodes is None:
+                coming -= request.prompt_tokens + self.limit(request)
                 fresh -= 1
-        return ends - decodes.context - decodes.size
+        return coming - context - size
 
     def _promise(self, request: Request) -> None:
         super()._promise(request)
         limit = self.limit(request)
-        self._ends += request.prompt_tokens + limit
-        self._clipped += request.width > 1 or not request.output_tokens <= limit <= CLIP
+        if request.width > 1 or not request.output_tokens <= limit <= CLIP:
+            self._bounded[request] = None
+        else:
+            self._ends += request.prompt_tokens + limit
 
     def _forgo(self, request: Request) -> None:
         super()._forgo(request)
-        limit = self.limit(request)
-        self._ends -= request.prompt_tokens + limit
-        self._clipped -= request.width > 1 or not request.output_tokens <= limit <= CLIP
+        if request in self._bounded:
+            del self._bounded[request]
+        else:
+            self._ends -= request.prompt_tokens + self.limit(request)
 
     def could_admit(self, request: Request) -> bool:
         """Memory for the prompt, and for what is hoped to come."""
