@@ -9,6 +9,7 @@ changes in it, whatever the size of the set.
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -93,11 +94,10 @@ class DecodeSet:
         growing = self.growths.get(tick)
         if not growing:
             self.growths[tick] = [sequence]
-        else:
-            in_order = growing[-1].order < sequence.order
+        elif growing[-1].order < sequence.order:
             growing.append(sequence)
-            if not in_order:
-                growing.sort(key=arrival_order)
+        else:
+            insort(growing, sequence, key=arrival_order)
 
     def grow_next(self, allocator: Allocator) -> None:
         """Give the members that need a slot at the next tick theirs, in order of arrival."""
@@ -156,7 +156,7 @@ class DecodeSet:
                     elif growing[-1].order < sequence.order:
                         growing.append(sequence)
                     else:
-                        self.await_growth(sequence)
+                        insort(growing, sequence, key=arrival_order)
             return
         if grown:
             later = self.growths.get(tick + step)

@@ -83,11 +83,14 @@ class GroupedPrefixAllocator(GroupedAllocator):
         """
         cache = self.cache
         nothing: list[list[int]] = [[] for _ in self.token_groups]
-        if cache.needed(nothing, nothing, num_tokens, chunk) + self._states > self.num_blocks:
+        needed = cache.needed(nothing, nothing, num_tokens, min(chunk, num_tokens)) + self._states
+        if needed > self.num_blocks:
             return Admission.NEVER
-        hit, hits = cache.hit(self._keys(request, num_tokens), num_tokens)
+        keys = self._keys(request, num_tokens)
+        if keys:
+            hit, hits = cache.hit(keys, num_tokens)
+            needed = cache.needed(nothing, hits, num_tokens, min(chunk, num_tokens - hit)) + self._states
         spare = self.pool.num_free - (self.watermark_blocks if self.sequences else 0)
-        needed = cache.needed(nothing, hits, num_tokens, min(chunk, num_tokens - hit)) + self._states
         return Admission.OK if needed <= spare else Admission.LATER
 
     def refusal(self, request: Request, num_tokens: int) -> str:
@@ -135,9 +138,9 @@ class GroupedPrefixAllocator(GroupedAllocator):
         """Give a sequence what is cached and new pages behind it; the tokens that it need not compute."""
         filled = num_tokens if filled is None else filled
         keys = self._keys(sequence.request, num_tokens)
-        tokens, hits = self.cache.hit(keys, num_tokens)
+        tokens, hits = self.cache.hit(keys, num_tokens) if keys else (0, [])
         tables: list[list[int]] = [[] for _ in self.groups]
-        for group, blocks in zip(self.token_groups, hits, strict=True):
+        for group, blocks in zip(self.token_groups, hits, strict=False):
             tables[group] = blocks
             found = [block for block in blocks if block != NULL]
             self.pool.touch(found)
