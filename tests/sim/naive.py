@@ -39,7 +39,7 @@ class NaiveDecodeSet:
 
     @property
     def sliding(self) -> int:
-        return sum(sequence.sliding for sequence in self.members)
+        return sum(sequence.sliding for sequence in self.sequences)
 
     @sliding.setter
     def sliding(self, slots: int) -> None:
