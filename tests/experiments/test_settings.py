@@ -16,7 +16,7 @@ def settings(write: Write, *sets: str) -> dict[str, Any]:
 def test_every_default_is_filled_in(write: Write) -> None:
     resolved = settings(write)
     assert resolved["allocator"] == {
-        "kind": "paged", "block_size": 16, "watermark": 0.01, "num_host_blocks": None
+        "kind": "paged", "block_size": 16, "watermark": 0.01, "num_host_blocks": None, "prefix_caching": False
     }  # fmt: skip
     assert resolved["workload"]["kind"] == "synthetic"
     assert resolved["workload"]["sampling"]["n"] == 1

@@ -82,6 +82,7 @@ def test_the_loaded_period_by_its_definition(drawn, queues, cuts, arrivals, late
             np.array([row[3] for row in chunk]),
             np.array([row[4] for row in chunk]),
             np.zeros(len(chunk), np.int64),
+            np.zeros(len(chunk), np.int64),
             np.array([sum(row[2][:3]) for row in chunk]),
             known,
         )
@@ -89,7 +90,7 @@ def test_the_loaded_period_by_its_definition(drawn, queues, cuts, arrivals, late
     nothing = np.zeros(1, np.int64)
     tally.add(
         np.array([at]), nothing, {**dict.fromkeys(PARTS, nothing), "free": nothing + 50}, nothing, nothing, nothing,
-        nothing, max(arrivals),
+        nothing, nothing, max(arrivals),
     )  # fmt: skip
     averages = tally.averages()
     begin, end = loaded_period(rows, max(arrivals))
