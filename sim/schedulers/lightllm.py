@@ -11,9 +11,9 @@ from sim.allocators.base import Admission, Allocator
 from sim.registry import Fraction, PositiveInt
 from sim.request import Request
 from sim.schedulers.base import Preemption, branches, scheduler
-from sim.schedulers.foresight import ForesightedScheduler, prospects
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
+from sim.schedulers.promises import PromisingScheduler, prospects
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -21,7 +21,7 @@ from sim.units import FOREVER
 
 
 @scheduler("lightllm")
-class LightLLM(ForesightedScheduler):
+class LightLLM(PromisingScheduler):
     """Prompts first, admitted while the peak of memory that is foreseen stays below the pool (LightLLM).
 
     If requests end as foreseen, the one that has the i-th most tokens to come sees i requests at its end, each

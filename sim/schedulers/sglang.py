@@ -9,10 +9,10 @@ from sim.allocators.base import Admission, Allocator
 from sim.registry import NonNegativeInt, PositiveFloat, PositiveInt
 from sim.request import Request, outputs
 from sim.schedulers.base import Preemption, branches, scheduler
-from sim.schedulers.foresight import ForesightedScheduler
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
 from sim.schedulers.prefix_order import Policy, PrefixOrder
+from sim.schedulers.promises import PromisingScheduler
 from sim.schedulers.victims import Victim, fewest_outputs
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
@@ -28,7 +28,7 @@ RETRACT_STEPS = 20
 
 
 @scheduler("sglang")
-class SGLang(ForesightedScheduler):
+class SGLang(PromisingScheduler):
     """Prompts first, those with the longest cached prefix in front, as in SGLang (`schedule_policy.py`).
 
     A request is admitted while its tokens to compute and to come fit beside a share of those to come of all

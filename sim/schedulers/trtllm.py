@@ -8,16 +8,16 @@ from sim.allocators.base import Admission, Allocator
 from sim.registry import PositiveInt
 from sim.request import Request
 from sim.schedulers.base import Preemption, arrival, scheduler
-from sim.schedulers.foresight import ForesightedScheduler
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
+from sim.schedulers.promises import PromisingScheduler
 from sim.schedulers.victims import Victim, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
 
 
 @scheduler("trtllm")
-class TensorRTLLM(ForesightedScheduler):
+class TensorRTLLM(PromisingScheduler):
     """Prompts and decodes share a step; the capacity policy says who is admitted (TensorRT-LLM).
 
     `guaranteed_no_evict` admits the head of the queue only if it and all who run can come to their ends: blocks

@@ -17,7 +17,7 @@ from sim.step import Step
 from sim.units import FOREVER
 
 
-class ForesightedScheduler(ChunkedScheduler):
+class PromisingScheduler(ChunkedScheduler):
     """A scheduler whose admission looks ahead: each running request has a promise of memory, kept as a sum.
 
     A policy says what it promises to a request when it is admitted. What a server knows of an output is the most
