@@ -24,7 +24,21 @@ def test_a_prompt_that_no_pool_holds_is_passed_over(kind):
     assert story.column("requests", "first_scheduled_time") == [None, 0]
 
 
-@pytest.mark.parametrize("kind", scheduler.kinds)
+FORESEEN = {
+    "lightllm": "30 tokens would come to 62 slots with those foreseen, and LightLLM keeps them below the 40 of the pool",
+    "trtllm": "15 blocks to its end cannot be guaranteed, the pool has 10",
+}
+"""What schedulers that count on the end of a request say at once."""
+
+
+@pytest.mark.parametrize("kind", FORESEEN)
+def test_a_request_that_would_outgrow_the_pool_is_refused_where_its_end_is_foreseen(kind):
+    story = Story(scheduled(kind, memory(slots=40)), ask((0, 30, 30), (0, 4, 4)))
+    assert story.column("requests", "reason") == [FORESEEN[kind], ""]
+    assert story.column("requests", "first_token_time") == [None, 10]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in scheduler.kinds if kind not in FORESEEN])
 def test_a_request_that_outgrows_the_pool_fails_alone(kind):
     story = Story(scheduled(kind, memory(slots=40)), ask((0, 30, 30), (0, 4, 4)))
     assert story.column("requests", "status") == ["rejected", "finished"]
