@@ -195,7 +195,7 @@ class GroupedAllocator(GroupedBooks):
         tokens = sequence.num_tokens + 1
         if tokens > sequence.capacity:
             holding = self.holdings[sequence]
-            self._move_windows(holding, tokens)
+            self._move_windows(sequence, holding, tokens)
             if holding.rows * self.block_size < tokens:
                 self._take_rows([(sequence, holding)])
             self._await(sequence, holding)
@@ -207,7 +207,7 @@ class GroupedAllocator(GroupedBooks):
             holding = self.holdings[sequence]
             tokens = sequence.num_tokens + 1
             if tokens > holding.rows * self.block_size and self.lacks(holding, 1):
-                self._move_windows(holding, tokens)
+                self._move_windows(sequence, holding, tokens)
                 if self.lacks(holding, 1):
                     return False
         return True
@@ -250,10 +250,13 @@ class GroupedAllocator(GroupedBooks):
                 self._claim(edge)
         self.moved.clear()
 
-    def _move_windows(self, holding: Holding, tokens: int) -> None:
+    def _move_windows(self, sequence: Sequence, holding: Holding, tokens: int) -> None:
+        """Let one sequence's windows give back, maybe before others whose turn it is in order of arrival."""
+        self.walker = sequence
         for edge in holding.edges:
             if tokens >= edge.turn:
                 self._move(holding, edge, tokens, self.sharing)
+        self.walker = None
 
     def _move(self, holding: Holding, edge: Edge, tokens: int, sharing: bool) -> None:
         """A window gives back what leaves it with token number `tokens`, and moves through another page."""

@@ -46,6 +46,7 @@ class GroupedBooks(Allocator):
         self.edges: dict[int, Edge] = {}  # by page, of those whose dead tokens count
         self.done: Counter[tuple[int, int]] = Counter()  # sequences that are done, by page they hold
         self.buried: set[tuple[int, int]] = set()  # pages that nobody else holds
+        self.walker: Sequence | None = None  # who is looked at alone
         self.moved: list[Edge] = []  # those that begin to move through a page with the coming tick
 
     def num_holders(self, group: int, page: int) -> int:

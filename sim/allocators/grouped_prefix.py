@@ -63,6 +63,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
         self.pool = self.cache.pool
         self._states = states
         self._number = {group: number for number, group in enumerate(self.token_groups)}
+        self._given: list[tuple[int, int]] = []  # order of a sequence, and a block of it, in one tick
         self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
 
     # Room
@@ -187,6 +188,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
 
     def free(self, sequence: Sequence) -> None:
         """Queue the blocks; of one that will be back, what it generated is found again."""
+        self._given.clear()  # what stands before these in the queue stays there
         holding = self.holdings[sequence]
         if self.keeps_freed and not holding.done:
             full = sequence.num_tokens // self.block_size
@@ -229,13 +231,29 @@ class GroupedPrefixAllocator(GroupedAllocator):
         if self.keeps_freed:
             if self.probe is not None:
                 self.probe.leave(edge.sequence, edge.group, (index + 1) * self.block_size)
+            if self.walker is not None:
+                self._given.append((self.walker.order, page))
             pool.give_full(page, (own_key(edge.sequence.request, index), self._number[edge.group]))
         else:
             pool.release((page,))
 
     def give(self, holding: Holding, group: int, pages: list[int]) -> None:
         """Queue blocks."""
+        if self.walker is not None:
+            self._given += [(self.walker.order, page) for page in pages]
         self.pool.release(pages)
+
+    def settle(self) -> None:
+        """Queue what windows gave back in this tick in the order of `grow`, in whichever order sequences were asked."""
+        super().settle()
+        given, free = self._given, self.pool.free
+        if given:
+            in_order = sorted(given, key=_order)
+            if in_order != given:
+                for _, page in in_order:
+                    if page in free:
+                        free.move_to_end(page)
+            given.clear()
 
     def leave(self, sequence: Sequence, holding: Holding, group: int, freed: int) -> None:
         """What a window leaves behind is full, and can be found until it is handed out."""
@@ -273,3 +291,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
             for holding in self.holdings.values()
             for table in holding.tables
         )
+
+
+def _order(given: tuple[int, int]) -> int:
+    return given[0]
