@@ -24,7 +24,7 @@ CASES = {
     "unknown key of a policy": (
         ("block_size", "blocksize"),
         "x.yaml:9:26: allocator.blocksize: unknown key, expected one of kind, block_size, watermark, "
-        "num_host_blocks, did you mean 'block_size'?",
+        "num_host_blocks, prefix_caching, did you mean 'block_size'?",
     ),
     "unknown key three levels down": (
         ("prompt: 100", "promt: 100, prompt: 100"),
@@ -147,7 +147,7 @@ CASES = {
     "a trace with sessions": (
         ("num_requests: 60\n", "kind: trace\n  path: x.yaml\n  session: conversation\n"),
         "x.yaml:8:3: workload.session: unknown key, expected one of kind, path, format, time_scale, rate, start_s, "
-        "window_s, num_requests, sampling",
+        "window_s, num_requests, sampling, tenants, did you mean 'tenants'?",
     ),
 }
 

@@ -25,7 +25,8 @@ def test_a_prompt_that_no_pool_holds_is_passed_over(kind):
 
 
 FORESEEN = {
-    "lightllm": "30 tokens would come to 62 slots with those foreseen, and LightLLM keeps them below the 40 of the pool",
+    "lightllm": "30 tokens would come to 62 slots with those foreseen, "
+    "and LightLLM keeps them below the 40 of the pool",
     "trtllm": "15 blocks to its end cannot be guaranteed, the pool has 10",
 }
 """What schedulers that count on the end of a request say at once."""
