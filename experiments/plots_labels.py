@@ -65,6 +65,8 @@ def setting(path: str, value: float) -> str:
     ('2 requests/s', 'KV memory 500 blocks', 'block size 16')
     """
     name, unit = axis_name(path)
+    if unit == "GiB" and value >= 2**20:  # a size is in bytes
+        value /= 2**30
     if unit in ("requests/s", "GiB"):
         return f"{number(value)} {unit.replace('requests', 'request') if value == 1 else unit}"
     return f"{lowered(name)} {number(value)} {unit if unit != 'slots' else ''}".rstrip()

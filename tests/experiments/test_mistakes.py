@@ -147,7 +147,7 @@ CASES = {
     "a trace with sessions": (
         ("num_requests: 60\n", "kind: trace\n  path: x.yaml\n  session: conversation\n"),
         "x.yaml:8:3: workload.session: unknown key, expected one of kind, path, format, time_scale, rate, start_s, "
-        "window_s, num_requests, sampling, tenants, did you mean 'tenants'?",
+        "window_s, num_requests, sampling, tenants",
     ),
 }
 
