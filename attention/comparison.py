@@ -30,15 +30,16 @@ class Window:
 
     `blocks` [num_blocks] are entries of the block table, `found` [num_blocks, block_size] the identities that
     the ledger has in them, `wanted` [num_tokens] those of the sequence's history. Windows that were seen at the
-    same time have the same `layer`. Where swaps are quantised, `quantized` says of which slots the ledger knows that
-    they hold less precise K and V, [num_blocks, block_size], and how many of the tokens at the beginning are expected
-    to be so.
+    same time have the same `layer`. With `sliding` the last token sees so many of them only. Where swaps are
+    quantised, `quantized` says of which slots the ledger knows that they hold less precise K and V,
+    [num_blocks, block_size], and how many of the tokens at the beginning are expected to be so.
     """
 
     blocks: Ints
     found: Ints
     wanted: Ints
     layer: int = 0
+    sliding: int | None = None
     quantized: tuple[NDArray[np.bool_], int] | None = None
 
 
@@ -119,16 +120,22 @@ class Comparison:
             for row, window in zip(whole, windows, strict=True)
         ]
         queries = torch.stack([self._q[row[-1]] for row in whole])
-        out = paged_attention(
-            queries.to(self.device),
-            self.k_cache,
-            self.v_cache,
-            torch.from_numpy(tables).to(self.device),
-            torch.tensor([len(row) for row in rows], device=self.device),
-        ).cpu()
+        lengths = torch.tensor([len(row) for row in rows])
+        out = torch.empty_like(queries)
+        for sliding in {window.sliding for window in windows}:
+            of = torch.tensor([index for index, each in enumerate(windows) if each.sliding == sliding])
+            out[of] = paged_attention(
+                queries[of].to(self.device),
+                self.k_cache,
+                self.v_cache,
+                torch.from_numpy(tables)[of].to(self.device),
+                lengths[of].to(self.device),
+                sliding_window=sliding,
+            ).cpu()
         scale = 1 / math.sqrt(HEAD_DIM)
         errors = []
-        for got, query, row in zip(out, queries, rows, strict=True):
+        for got, query, row, window in zip(out, queries, rows, windows, strict=True):
+            row = row[-(window.sliding or len(row)) :]
             plain, _ = plain_attention(
                 query[None].double(), self._k[row].double(), self._v[row].double(), scale
             )

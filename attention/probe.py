@@ -12,6 +12,7 @@ import numpy as np
 from sim.allocators.base import Allocator
 from sim.audit import Audit
 from sim.errors import ProbeError, UserError
+from sim.grouped_ledger import GroupedLedger
 from sim.hardware import Model
 from sim.registry import PositiveFloat, PositiveInt
 from sim.request import Sequence
@@ -167,6 +168,9 @@ class AttentionProbe:
         from attention.comparison import Window
 
         ledger = self.audit.ledger
+        if isinstance(ledger, GroupedLedger):
+            blocks, found, wanted, sliding = ledger.piece(sequence, limit, self._random)
+            return Window(blocks, found, wanted, self._layer, sliding)
         size = ledger.device.block_size
         tokens = sequence.num_tokens
         width = max(1, limit // size)
@@ -180,7 +184,7 @@ class AttentionProbe:
         quantized = None
         if ledger.allocator.quantization is not None:
             quantized = ledger.device.quantized[blocks], ledger.live[sequence].quantized - begin
-        return Window(blocks, found, wanted, self._layer, quantized)
+        return Window(blocks, found, wanted, self._layer, None, quantized)
 
     def _errors(self, windows: list[Window]) -> list[float]:
         if self._comparison is None:

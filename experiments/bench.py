@@ -13,6 +13,7 @@ from sim.registry import nearest
 def run_bench(name: str | None) -> int:
     """Run one benchmark, or all; 0 if done. Raises UserError for an unknown name."""
     from experiments.bench_attention import bench_attention
+    from experiments.bench_beams import bench_beams
     from experiments.bench_paper import bench_paper
     from experiments.bench_sim import bench_sim
 
@@ -20,6 +21,7 @@ def run_bench(name: str | None) -> int:
         "sim": bench_sim,
         "paper": bench_paper,
         "attention": bench_attention,
+        "beams": bench_beams,
     }
     if name is not None and name not in benches:
         near = nearest(name, list(benches))

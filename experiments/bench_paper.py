@@ -44,7 +44,9 @@ def bench_paper(folder: Path) -> str:
         what = f"rate of paged over {name} at {LATENCY} s/token"
         lines.append([what, f"{low}-{high}", f"{ratio:.2f}", _verdict(low <= ratio <= high)])
     for width, published in ((2, 6.09), (4, 8.53), (6, 9.79)):
-        (row,) = _sweep(CONFIGS / "sharing.yaml", folder, "sweep=null", f"workload.sampling.n={width}")
+        (row,) = _sweep(
+            CONFIGS / "sharing_parallel.yaml", folder, "sweep=null", f"workload.sampling.n={width}"
+        )
         saved = 100 * row["blocks_saved_share"]
         lines.append(_near(f"blocks saved by sharing, Alpaca, n = {width}, %", published, saved, 2.0))
     return table(

@@ -50,9 +50,17 @@ def run(
         max_model_len=capacity.max_model_len,
         progress=progress,
     )
+    figures["prefix_hits_exact"] = _hits_exact(scheduler.allocator, workload.content_grain)
     if probe is None:
         return {**figures, "probe_steps": 0, "probe_max_error": None}, 0.0
     return {**figures, **probe.figures}, probe.cpu_s
+
+
+def _hits_exact(over: Allocator, grain: int) -> bool | None:
+    """Whether prefix hits are exact, not a lower bound; None where nothing is cached."""
+    if not over.keeps_freed:
+        return None
+    return not grain or over.block_size % grain == 0
 
 
 def _simulate(probe: AttentionProbe | None, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -70,7 +78,7 @@ def capacity_told(experiment: Experiment) -> dict[str, Any]:
     model, device = make_hardware(experiment)
     capacity = make_capacity(experiment, model, device)
     return {
-        "num_slots": capacity.num_slots,
+        "num_slots": make_allocator(experiment, capacity).num_slots,
         "max_model_len": capacity.max_model_len,
         "kv_bytes_per_token": model.kv_bytes_per_token if model is not None else None,
     }
@@ -100,8 +108,14 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     if told and model is not None and device is not None:
         _check_fit(model, device, 1.0)
     block_size = experiment.allocator.get("block_size", BLOCK_SIZE)
+    shape: dict[str, Any] = {}
+    if model is not None:
+        shape["num_layers"] = model.num_layers
+        shape["layers"] = model.layer_kinds
+        shape["token_bytes"] = model.kv_bytes_per_token / (2 * model.num_layers * experiment.tensor_parallel)
     if experiment.num_blocks is not None:
-        return Capacity(experiment.num_blocks * block_size, longest, experiment.num_blocks)
+        slots = experiment.num_blocks * block_size
+        return Capacity(slots, longest, experiment.num_blocks, **shape)
     if model is None:
         raise _wrong("missing", "num_blocks", expected="an integer >= 1, or a model whose KV size is known")
     if experiment.kv_memory is not None:
@@ -114,7 +128,9 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     if slots < block_size:
         got = f"{_told(available)} for KV, {slots} slots of {model.kv_bytes_per_token:,} bytes"
         raise _wrong("too little memory", source, got, f"room for a block of {block_size} slots")
-    return Capacity(slots, longest)
+    if model.layer_kinds:
+        shape["kv_bytes"] = int(available)
+    return Capacity(slots, longest, **shape)
 
 
 def _left_for_kv(experiment: Experiment, model: Model, device: Device) -> float:
@@ -138,7 +154,11 @@ def _check_fit(model: Model, device: Device, share: float) -> None:
 
 
 def make_allocator(experiment: Experiment, capacity: Capacity) -> Allocator:
-    """The allocator over its slots."""
+    """The allocator over its slots. Raises Mistakes if it has no place for what the model's layers keep."""
+    kind = experiment.allocator["kind"]
+    if any(each.state_bytes for each in capacity.layers) and not allocator[kind].groups_layers:
+        able = " or ".join(name for name in allocator.kinds if allocator[name].groups_layers)
+        raise _wrong("no place for the states of the model's layers", "allocator", kind, f"{able}")
     made: Allocator = make(allocator, experiment.allocator, ("allocator",), capacity)
     return made
 

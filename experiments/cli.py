@@ -72,6 +72,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--eviction", nargs="+", default=[], metavar="E", help="orders of eviction (lru fifo lfu belady)"
     )
+    for name, told in (
+        ("fit", "fit the roofline to a run of a real server"),
+        ("compare", "compare an experiment with a run of a real server"),
+    ):
+        made = command(name, told)
+        made.add_argument("config", type=Path, metavar="CONFIG", help="an experiment of one point")
+        made.add_argument(
+            "--measured", type=Path, required=True, metavar="FILE", help="requests.jsonl of the run"
+        )
+        made.add_argument(
+            "--set", action="append", default=[], metavar="a.b=v", dest="sets",
+            help="put a YAML value over the experiment's",
+        )  # fmt: skip
+    made = commands.choices["fit"]
+    made.add_argument("--blocks", action="store_true", help="find the number of KV blocks too")
+    made.add_argument("--out", type=Path, metavar="FILE", help="where the fitted experiment goes")
     command("demo", "show on the terminal what paging does")
     made = command("bench", "measure the simulator and the attention core")
     made.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
@@ -155,16 +171,15 @@ def _close_stdout() -> None:
 def _run(options: argparse.Namespace) -> int:
     from experiments.config import load
     from experiments.progress import bar
-    from experiments.summary_table import calibration_told, probe_told, summary_table
+    from experiments.summary_table import summary_table, tell
     from experiments.sweep import run_sweep
 
     plan = load(options.config, options.sets, probe=not options.no_probe)
     outcome = run_sweep(plan, options.out, options.jobs, bar)
     if outcome.rows:
         _tell(summary_table(outcome.rows, plan.swept))
-        for told in (probe_told(outcome.rows), calibration_told(outcome.rows)):
-            if told:
-                _tell(told)
+        for line in tell(outcome.rows):
+            _tell(line)
     for failure, points in outcome.failures.items():
         others = f" and {len(points) - 1} more" if len(points) > 1 else ""
         told = failure.details if options.debug else failure.message
@@ -254,6 +269,20 @@ def _hit_rate(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _fit(options: argparse.Namespace) -> int:
+    from experiments.fit import run_fit
+
+    run_fit(options.config, options.sets, options.measured, options.out, blocks=options.blocks)
+    return DONE
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from experiments.fit import run_compare
+
+    run_compare(options.config, options.sets, options.measured)
+    return DONE
+
+
 def _demo(options: argparse.Namespace) -> int:
     from experiments.demo import run_demo
 
@@ -269,5 +298,5 @@ def _bench(options: argparse.Namespace) -> int:
 _COMMANDS = {
     "run": _run, "check": _check, "list": _list, "schema": _schema, "plot": _plot, "report": _report,
     "validate": _validate, "calibrate": _calibrate, "parity": _parity, "hit-rate": _hit_rate,
-    "demo": _demo, "bench": _bench,
+    "fit": _fit, "compare": _compare, "demo": _demo, "bench": _bench,
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from experiments.sizes import Size, parse_size
 from sim.hardware import Device, Model
-from sim.registry import PositiveFloat, PositiveInt, Registry
+from sim.registry import NonNegativeInt, PositiveFloat, PositiveInt, Registry
 
 model: Registry[Callable[..., Model]] = Registry("model")
 device: Registry[Callable[..., Device]] = Registry("device")
@@ -31,6 +31,10 @@ def custom_model(
     bytes_per_value: PositiveFloat = 2.0,
     kv_bytes_per_value: PositiveFloat = 2.0,
     kv_values_per_token: PositiveInt | None = None,
+    num_sliding_layers: NonNegativeInt = 0,
+    sliding_window: PositiveInt | None = None,
+    num_state_layers: NonNegativeInt = 0,
+    state_values_per_layer: NonNegativeInt = 0,
 ) -> Model:
     """A model by its shape.
 
@@ -48,6 +52,10 @@ def custom_model(
         kv_bytes_per_value: Bytes of a key or value in the cache.
         kv_values_per_token: Values that a token leaves in the cache over all layers, where it is not
             2 x num_layers x num_kv_heads x head_dim.
+        num_sliding_layers: Layers that attend to a window of the last tokens.
+        sliding_window: Tokens that these attend to, the newest included.
+        num_state_layers: Layers without attention, which keep a state for every sequence (Mamba).
+        state_values_per_layer: Values of such a state, of kv_bytes_per_value each.
     """
     return Model(
         name=name,
@@ -62,6 +70,10 @@ def custom_model(
         bytes_per_value=bytes_per_value,
         kv_bytes_per_value=kv_bytes_per_value,
         kv_values_per_token=kv_values_per_token,
+        num_sliding_layers=num_sliding_layers,
+        sliding_window=sliding_window,
+        num_state_layers=num_state_layers,
+        state_values_per_layer=state_values_per_layer,
     )
 
 

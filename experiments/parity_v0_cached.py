@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from experiments.parity import Row, canonical, histogram
-from sim.errors import IntegrityError
-from sim.hashed_blocks import HashedBlock, HashedBlocks
+from sim.hashed_blocks import HashedPool
 
 
 class Branch:
     """A sequence of a recording: its tokens and its blocks."""
 
-    def __init__(self, tokens: list[int], table: list[HashedBlock]) -> None:
+    def __init__(self, tokens: list[int], table: list[int]) -> None:
         self.tokens = list(tokens)
         self.table = table
 
@@ -29,8 +28,8 @@ class CachedManagerDriver:
     def __init__(self, config: Row) -> None:
         self.block_size: int = config["block_size"]
         self.watermark_blocks: int = config["watermark_blocks"]
-        self.device = HashedBlocks(config["num_gpu_blocks"])
-        self.host = HashedBlocks(config["num_cpu_blocks"])
+        self.device = HashedPool(config["num_gpu_blocks"])
+        self.host = HashedPool(config["num_cpu_blocks"], "host")
         self.groups: dict[str, dict[int, Branch]] = {}
         self.swapped: set[str] = set()
         self.clock = 0
@@ -58,10 +57,10 @@ class CachedManagerDriver:
         reused, table = 0, []
         for index in range(needed):
             key = self._key(tokens, index)
-            reused += key in self.device
-            table.append(self.device.take(key, (index + 1) * self.block_size))
+            reused += self.device.find(key) is not None
+            table.append(_obtain(self.device, key))
         computed = 0
-        while computed < needed - 1 and table[computed].computed:
+        while computed < needed - 1 and self.device.computed[table[computed]]:
             computed += 1
         branch = Branch(tokens, table)
         self.groups[g] = {s: branch}
@@ -70,14 +69,13 @@ class CachedManagerDriver:
 
     def _used(self, branch: Branch) -> None:
         for block in branch.table:
-            block.last_accessed = self.clock
+            self.device.last_accessed[block] = self.clock
         for block in branch.table[: max(0, len(branch.tokens) // self.block_size - 1)]:
-            block.computed = True
+            self.device.computed[block] = 1
 
     def fork(self, g: str, parent: int, child: int) -> Row:
         origin = self.groups[g][parent]
-        for block in origin.table:
-            self.device.share(block)
+        self.device.share(origin.table)
         self.groups[g][child] = Branch(origin.tokens, origin.table.copy())
         return {}
 
@@ -100,27 +98,26 @@ class CachedManagerDriver:
         index = (length - 1) // self.block_size
         key = self._key(branch.tokens, index) if length % self.block_size == 0 else None
         if index == len(table):
-            table.append(self.device.take(key, (index + 1) * self.block_size))
+            table.append(_obtain(self.device, key))
             return False
         last = table[-1]
-        if last.references > 1:
-            table[-1] = self.device.take(key, (index + 1) * self.block_size)
-            self.device.release(last)
+        if self.device.references[last] > 1:
+            table[-1] = _obtain(self.device, key)
+            self.device.release((last,), index)
             return True
         if key is not None:
-            table[-1] = self.device.promote(last, key)
+            table[-1] = self.device.promote(last, key, index)
         return False
 
     def finish(self, g: str, s: int) -> Row:
         branch = self.groups[g].pop(s)
-        for block in branch.table:
-            (self.host if g in self.swapped else self.device).release(block)
+        (self.host if g in self.swapped else self.device).release(branch.table)
         if not self.groups[g]:
             del self.groups[g]
             self.swapped.discard(g)
         return {}
 
-    def _distinct(self, group: str) -> list[HashedBlock]:
+    def _distinct(self, group: str) -> list[int]:
         return list(dict.fromkeys(block for branch in self.groups[group].values() for block in branch.table))
 
     def swap_out(self, g: str) -> Row:
@@ -137,22 +134,22 @@ class CachedManagerDriver:
         self.swapped.discard(g)
         return {"status": status, "blocks": self._move(g, self.host, self.device)}
 
-    def _move(self, group: str, source: HashedBlocks, target: HashedBlocks) -> int:
-        places: dict[HashedBlock, HashedBlock] = {}
+    def _move(self, group: str, source: HashedPool, target: HashedPool) -> int:
+        places: dict[int, int] = {}
         for branch in self.groups[group].values():
             for index, block in enumerate(branch.table):
                 if block in places:
-                    target.share(places[block])
+                    target.hold(places[block])
                 else:
-                    places[block] = target.take(block.key, block.num_hashed_tokens)
+                    places[block] = _obtain(target, source.keys[block])
                 branch.table[index] = places[block]
-                source.release(block)
+                source.release((block,), index)
         return len(places)
 
     def _tables(self, swapped: bool) -> dict[str, list[int]]:
         return canonical(
             {
-                str(name): [id(block) for block in branch.table]
+                str(name): branch.table
                 for group, branches in self.groups.items()
                 if (group in self.swapped) is swapped
                 for name, branch in branches.items()
@@ -162,30 +159,35 @@ class CachedManagerDriver:
     def state(self) -> Row:
         device, host = self.device, self.host
         seen: Row = {
-            "free_gpu": device.num_free, "used_gpu": len(device.held),
-            "free_cpu": host.num_free, "used_cpu": len(host.held),
+            "free_gpu": device.num_free, "used_gpu": device.num_used,
+            "free_cpu": host.num_free, "used_cpu": host.num_used,
             "tables": self._tables(swapped=False),
-            "ref_hist": histogram(block.references for block in device.held.values()),
+            "ref_hist": histogram(device.references),
             "cow_total": self.copies,
         }  # fmt: skip
         if host.num_blocks:
             seen["cpu_tables"] = self._tables(swapped=True)
-            seen["cpu_ref_hist"] = histogram(block.references for block in host.held.values())
+            seen["cpu_ref_hist"] = histogram(host.references)
         return seen
 
     def check_integrity(self) -> None:
         """References against tables."""
-        for name, blocks in (("device", self.device), ("host", self.host)):
-            tables = [
-                block
+        for pool, away in ((self.device, False), (self.host, True)):
+            pool.check_integrity(
+                branch.table
                 for group, branches in self.groups.items()
-                if (group in self.swapped) is (name == "host")
+                if (group in self.swapped) is away
                 for branch in branches.values()
-                for block in branch.table
-            ]
-            references = sum(block.references for block in blocks.held.values())
-            if references != len(tables) or set(tables) != set(blocks.held.values()):
-                raise IntegrityError(f"{name} references({references}) != blocks in tables({len(tables)})")
-            if len(blocks.held) + blocks.num_free != blocks.num_blocks:
-                held, free = len(blocks.held), blocks.num_free
-                raise IntegrityError(f"{name}: held({held}) + free({free}) != total({blocks.num_blocks})")
+            )
+
+
+def _obtain(pool: HashedPool, key: Hashable) -> int:
+    """The block with this content, or another one for it; without a key one that is never found."""
+    found = None if key is None else pool.find(key)
+    if found is not None:
+        pool.hold(found)
+        return found
+    (block,) = pool.take()
+    if key is not None:
+        pool.rename(block, key)
+    return block

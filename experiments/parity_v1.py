@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from experiments.parity import Row, block_keys, canonical, histogram
+from sim import Admission, Capacity, Request, Step
+from sim.allocators.grouped_prefix import GroupedPrefixAllocator
+from sim.allocators.prefix import PrefixAllocator
+from sim.decode_set import arrival_order
 from sim.prefix_cache import NULL, Holding, PrefixCache
-from sim.token_schedule import Batch, Job, TokenSchedule
+from sim.schedulers import VllmV1
+from sim.schedulers import order as orders
+
+
+def windows_of(config: Row) -> list[int | None]:
+    """The window of each group of layers in the header of a recording, None for all tokens."""
+    return [None if group in ("full", None) else group for group in config.get("groups", ["full"])]
 
 
 class _Request:
@@ -34,7 +44,7 @@ class ManagerDriver:
         self.cache = PrefixCache(
             config["usable_blocks"],
             config["block_size"],
-            windows=[None if group in ("full", None) else group for group in config["groups"]],
+            windows=windows_of(config),
             caching=config["prefix_caching"],
             watermark_blocks=config["watermark_blocks"],
             keyless_first=keyless_first,
@@ -115,91 +125,129 @@ class ManagerDriver:
         )
 
 
+class _PatientMemory(PrefixAllocator):
+    """V1's scheduler gives up nobody: who can never fit waits for ever."""
+
+    def admission(self, request: Request, num_tokens: int) -> Admission:
+        admission = super().admission(request, num_tokens)
+        return Admission.LATER if admission is Admission.NEVER else admission
+
+
+class _PatientScheduler(VllmV1):
+    """The same for who exceeds any step."""
+
+    def hopeless(self, request: Request) -> str:
+        return ""
+
+
+class _PatientGroups(GroupedPrefixAllocator):
+    """Likewise, over several groups of layers."""
+
+    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
+        admission = super().admission_in_chunks(request, num_tokens, chunk)
+        return Admission.LATER if admission is Admission.NEVER else admission
+
+
 class SchedulerDriver:
-    """Performs the steps of a scheduler file: a plan, then the whole effect of its execution."""
+    """Performs the steps of a scheduler file on `vllm_v1` over `prefix`: a plan, then the effect of its execution."""
 
     gave_up = False
 
     def __init__(self, config: Row, requests: list[Row], *, oldest: bool) -> None:
         blocks = config["num_blocks_including_null"]
-        self.cache = PrefixCache(
-            config["usable_blocks"],
-            config["block_size"],
-            caching=config["prefix_caching"],
-            watermark_blocks=config.get("watermark_blocks", int(config.get("watermark", 0.0) * blocks)),
-            keyless_first=not oldest,
+        capacity = Capacity(1, config["max_model_len"], config["usable_blocks"])
+        fields = {
+            "block_size": config["block_size"],
+            "prefix_caching": config["prefix_caching"],
+            "keyless_first": not oldest,
+        }
+        windows = windows_of(config)
+        self.memory: _PatientMemory | _PatientGroups
+        if windows == [None]:
+            self.memory = _PatientMemory(capacity, **fields)
+        else:
+            self.memory = _PatientGroups(capacity, windows=windows, **fields)
+        self.memory.watermark_blocks = config.get(
+            "watermark_blocks", int(config.get("watermark", 0.0) * blocks)
         )
-        self.loop = TokenSchedule(
-            self.cache,
+        self.policy = _PatientScheduler(
+            self.memory,
             max_num_seqs=config["max_num_seqs"],
             max_num_batched_tokens=config["max_num_batched_tokens"],
-            max_model_len=config["max_model_len"],
+            order=orders[config["policy"]],
             chunked_prefill=config["chunked_prefill"],
             long_prefill_token_threshold=config["long_prefill_token_threshold"],
-            policy=config["policy"],
             reserve_full_prompt=config.get("reserve_full_isl", False),
             skip_unfit=oldest,
         )
-        self.coming = sorted(enumerate(requests), key=lambda pair: pair[1]["arrival_step"])
-        self.order = 0
-        self.rows: dict[Job, Row] = {}
-        self.numbers: dict[Job, int] = {}
-        self.tokens: dict[Job, list[int]] = {}
-        self.keys: dict[Job, list[int]] = {}
-        self.generated: dict[Job, int] = {}
+        self.coming = sorted(requests, key=lambda row: row["arrival_step"])
+        self.names: dict[Request, str] = {}
+        self.started: set[Request] = set()
 
     def perform(self, op: Row) -> tuple[Row, Row]:
         """One step: what was scheduled and finished, and the state before and after its execution."""
-        while self.coming and self.coming[0][1]["arrival_step"] <= op["step"]:
-            self._add(*self.coming.pop(0))
-        loop, before = self.loop, list(self.loop.running)
-        batch = loop.plan()
+        while self.coming and self.coming[0]["arrival_step"] <= op["step"]:
+            self._add(self.coming.pop(0))
+        policy, before = self.policy, list(self.policy.running)
+        step = policy.plan(op["step"])
+        chunks = {sequence.request: (start, tokens) for sequence, start, tokens in step.chunks}
+        batch = {request: 1 for request in policy.running if request.sequences[0].decodes}
+        batch |= {request: tokens for request, (_, tokens) in chunks.items()}
+        batch = {request: batch[request] for request in policy.running if request in batch}
+        admitted = [request for request in batch if request not in before]
         out: Row = {
-            "scheduled": {job.name: tokens for job, tokens in batch.tokens.items()},
-            "order": [job.name for job in batch.tokens],
-            "total": sum(batch.tokens.values()),
-            "new": [job.name for job in batch.new],
-            "resumed": [job.name for job in batch.resumed],
-            "cached_tokens_at_admission": {job.name: hit for job, hit in batch.hits.items()},
-            "preempted": [job.name for job in before if job in batch.preempted],
+            "scheduled": {self.names[request]: tokens for request, tokens in batch.items()},
+            "order": self._named(batch),
+            "total": step.num_prefill_tokens + step.num_decodes,
+            "new": self._named(request for request in admitted if request not in self.started),
+            "resumed": self._named(request for request in admitted if request in self.started),
+            "cached_tokens_at_admission": {self.names[request]: chunks[request][0] for request in admitted},
+            "preempted": self._named(request for request in before if request in step.preempted),
         }
+        self.started.update(admitted)
         state: Row = {
-            "running": [job.name for job in loop.running],
-            "waiting": [job.name for job in loop.waiting],
-            "free": self.cache.pool.num_free,
-            "blocks": {job.name: len(job.holding.tables[0]) for job in loop.running},
+            "running": self._named(policy.running),
+            "waiting": self._named(policy.waiting),
+            "free": self.memory.pool.num_free,
+            "blocks": {
+                self.names[request]: len(request.sequences[0].block_table) for request in policy.running
+            },
         }
-        out["finished"] = self._execute(batch)
-        state["free_after"] = self.cache.pool.num_free
+        out["finished"] = self._execute(step)
+        state["free_after"] = self.memory.pool.num_free
         return out, state
 
-    def _add(self, number: int, row: Row) -> None:
-        prompt = [first + index for first, count in row["prompt"] for index in range(count)]
-        keys = block_keys(prompt, self.cache.block_size)
-        job = Job(row["id"], len(prompt), keys, self.cache, order=self.order, priority=row.get("priority", 0))
-        self.order += 1
-        self.keys[job] = keys
-        self.rows[job], self.numbers[job], self.tokens[job], self.generated[job] = row, number, prompt, 0
-        self.loop.add(job)
+    def _named(self, requests: Iterable[Request]) -> list[str]:
+        return [self.names[request] for request in requests]
 
-    def _execute(self, batch: Batch) -> list[str]:
-        """A token for everybody who is computed; those who have their last one are gone."""
+    def _add(self, row: Row) -> None:
+        prompt = tuple(first + index for first, count in row["prompt"] for index in range(count))
+        room = self.memory.max_model_len - len(prompt)
+        request = Request(
+            len(self.names), 0, len(prompt), min(row["max_tokens"], room),
+            content=prompt, content_grain=1, priority=row.get("priority", 0),
+        )  # fmt: skip
+        self.names[request] = row["id"]
+        self.policy.add(request)
+
+    def _execute(self, step: Step) -> list[str]:
+        """A token for everybody who is computed; those who have their last one leave in the order of the batch."""
+        policy = self.policy
         finished = []
-        for job in batch.tokens:
-            if job.holding.computed < job.num_tokens:
+        for sequence, start, tokens in step.chunks:
+            if start + tokens < sequence.request.prefill_tokens:
                 continue
-            self.tokens[job].append(100_000 * (self.numbers[job] + 1) + self.generated[job])
-            self.generated[job] += 1
-            job.num_tokens += 1
-            job.keys = self.keys[job] = block_keys(self.tokens[job], self.cache.block_size, self.keys[job])
-            done = self.generated[job] >= self.rows[job]["max_tokens"]
-            if done or job.num_tokens >= self.loop.max_model_len:
-                self.loop.finish(job)
-                finished.append(job.name)
-        return finished
+            if sequence.origin < sequence.final_tokens:
+                policy.decodes.join(sequence)
+            else:
+                finished.append(sequence)
+        if step.num_decodes:
+            finished += policy.decodes.take_finished()
+        finished.sort(key=arrival_order)
+        for sequence in finished:
+            policy.complete(sequence)
+        return self._named(sequence.request for sequence in finished)
 
     def check_integrity(self) -> None:
-        """The pool's books against the tables."""
-        self.cache.pool.check_integrity(
-            table for job in [*self.loop.running, *self.loop.waiting] for table in job.holding.tables
-        )
+        """The allocator's books."""
+        self.memory.check_integrity()

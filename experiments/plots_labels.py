@@ -17,9 +17,14 @@ _TELLING = ("kind", "name", "reserve", "block_size")
 _AXES = {
     "workload.arrivals.rate": ("Request rate", "requests/s"),
     "workload.rate": ("Request rate", "requests/s"),
+    "workload.arrivals.session_rate": ("Session rate", "sessions/s"),
     "workload.arrivals.clients": ("Clients", ""),
     "workload.sampling.n": ("Samples per request", ""),
     "workload.sampling.beam_width": ("Beam width", ""),
+    "workload.few_shot.examples": ("Examples", ""),
+    "workload.system_prompts.count": ("System prompts", ""),
+    "workload.system_prompts.zipf": ("Zipf exponent", ""),
+    "workload.session.turns": ("Turns", ""),
     "allocator.block_size": ("Block size", "slots"),
     "allocator.watermark": ("Watermark", "share of blocks"),
     "allocator.num_host_blocks": ("Host memory", "blocks"),
@@ -60,6 +65,8 @@ def setting(path: str, value: float) -> str:
     ('2 requests/s', 'KV memory 500 blocks', 'block size 16')
     """
     name, unit = axis_name(path)
+    if unit == "GiB" and value >= 2**20:  # a size is in bytes
+        value /= 2**30
     if unit in ("requests/s", "GiB"):
         return f"{number(value)} {unit.replace('requests', 'request') if value == 1 else unit}"
     return f"{lowered(name)} {number(value)} {unit if unit != 'slots' else ''}".rstrip()

@@ -35,8 +35,8 @@ TTFT = Merit("ttft_p99_s", "Time to first token, p99", "s", log=True)
 BATCH = Merit("mean_running", "Mean batch", "requests")
 LIVE = Merit("token_states_share", "Token states", "% of KV memory", 100.0)
 OPTIONAL = (
-    Merit("blocks_saved_share", "Blocks saved by sharing", "%", 100.0),
     Merit("prefix_hit_rate", "Prefix hit rate", "%", 100.0),
+    Merit("blocks_saved_share", "Blocks saved by sharing", "%", 100.0),
     Merit("preemptions", "Preemptions", "count"),
 )
 

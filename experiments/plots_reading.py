@@ -11,6 +11,9 @@ from experiments.plots_labels import policy_labels
 from experiments.plots_results import Experiment, Run
 from sim.errors import UserError
 
+REQUEST_RATE = "workload.arrivals.rate"
+SESSION_RATE = "workload.arrivals.session_rate"
+"""What that field says where each arrival begins a session, of as many requests as there are answers."""
 _SIZE = re.compile(r"\s*([\d.]+)\s*([KMGT]i?)?B?\s*", re.IGNORECASE)
 _LETTERS = " KMGT"
 _NOT_SWEPT = ("run_id", "replication", "seed")  # a swept seed gives further replications
@@ -28,8 +31,10 @@ def read_experiment(directory: Path) -> Experiment:
     words = [path for path, values in numbers.items() if values is None]
     settings = _settings(columns, words, len(rows))
     free = {path: values for path, values in numbers.items() if values and _varies(values, settings)}
-    axes, tied = _untied(free)
     fixed = [path for path in swept if path not in free]
+    if any((config.get("workload") or {}).get("session") for config in configs):
+        free = {SESSION_RATE if path == REQUEST_RATE else path: values for path, values in free.items()}
+    axes, tied = _untied(free)
     settings = _settings(columns, fixed, len(rows))
     first = {key: settings.index(key) for key in settings}
     told = [configs[i] or {path: rows[i][path] for path in fixed} for i in first.values()]

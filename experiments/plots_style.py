@@ -187,11 +187,11 @@ def grid_shape(panels: int) -> tuple[int, int]:
 
 
 def numeric_scale(axes: Axes, values: list[float]) -> None:
-    """A scale for swept values: log 2 for powers of two, log 10 for wide ranges; ticks at few values."""
+    """A scale for swept values: log 2 where each doubles the last, log 10 for wide ranges; ticks at few values."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     positive = values[0] > 0
-    doubled = positive and len(values) > 2 and all(is_power_of_two(value) for value in values)
+    doubled = positive and len(values) > 2 and all(is_power_of_two(value / values[0]) for value in values)
     if doubled:
         axes.set_xscale("log", base=2)
     elif positive and values[-1] / values[0] >= 30:

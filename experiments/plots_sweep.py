@@ -104,7 +104,9 @@ def sweep(experiment: Experiment, axis: str) -> Drawing | None:
         for merit in OPTIONAL
         if any(value.value for case in series for _, value in points(case, axis, merit))
     ] + [TPOT]
-    merits = [merit for merit in merits if any(points(case, axis, merit) for case in series)][:6]
+    merits = [merit for merit in merits if any(points(case, axis, merit) for case in series)]
+    merits.sort(key=lambda merit: _constant(series, axis, merit))  # what nothing moves comes last
+    merits = merits[:6]
     if not merits:
         return None
     rows = -(-len(merits) // 3)
@@ -132,6 +134,12 @@ def sweep(experiment: Experiment, axis: str) -> Drawing | None:
             "intervals hold 95 %, over replications" if experiment.replicated else "",
         ),
     )
+
+
+def _constant(series: list[Case], axis: str, merit: Merit) -> bool:
+    """Whether a figure of merit is the same within a hundredth at all points."""
+    values = [value.value for case in series for _, value in points(case, axis, merit)]
+    return max(values) <= 1.01 * min(values)
 
 
 def _range(case: Case, axis: str) -> str:

@@ -91,8 +91,8 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
         yield Mistake(complaint, tuple(field.split(".")))
     owner, name = allocator[settings["allocator"]["kind"]], settings["allocator"]["kind"]
     sampling = settings["workload"].get("sampling") or {}
-    for field in ("n", "beam_width"):
-        if sampling.get(field, 1) > 1 and not getattr(owner, "can_fork", True):
+    for field in ("n", "best_of", "beam_width"):
+        if (sampling.get(field) or 1) > 1 and not getattr(owner, "can_fork", True):
             expected = f"1, or an allocator that shares slots ({_those('can_fork')})"
             yield Mistake(
                 f"allocator {name} cannot fork",
@@ -100,9 +100,15 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
                 str(sampling[field]),
                 expected,
             )
-    if (settings.get("transfers") or {}).get("asynchronous") and not getattr(owner, "can_swap", True):
-        expected = f"false, or an allocator that swaps ({_those('can_swap')})"
-        yield Mistake(f"allocator {name} cannot swap", ("transfers", "asynchronous"), "true", expected)
+    for field, how, without in (
+        ("asynchronous", "beside the computation", "false"),
+        ("quantization", "at another precision", "null"),
+    ):
+        value = (settings.get("transfers") or {}).get(field)
+        if value and not getattr(owner, "can_fly", True):
+            expected = f"{without}, or an allocator that does ({_those('can_fly')})"
+            what = f"allocator {name} cannot swap {how}"
+            yield Mistake(what, ("transfers", field), str(value).lower(), expected)
     if not getattr(owner, "can_grow", True):
         for field in ("preemption", "victim"):
             if field in settings["scheduler"]:

@@ -16,6 +16,7 @@ from experiments.plots_reading import manifest, read_experiment
 from experiments.plots_results import Experiment, Run
 from experiments.plots_series import mean
 from experiments.report_page import page
+from experiments.summary_table import hits_told
 from sim.errors import UserError
 
 #: Groups of columns: key in the summary, heading, unit, factor.
@@ -39,6 +40,7 @@ _MEMORY = (
 )
 _OPTIONAL = (
     ("requests_rejected", "Rejected", "requests", 1.0),
+    ("requests_thrashed", "Thrashed", "requests", 1.0),
     ("blocks_saved_share", "Saved by sharing", "%", 100.0),
     ("prefix_hit_rate", "Prefix hits", "%", 100.0),
 )
@@ -103,6 +105,8 @@ def _tables(experiment: Experiment) -> list[str]:
     extra = tuple(c for c in _OPTIONAL if any(run.summary.get(c[0]) for run in experiment.runs))
     seen = len({run.replication for run in experiment.runs})
     notes = ["Shares and the mean batch are weighted by time over the loaded period."]
+    if bounded := hits_told([run.summary for run in experiment.runs]):
+        notes.append(f"{bounded[:1].upper()}{bounded[1:]}.")
     if seen > 1:
         notes.append(f"Means of {seen} replications with 95 % intervals (Student's t).")
     return [

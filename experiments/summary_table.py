@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.results import Row
 from experiments.text import aligned
 
 MOST_ROWS = 60
+LOWER_BOUND = (
+    "prefix hits are a lower bound: the trace names content by blocks, the allocator's are no multiple"
+)
 _FIGURES = {
     "requests_finished": "finished",
     "requests_rejected": "rejected",
@@ -42,6 +45,33 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     lines = aligned([head, *body[:MOST_ROWS]], numbers)
     more = [f"… {len(rows) - MOST_ROWS} more in runs.csv"] if len(rows) > MOST_ROWS else []
     return "\n".join([*lines, *more])
+
+
+def tell(rows: Sequence[Row]) -> list[str]:
+    """What is to be said of the runs beside their figures."""
+    told = (hits_told(rows), thrashing_told(rows), probe_told(rows), calibration_told(rows))
+    return [lines for lines in told if lines]
+
+
+def hits_told(rows: Sequence[Mapping[str, Any]]) -> str:
+    """That hits are a lower bound, where a trace names content too coarsely for the blocks; else empty."""
+    coarse = sum(row.get("prefix_hits_exact") is False for row in rows)
+    if not coarse:
+        return ""
+    return LOWER_BOUND + (f" ({coarse} of {len(rows)} runs)" if len(rows) > 1 else "")
+
+
+def thrashing_told(rows: Sequence[Row]) -> str:
+    """What was computed again and again, a line for the worst run; empty if no request was."""
+    thrashed = [row for row in rows if row.get("requests_thrashed")]
+    if not thrashed:
+        return ""
+    worst = max(thrashed, key=lambda row: int(row["recomputed_tokens"]))
+    where = f", worst in {worst['run_id']}" if len(rows) > 1 else ""
+    return (
+        f"thrashing in {len(thrashed)} of {len(rows)} runs{where}: {worst['requests_thrashed']:,} requests prefilled "
+        f"3 times or more, one {worst['max_prefills']:,} times; {worst['recomputed_tokens']:,} tokens computed again"
+    )
 
 
 def probe_told(rows: Sequence[Row]) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Sequence as Ordered
 import numpy as np
 
 from sim.allocators.base import Allocator
+from sim.allocators.grouped import GroupedAllocator
 from sim.errors import IntegrityError
+from sim.grouped_ledger import GroupedLedger, GroupLayout
 from sim.identity import Ints, identities
 from sim.layout import Layout
 from sim.ledger import Ledger
@@ -46,7 +48,7 @@ class Audit:
     samples.
     """
 
-    ledger: Ledger
+    ledger: Ledger | GroupedLedger
 
     def __init__(
         self,
@@ -71,7 +73,10 @@ class Audit:
 
     def start(self, allocator: Allocator) -> None:
         """Open a ledger that is told of everything from the first slot on."""
-        self.ledger = Ledger(allocator)
+        if isinstance(allocator, GroupedAllocator):
+            self.ledger = GroupedLedger(allocator)
+        else:
+            self.ledger = Ledger(allocator)
         if self.steps.every is None:
             self.ledger.on_event = self._hurry
         allocator.watch(self.ledger)
@@ -94,7 +99,8 @@ class Audit:
         if self.looked_at:
             layout = ledger.layout(self.looked_at)
             self._check_held(layout)
-            self._compare(layout, ledger.enter(layout), ledger.device)
+            contents = ledger.enter(layout)  # type: ignore[arg-type]  # the ledger's own layout
+            self._compare(layout, contents, ledger.device)
         if thorough:
             self._check_swapped()
             self._check_books()
@@ -151,7 +157,7 @@ class Audit:
         tokens = sum(sequence.num_tokens for sequence in live)
         return BLOCK_S * blocks + SEQUENCE_S * len(live) + TOKEN_S * tokens
 
-    def _check_held(self, layout: Layout) -> None:
+    def _check_held(self, layout: Layout | GroupLayout) -> None:
         """Every token is in a block with a holder."""
         device = self.ledger.device
         if device.pool is not None:
@@ -162,10 +168,10 @@ class Audit:
                 at = int(np.flatnonzero(np.isin(blocks, loose))[0])
                 raise self.ledger.error(f"{layout.told(at)} is in block {blocks[at]}, which is free")
 
-    def _compare(self, layout: Layout, contents: Ints, tier: Tier) -> None:
+    def _compare(self, layout: Layout | GroupLayout, contents: Ints, tier: Tier) -> None:
         """Every slot holds its sequence's own token."""
-        if self.ledger.allocator.quantization is not None:
-            self._compare_precision(layout, tier)
+        if isinstance(layout, Layout) and isinstance(self.ledger, Ledger):
+            self._compare_precision(self.ledger, layout, tier)
         found = tier.slots[layout.slots]
         wrong = np.flatnonzero(found != contents)
         if len(wrong):
@@ -175,15 +181,17 @@ class Audit:
                 f"found {self.ledger.told(int(found[at]))}"
             )
 
-    def _compare_precision(self, layout: Layout, tier: Tier) -> None:
+    def _compare_precision(self, ledger: Ledger, layout: Layout, tier: Tier) -> None:
         """What was swapped at a lower precision has that, and nothing else has."""
-        found, expected = tier.quantized.reshape(-1)[layout.slots], self.ledger.quantized(layout)
+        if ledger.allocator.quantization is None:
+            return
+        found, expected = tier.quantized.reshape(-1)[layout.slots], ledger.quantized(layout)
         wrong = np.flatnonzero(found != expected)
         if len(wrong):
             at = int(wrong[0])
-            own, swapped = "the cache's own", self.ledger.allocator.quantization
+            own, swapped = "the cache's own", ledger.allocator.quantization
             names = (swapped, own) if expected[at] else (own, swapped)
-            raise self.ledger.error(
+            raise ledger.error(
                 f"{layout.told(at, tier.name)}: expected precision {names[0]}, found {names[1]}"
             )
 
@@ -212,7 +220,7 @@ class Audit:
         ledger = self.ledger
         on_device = ledger.allocator.sequences
         away = [sequence for sequence in ledger.live if sequence.block_table and sequence not in on_device]
-        if away and "host" in ledger.tiers:
+        if away and isinstance(ledger, Ledger) and "host" in ledger.tiers:
             host = ledger.tiers["host"]
             host.reset()
             layout = Layout(away)

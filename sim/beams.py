@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import heapq
 import math
-import random
 from typing import TYPE_CHECKING
 
 from sim.allocators.base import Allocator
 from sim.decode_set import DecodeSet
+from sim.identity import mixed
 from sim.request import Request, Sequence
 from sim.units import FOREVER
 
 if TYPE_CHECKING:
     from sim.schedulers.base import Scheduler
+
+
+_MASK = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
 
 
 def fork(allocator: Allocator, parent: Sequence) -> Sequence:
@@ -26,6 +30,27 @@ def fork(allocator: Allocator, parent: Sequence) -> Sequence:
         allocator.probe.fork(parent, child)
     allocator.fork(parent, child)
     return child
+
+
+class Draws:
+    """A stream of random numbers that whole numbers name: SplitMix64, which costs nothing to begin anew."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self, *names: int) -> None:
+        state = 0
+        for name in names:
+            state = mixed(state + name + 1 & _MASK)
+        self._state = state
+
+    def fraction(self) -> float:
+        """A number from 0 up to 1, in steps of 2**-53."""
+        self._state = self._state + _STEP & _MASK
+        return (mixed(self._state) >> 11) * 2.0**-53
+
+    def below(self, count: int) -> int:
+        """One of `count` whole numbers from 0 on."""
+        return int(self.fraction() * count)
 
 
 class BeamSearch:
@@ -55,15 +80,12 @@ class BeamSearch:
         if self.turnover > 0:
             self._draw_next(request, decodes)
 
-    def _random(self, request: Request, length: int, purpose: str) -> random.Random:
-        return random.Random(f"{self.seed}/{request.id}/{length}/{purpose}")
-
     def _draw_next(self, request: Request, decodes: DecodeSet) -> None:
         length = request.sequences[0].num_tokens
         none_dies = (1.0 - self.turnover) ** len(request.sequences)
         gap = 1
         if none_dies > 0:
-            chance = 1.0 - self._random(request, length, "gap").random()
+            chance = 1.0 - Draws(self.seed, request.id, length, 0).fraction()
             gap += int(math.log(chance) / math.log(none_dies))
         self._lengths[request] = length + gap
         self._schedule(request, decodes)
@@ -95,14 +117,14 @@ class BeamSearch:
 
     def _turn_over(self, request: Request, scheduler: Scheduler) -> None:
         decodes = scheduler.decodes
-        draw = self._random(request, request.sequences[0].num_tokens, "deaths")
+        draws = Draws(self.seed, request.id, request.sequences[0].num_tokens, 1)
         dying: list[Sequence] = []
         while not dying:
-            dying = [sequence for sequence in request.sequences if draw.random() < self.turnover]
+            dying = [sequence for sequence in request.sequences if draws.fraction() < self.turnover]
         if len(dying) == len(request.sequences):
-            dying.pop(draw.randrange(len(dying)))
+            dying.pop(draws.below(len(dying)))
         survivors = [sequence for sequence in request.sequences if sequence not in dying]
-        parents = [survivors[draw.randrange(len(survivors))] for _ in dying]
+        parents = [survivors[draws.below(len(survivors))] for _ in dying]
         for sequence in dying:
             decodes.leave(sequence)
             scheduler.release(sequence)

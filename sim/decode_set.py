@@ -9,6 +9,7 @@ changes in it, whatever the size of the set.
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,22 @@ class DecodeSet:
     its last token.
     """
 
-    __slots__ = ("_finish_ticks", "clock", "context", "copy_pending", "finishes", "growths", "size")
+    __slots__ = (
+        "_finish_ticks",
+        "clock",
+        "context",
+        "copy_pending",
+        "finishes",
+        "growths",
+        "size",
+        "sliding",
+    )
 
     def __init__(self) -> None:
         self.clock = 0
         self.size = 0
         self.context = 0
+        self.sliding = 0  # slots whose tokens leave a window with every tick
         self.finishes: dict[int, list[Sequence]] = {}
         self.growths: dict[int, list[Sequence]] = {}  # each in order of arrival
         self.copy_pending: list[Sequence] = []  # forked: the last block may be shared
@@ -45,6 +56,7 @@ class DecodeSet:
         clock = self.clock
         tokens = sequence.origin
         self.size += 1
+        self.sliding += sequence.sliding
         self.context += tokens
         sequence.origin = origin = tokens - clock
         sequence.decodes = self
@@ -64,12 +76,13 @@ class DecodeSet:
         self.finishes[sequence.finish_tick].remove(sequence)
         if sequence.capacity < sequence.final_tokens:
             self.growths[sequence.capacity + 1 - sequence.origin].remove(sequence)
-        if self.copy_pending and sequence in self.copy_pending:
-            self.copy_pending.remove(sequence)
         self._forget(sequence, tokens)
 
     def _forget(self, sequence: Sequence, tokens: int) -> None:
+        if self.copy_pending and sequence in self.copy_pending:
+            self.copy_pending.remove(sequence)
         self.size -= 1
+        self.sliding -= sequence.sliding
         self.context -= tokens
         sequence.origin = tokens
         sequence.decodes = None
@@ -81,11 +94,10 @@ class DecodeSet:
         growing = self.growths.get(tick)
         if not growing:
             self.growths[tick] = [sequence]
-        else:
-            in_order = growing[-1].order < sequence.order
+        elif growing[-1].order < sequence.order:
             growing.append(sequence)
-            if not in_order:
-                growing.sort(key=arrival_order)
+        else:
+            insort(growing, sequence, key=arrival_order)
 
     def grow_next(self, allocator: Allocator) -> None:
         """Give the members that need a slot at the next tick theirs, in order of arrival."""
@@ -94,13 +106,17 @@ class DecodeSet:
         allocator.grow([(tick, growing)])
         self.note_grown(tick, growing, allocator.growth)
 
-    def grow(self, allocator: Allocator, ticks: int, spare: int) -> tuple[int, list[tuple[int, int, int]]]:
+    def grow(
+        self, allocator: Allocator, ticks: int, spare: int, awaited: bool = False
+    ) -> tuple[int, list[tuple[int, int, int]]]:
         """Give members the slots that they need in the next ticks, in order of arrival within a tick.
 
-        Stops before the first tick that would leave fewer than `spare` members' worth of headroom. Returns
-        the number of ticks served, and (tick, slots held, internal waste) after each that grew any.
+        Stops before the first tick that would leave fewer than `spare` members' worth of headroom, or at which a
+        member gives slots back, where free ones are `awaited` or it changes more than a growth may. Returns the
+        number of ticks served, and (tick, slots held, internal waste) after each that grew any.
         """
         growths = self.growths
+        slides = allocator.slides
         spare = allocator.headroom - spare
         tick = first = self.clock + 1
         stop = first + ticks
@@ -112,7 +128,7 @@ class DecodeSet:
                 growing = growths.get(tick)
                 if growing is not None:
                     spare -= len(growing)
-                    if spare < 0:
+                    if spare < 0 or (slides and allocator.gives_back(growing, awaited)):
                         stop = tick
                         break
                     del growths[tick]
@@ -130,9 +146,17 @@ class DecodeSet:
         `step` is the number of slots that each of them gained, None if they differ.
         """
         if step is None:
+            growths = self.growths
             for sequence in grown:
                 if sequence.capacity < sequence.final_tokens:
-                    self.await_growth(sequence)
+                    tick = sequence.capacity + 1 - sequence.origin
+                    growing = growths.get(tick)
+                    if not growing:
+                        growths[tick] = [sequence]
+                    elif growing[-1].order < sequence.order:
+                        growing.append(sequence)
+                    else:
+                        insort(growing, sequence, key=arrival_order)
             return
         if grown:
             later = self.growths.get(tick + step)
@@ -152,6 +176,17 @@ class DecodeSet:
     def next_finish(self) -> int:
         """The next tick at which a member may be done; FOREVER if the set is empty."""
         return self._finish_ticks[0] if self._finish_ticks else FOREVER
+
+    @property
+    def next_growth(self) -> int:
+        """The next tick at which a member needs a slot that it does not hold; FOREVER if none does."""
+        growths = self.growths
+        while growths:
+            tick = min(growths)
+            if growths[tick]:
+                return tick
+            del growths[tick]
+        return FOREVER
 
     def take_finished(self) -> list[Sequence]:
         """Members whose last token came with this tick, in order of arrival; they are out of the set."""

@@ -24,6 +24,9 @@ from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 from sim.units import FOREVER
 
+PATIENCE = 100
+"""Preemptions without a token in between, four for each live request or so many, after which it is a livelock."""
+
 AFTER_ARRIVALS = EventPriority(2)
 """SimPy priority of the end of a step: what arrives at that instant is there when the next step is planned."""
 
@@ -67,6 +70,10 @@ class Engine:
         self.num_live = 0
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
+        self._num_prefills = 0  # computed to their ends, with a token each
+        self._joined = 0  # blocks less entries of block tables in the step in flight
+        self._progress = 0, 0  # decode steps and prefills at the last preemption
+        self._fruitless = 0  # preemptions since there was progress
         recorder.num_slots = timing.num_slots = self.allocator.num_slots
         if probe is not None:
             probe.start(self.allocator)
@@ -163,7 +170,7 @@ class Engine:
         while patience:
             if arrived:
                 arrived.clear()
-            step = scheduler.plan(self.now)
+            step = scheduler.next_step(self.now)
             if step.rejected:
                 for request in step.rejected:
                     self._done(request)
@@ -171,6 +178,7 @@ class Engine:
                 patience -= 1
             if step.preempted:
                 self.clock.preemptions += len(step.preempted)
+                self._look_for_livelock(step)
             if step.chunks or step.num_decodes:
                 step.swapped_out_blocks += moved
                 return step
@@ -185,6 +193,22 @@ class Engine:
                 self.clock.swapped_out_blocks += moved
                 return step if flying else None
         raise Stalled(self._complaint())
+
+    def _look_for_livelock(self, step: Step) -> None:
+        """Raises Stalled if requests preempt each other again and again, and none of them gets a token."""
+        progress = self.scheduler.decodes.clock, self._num_prefills
+        if progress != self._progress:
+            self._progress = progress
+            self._fruitless = 0
+        self._fruitless += len(step.preempted)
+        if self._fruitless > max(PATIENCE, 4 * self.num_live):
+            raise Stalled(
+                f"livelock at {self.now / 1e9:.6f} s: {self._fruitless} preemptions in a row without a token; "
+                f"last {', '.join(map(str, step.preempted[:3]))}, each prefilled up to "
+                f"{max(request.prefills for request in step.preempted)} times; running "
+                f"{len(self.scheduler.running)}, waiting {self.scheduler.num_waiting}, "
+                f"memory {self.allocator.usage()}"
+            )
 
     def _complaint(self) -> str:
         scheduler = self.scheduler
@@ -201,6 +225,10 @@ class Engine:
         scheduler = self.scheduler
         allocator = self.allocator
         recorder = self.recorder
+        self.timing.num_entries = entries = allocator.num_entries
+        if entries is not None:
+            allocator.entry_log.clear()
+            self._joined = allocator.num_held // allocator.block_size - entries
         duration = self.clock.duration(step, start)
         external = allocator.num_external(scheduler.head_refused)
         recorder.usage.extend((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
@@ -211,6 +239,8 @@ class Engine:
         if step.chunks or step.preempted or step.rejected or step.swapped_in_blocks:
             return end, 1  # the next plan may find the queues and the memory changed
         horizon = self.next_arrival if scheduler.open_to_arrivals else FOREVER
+        if scheduler.ranking is not None:  # it looks at who arrives in any case
+            horizon = min(self.next_arrival, scheduler.ranking.wakes_at)
         if self.link is not None:
             horizon = min(horizon, allocator.next_landing)
         if end >= horizon:
@@ -227,12 +257,26 @@ class Engine:
         limit = decodes.next_finish - decodes.clock
         if limit < 1 or scheduler.tight:
             return 0
-        if decodes.growths and self.allocator.growth is None:
-            limit = 1  # any growth may change any part of the usage
+        allocator = self.allocator
+        if allocator.gave_back:
+            allocator.gave_back = False
+            if scheduler.head_refused:
+                return 0
+        if (
+            decodes.growths
+            and allocator.growth is None
+            and not allocator.grows_foreseeably
+            and (allocator.num_entries is None or self.timing.counts_entries)
+        ):  # any growth may change any part of the usage, or the next step's time
+            limit = min(limit, decodes.next_growth - decodes.clock - 1)
+            if limit < 1:
+                return 0
         if self.beams is not None:
             limit = min(limit, self.beams.next_turnover - decodes.clock)
         if self.probe is not None:
             limit = min(limit, self.probe.next_sample - self.num_steps - 1)
+        if scheduler.ranking is not None:
+            limit = min(limit, scheduler.ranking.quiet_for(scheduler))
         quiet = scheduler.quiet_for(self.now)
         return quiet if quiet < limit else limit
 
@@ -244,26 +288,48 @@ class Engine:
         running = len(scheduler.running)
         waiting = len(scheduler.waiting) + len(scheduler.swapped) - len(arrived)
         decodes = step.num_decodes
+        added = decodes * self.allocator.slots_per_token
         saved = self.allocator.blocks_saved
-        if steps > 1 and arrived:
+        joined = 0
+        regrown: list[tuple[int, int]] = []  # blocks less entries, from a step of the stretch on
+        if self.allocator.num_entries is not None:
+            joined = self._joined + saved
+            if steps > 1:
+                first = self.scheduler.decodes.clock - steps + 1
+                regrown = [
+                    (tick - first, less + saved) for tick, less in self.allocator.entry_log if tick > first
+                ]
+        if steps > 1 and (arrived or regrown):
             starts = list(accumulate(recorder.durations[-steps:-1], initial=start))
+            cuts = sorted([*((bisect_left(starts, instant), -1) for instant in arrived), *regrown])
+            entry = len(recorder.durations) - steps
             begin = 0
-            for instant in arrived:
-                index = bisect_left(starts, instant)
+            for index, less in cuts:
                 if index == steps:
                     break
                 if index > begin:
-                    at = tokens + begin * decodes
                     recorder.stretch(
-                        starts[begin], index - begin, 0, decodes, running, waiting, at, decodes, saved
+                        starts[begin],
+                        index - begin,
+                        0,
+                        decodes,
+                        running,
+                        waiting,
+                        tokens,
+                        added,
+                        saved,
+                        joined,
                     )
+                    tokens += (index - begin) * added - recorder.slid(entry + begin, entry + index)
                     begin = index
-                waiting += 1
+                if less < 0:
+                    waiting += 1
+                else:
+                    joined = less
             start = starts[begin]
             steps -= begin
-            tokens += begin * decodes
         recorder.stretch(
-            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, decodes, saved
+            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, added, saved, joined
         )
 
     def _sample(self, now: int) -> None:
@@ -278,6 +344,7 @@ class Engine:
             request = sequence.request
             if begin + tokens < request.prefill_tokens:
                 continue
+            self._num_prefills += 1
             if self.allocator.keeps_freed:
                 self.allocator.computed(sequence)
             if request.first_token_time == NEVER:
@@ -287,6 +354,8 @@ class Engine:
                     continue
             if sequence.origin < sequence.final_tokens:
                 decodes.join(sequence)
+                if self.allocator.shares_tail(sequence):
+                    decodes.copy_pending.append(sequence)
             else:
                 self._complete(sequence, end)
         if step.num_decodes:

@@ -68,6 +68,6 @@ class Foreseen(Cached, Protocol):
 def belady(node: Cached) -> tuple[int, ...]:
     """The one whose next use is farthest away: the bound, for it knows the future (Belady, 1966).
 
-    Of equals the one used longest ago, which is the deepest of a prompt. Only `kvsim hit-rate` can tell it.
+    Of equals the one used longest ago, which is the deepest of a prompt.
     """
     return (-cast("Foreseen", node).next_use, node.used)

@@ -6,9 +6,8 @@ import heapq
 from collections.abc import Iterable, Sequence
 
 from sim.eviction import Eviction, belady
+from sim.foresight import NEVER_AGAIN
 
-NEVER_AGAIN = 1 << 62
-"""The next use of a block that nobody asks for any more."""
 BACK_AT_ONCE = 1 << 63
 """That of a block of the request that is put in now: it may go, as it is about to come back, at no loss."""
 

@@ -49,8 +49,9 @@ class History:
     a sum is the one chain that numpy computes along an array.
 
     A token's key is the number of a SplitMix64 stream at the token's position. The stream of a prompt is
-    seeded by what the prompt says, chunk by chunk, or by its request where that is not known; the stream of
-    generated tokens by the request and the branch. Up to a fork both branches have the same streams.
+    seeded by what the prompt says, run by run, or by its request where that is not known; the stream of
+    generated tokens by the name that they go by, or by the request and the branch. Up to a fork both branches
+    have the same streams.
     """
 
     __slots__ = ("seeds", "starts")
@@ -66,16 +67,25 @@ class History:
         seeds: list[int] = []
         covered = 0
         if request.content:
-            grain = request.content_grain
-            covered = min(len(request.content) * grain, request.prompt_tokens)
-            starts += range(0, covered, grain)
+            if request.content_ends:
+                covered = request.content_ends[-1]
+                starts += (0, *request.content_ends[:-1])
+            else:
+                grain = request.content_grain
+                covered = min(len(request.content) * grain, request.prompt_tokens)
+                starts += range(0, covered, grain)
             words = np.array([name & _MASK for name in request.content[: len(starts)]], np.uint64)
-            seeds += mixed_words(mixed_words(words) + np.uint64(_CONTENT)).tolist()
+            begins = np.array(starts, np.uint64) * np.uint64(_STEP)
+            seeds += mixed_words(mixed_words(words) + begins + np.uint64(_CONTENT)).tolist()
         if covered < request.prompt_tokens:
             starts.append(covered)
             seeds.append(mixed(mixed(request.id) + _OWN & _MASK))
         starts.append(request.prompt_tokens)
-        seeds.append(_branch_seed(request, 0))
+        output = request.output_content
+        if output is None:
+            seeds.append(_branch_seed(request, 0))
+        else:
+            seeds.append(mixed(mixed(output & _MASK) + request.prompt_tokens * _STEP + _CONTENT & _MASK))
         return cls(starts, seeds)
 
     def fork(self, request: Request, branch: int, length: int) -> History:

@@ -76,7 +76,17 @@ class Ledger:
                 f"{name} hands out blocks {list(blocks)} as cached, but its keeps_freed is False"
             )
         self.tiers[tier].reset()
+        self._enter_holders(tier, blocks)
         self._touched.update(blocks)
+
+    def _enter_holders(self, tier: str, blocks: Ordered[int]) -> None:
+        """Enter the sequences that have yet to be entered in these blocks: others will look for their content."""
+        at = np.array(blocks, np.int64)
+        unwritten = set(at[self.tiers[tier].rows[at, -1] == UNWRITTEN].tolist())
+        if unwritten:
+            for sequence in self.allocator.sequences:
+                if not unwritten.isdisjoint(sequence.block_table):
+                    self._enter_one(sequence)
 
     def begin(self, sequence: Sequence) -> None:
         """Leading blocks that were touched count as entered: the sequence has to find its content there."""
@@ -98,6 +108,10 @@ class Ledger:
         else:
             self.enter(self.layout([sequence]))
 
+    def leave(self, sequence: Sequence, group: int, tokens: int) -> None:
+        """Tables of one group have no windows."""
+        raise self.error(f"{sequence} leaves {tokens} tokens behind in layer group {group}")
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Both go on from the same history, the child as a branch of its own."""
         self._note("fork")
@@ -117,6 +131,11 @@ class Ledger:
         self._note("copy")
         device.rows[target] = device.rows[source]
         device.quantized[target] = device.quantized[source]
+
+    def cut(self, block: int, offset: int) -> None:
+        """Nothing is written there."""
+        self.device.reset()
+        self.device.rows[block, offset:] = UNWRITTEN
 
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]], sequences: Ordered[Sequence] = ()) -> None:
         """The targets hold what the sources on the other tier hold, at the precision of swaps."""
@@ -141,7 +160,7 @@ class Ledger:
         if self.on_event is not None and not count & (count - 1) and count.bit_length() & 1:
             self.on_event()
 
-    def cut(self, sequence: Sequence) -> None:
+    def lose(self, sequence: Sequence) -> None:
         """What the sequence lost is not entered any more."""
         written = self.live.get(sequence)
         if written is not None and written.tokens > sequence.num_tokens:

@@ -53,6 +53,11 @@ class PagePool(BlockPool):
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each page; those without any are free again, or cached. Raises ValueError."""
         references, cached = self.references, self.cached
+        if not self.extra_references and 0 not in map(references.__getitem__, blocks):  # each is held once
+            for page in blocks:
+                references[page] = 0
+            self.free += [page for page in blocks if not cached[page]]
+            return
         for page in blocks:
             count = references[page]
             if count == 0:

@@ -139,9 +139,9 @@ class PrefixCache:
             if window is not None:
                 self._leave(table, computed, window)
         spare = len(self.pool.free) - (self.watermark_blocks if watermark else 0)
-        if self._needed(holding, hits, total) > spare:
+        if self.needed(holding.tables, hits, total) > spare:
             return False
-        if whole and self._needed(holding, hits, whole, num_new) > spare:
+        if whole and self.needed(holding.tables, hits, whole, num_new) > spare:
             return False
         for group, hit in enumerate(hits):
             self.pool.touch([block for block in hit if block != NULL])
@@ -164,14 +164,20 @@ class PrefixCache:
             table[index] = NULL
         self.pool.release(left)
 
-    def _needed(self, holding: Holding, hits: Ordered[list[int]], total: int, step: int | None = None) -> int:
-        """Blocks that a request with `total` tokens takes out of the queue, hits among them.
+    def needed(
+        self,
+        tables: Ordered[list[int]],
+        hits: Ordered[list[int]],
+        total: int,
+        step: int | None = None,
+    ) -> int:
+        """Blocks that a request with `total` tokens takes out of the queue beside its tables, hits among them.
 
         For a gate on whole prompts, which run `step` tokens at a time, a windowed group asks for no more than
         its window ever holds.
         """
         needed = 0
-        for window, table, hit in zip(self.windows, holding.tables, hits, strict=True):
+        for window, table, hit in zip(self.windows, tables, hits, strict=True):
             blocks = -(-total // self.block_size)
             if step is not None and window is not None:
                 blocks = min(blocks, -(-(window - 1 + step) // self.block_size) + 1 + hit.count(NULL))

@@ -4,38 +4,95 @@ from __future__ import annotations
 
 import numpy as np
 
-from sim.identity import mixed_words
+from sim.identity import mixed, mixed_words
 from sim.request import Request
 
-_CONTENT = np.uint64(0xD6E8FEB86659FD93)
+_CONTENT = 0xD6E8FEB86659FD93
 _INSIDE = np.uint64(0xA0761D6478BD642F)
+_TAIL = 0x8EBC6AF09C88C6E3
+_MASK = (1 << 64) - 1
 
 
-def prefix_keys(request: Request, num_blocks: int, block_size: int) -> list[int]:
-    """The keys of a request's first blocks, all of them full.
+def prefix_keys(request: Request, num_blocks: int, block_size: int, first: int = 0) -> list[int]:
+    """The keys of a request's first blocks, all of them full, from the block `first` on.
 
-    A block that ends inside the named content of the prompt has a key of 64 bits, chained along the names as
-    the identities of tokens are. Where blocks are smaller than `content_grain`, a name h becomes (h, j): a
-    block is found only if the whole name agrees, so hits are a lower bound there. All other blocks, with
-    content of the request's own or generated tokens, have a key that only this request asks for.
+    A block that ends inside named content has a key of 64 bits, chained along the names, where their runs begin and
+    where the block ends, as the identities of tokens are. Generated tokens have a name if the request says so and
+    all of its prompt has. Names of a grain are those of a trace: where blocks are smaller than `content_grain`, a
+    name h becomes (h, j), and a block is found only if the whole name agrees, so hits are a lower bound there. All
+    other blocks, with content of the request's own, have a key that only this request asks for.
     """
     if not request.content:
-        return own_keys(request, 0, num_blocks)
-    grain = request.content_grain
-    covered = min(len(request.content) * grain, request.prompt_tokens)
+        return own_keys(request, first, num_blocks)
+    if request.content_ends:
+        keys = _keys_of_runs(request, num_blocks, block_size, first)
+    else:
+        keys = _keys_of_grains(request, num_blocks, block_size, first)
+    return [*keys, *own_keys(request, first + len(keys), num_blocks)]
+
+
+def _keys_of_runs(request: Request, num_blocks: int, block_size: int, first: int) -> list[int]:
+    """Keys of blocks that end inside named runs of any length."""
+    content, ends = request.content, request.content_ends
+    assert content is not None
+    if request.output_content is not None and ends[-1] == request.prompt_tokens:
+        content = (*content, request.output_content)
+        ends = (*ends, num_blocks * block_size)
+    chain = start = 0
+    block = first
+    chains: list[int] = []
+    counts: list[int] = []
+    for name, end in zip(content, ends, strict=True):
+        chain += mixed(mixed(name & _MASK) + (start + 1) * _CONTENT & _MASK)
+        stop = min(end // block_size, num_blocks)
+        if stop > block:
+            chains.append(chain & _MASK)
+            counts.append(stop - block)
+            block = stop
+        start = end
+    if not chains:
+        return []
+    keys = np.arange((first + 1) * block_size - 1, block * block_size, block_size, dtype=np.uint64)
+    keys *= _INSIDE
+    keys += np.repeat(np.array(chains, np.uint64), counts)
+    whole: list[int] = mixed_words(keys).tolist()
+    return whole
+
+
+def _keys_of_grains(request: Request, num_blocks: int, block_size: int, first: int) -> list[int]:
+    """Keys of blocks that end inside names of `content_grain` tokens each."""
+    content, grain = request.content, request.content_grain
+    assert content is not None
+    covered = min(len(content) * grain, request.prompt_tokens)
     named = min(num_blocks, covered // block_size)
-    ends = np.arange(block_size - 1, named * block_size, block_size)
-    at = ends // grain
-    words = np.array(request.content[: int(at[-1]) + 1 if named else 0]).astype(np.uint64)
-    words = mixed_words(words)
-    words += np.arange(1, len(words) + 1, dtype=np.uint64) * _CONTENT
+    if named <= first:
+        return []
+    last = np.arange((first + 1) * block_size - 1, named * block_size, block_size)
+    at = last // grain
+    words = mixed_words(np.array(content[: int(at[-1]) + 1]).astype(np.uint64))
+    words += np.arange(1, len(words) + 1, dtype=np.uint64) * np.uint64(_CONTENT)
     keys = mixed_words(words).cumsum()[at]
     if block_size % grain:
-        keys = mixed_words(keys + (ends % grain).astype(np.uint64) * _INSIDE)
-    return [*keys.tolist(), *own_keys(request, named, num_blocks)]
+        keys = mixed_words(keys + (last % grain).astype(np.uint64) * _INSIDE)
+    whole: list[int] = keys.tolist()
+    return whole
 
 
 def own_keys(request: Request, first: int, stop: int) -> list[int]:
     """Keys of blocks that nobody else has: negative, so that they are none of named content."""
-    base = -(request.id + 1 << 32)
+    base = own_key(request, 0)
     return list(range(base + first, base + stop))
+
+
+def tail_key(request: Request, num_tokens: int) -> int | None:
+    """The key of all of a request's first tokens, where they end inside named content.
+
+    It is none that a full block has: a block that is filled in part is known with the number of its tokens.
+    """
+    (key,) = prefix_keys(request, 1, num_tokens)
+    return None if key < 0 else mixed(key + _TAIL & _MASK)
+
+
+def own_key(request: Request, index: int) -> int:
+    """Key of one such block."""
+    return index - (request.id + 1 << 32)

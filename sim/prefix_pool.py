@@ -67,16 +67,21 @@ class PrefixPool(BlockPool):
         free = self.free
         if count > len(free):
             raise OutOfBlocks(f"asked for {count} blocks, {len(free)} of {self.num_blocks} are free")
-        pop, references, keys = free.popitem, self.references, self.keys
+        pop, references, keys, found = free.popitem, self.references, self.keys, self._found
         blocks = [pop(False)[0] for _ in range(count)]
+        forgotten = 0
         for block in blocks:
             references[block] = 1
             key = keys[block]
             if key is not None:
                 keys[block] = None
-                self.num_keyed -= 1
+                forgotten += 1
                 if key != UNASKED:
-                    self._forget(block, key)
+                    if found.get(key) == block:
+                        del found[key]
+                    else:
+                        self._forget(block, key)
+        self.num_keyed -= forgotten
         if self.fresh is not None:
             for block in blocks:
                 self.fresh[block] = 1
@@ -111,6 +116,18 @@ class PrefixPool(BlockPool):
             free[block] = None
             free.move_to_end(block, last=False)
 
+    def give_full(self, block: int, key: Hashable) -> None:
+        """Drop the one reference of a full block, which can be found by this key if it has none yet."""
+        if self.keys[block] is None:
+            if self._found.setdefault(key, block) == block:
+                self.keys[block] = key
+                self.num_keyed += 1
+            else:
+                self.register(block, key)
+        assert self.references[block] == 1
+        self.references[block] = 0
+        self.free[block] = None
+
     def register(self, block: int, key: Hashable) -> None:
         """Let the block be found by the key of its content."""
         if self.keys[block] is not None:
@@ -126,19 +143,31 @@ class PrefixPool(BlockPool):
         elif found != block:
             self._found[key] = [found, block]
 
-    def mark_full(self, blocks: Iterable[int]) -> None:
-        """Give blocks that have no key one that is never found."""
+    def register_table(self, blocks: Iterable[int], keys: Iterable[Hashable]) -> None:
+        """`register` for those of these blocks that have no key yet."""
+        known, found = self.keys, self._found
+        registered = 0
+        for block, key in zip(blocks, keys, strict=False):
+            if known[block] is None:
+                if found.setdefault(key, block) != block:
+                    self.register(block, key)
+                    continue
+                known[block] = key
+                registered += 1
+        self.num_keyed += registered
+
+    def mark_full(self, blocks: Sequence[int]) -> None:
+        """Give the blocks behind the last that has a key one that is never found."""
         keys = self.keys
-        for block in blocks:
-            if keys[block] is None:
-                keys[block] = UNASKED
-                self.num_keyed += 1
+        for block in reversed(blocks):
+            if keys[block] is not None:
+                break
+            keys[block] = UNASKED
+            self.num_keyed += 1
 
     def _forget(self, block: int, key: Hashable) -> None:
         found = self._found.get(key)
-        if found == block:
-            del self._found[key]
-        elif isinstance(found, list):
+        if isinstance(found, list):
             found.remove(block)
             if len(found) == 1:
                 (self._found[key],) = found

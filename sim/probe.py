@@ -31,16 +31,22 @@ class Witness(Protocol):
     def write(self, sequence: Sequence) -> None:
         """All tokens of the sequence up to `num_tokens` are written now, before something moves them."""
 
+    def leave(self, sequence: Sequence, group: int, tokens: int) -> None:
+        """The first tokens of the sequence, all written, are about to leave the window of a group of layers."""
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """The child starts with the parent's history, all of it written."""
 
     def copy(self, source: int, target: int) -> None:
         """A device block is copied before a write (copy-on-write)."""
 
+    def cut(self, block: int, offset: int) -> None:
+        """What a device block holds from this offset on is void: whoever holds the block has nothing there."""
+
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]], sequences: Ordered[Sequence] = ()) -> None:
         """Blocks of these sequences move to `tier`; (source, target) each, the source on the other tier."""
 
-    def cut(self, sequence: Sequence) -> None:
+    def lose(self, sequence: Sequence) -> None:
         """The sequence lost its tokens from `num_tokens` on, and will write them again."""
 
     def end(self, sequence: Sequence) -> None:

@@ -8,16 +8,19 @@ from typing import Literal
 
 from sim.errors import IntegrityError
 from sim.eviction import Eviction, lru
+from sim.foresight import NEVER_AGAIN, Foresight
 
 
 class Node:
     """A run of pages below its parent: their content, where they are, and who needs them.
 
     `created` and `used` are ticks of the tree's clock, `uses` counts matches that ran through it, `locks` the
-    requests that hold it.
+    requests that hold it, `next_use` is the next request that asks for all of it, where that is foreseen.
     """
 
-    __slots__ = ("children", "content", "created", "locks", "pages", "parent", "priority", "used", "uses")
+    __slots__ = (
+        "children", "content", "created", "locks", "next_use", "pages", "parent", "priority", "used", "uses"
+    )  # fmt: skip
 
     def __init__(self, parent: Node | None, content: Sequence[Hashable], pages: list[int], now: int) -> None:
         self.parent = parent
@@ -26,6 +29,7 @@ class Node:
         self.pages = pages
         self.created = self.used = now
         self.uses = 0
+        self.next_use = NEVER_AGAIN
         self.priority = 0
         self.locks = 0
 
@@ -36,8 +40,11 @@ class RadixTree:
     A match that ends inside a node splits it. Requests lock the path that they use; unlocked leaves are
     evicted whole, in the order of `eviction`, and a parent without children becomes a leaf. What a match
     visits counts as used: `refresh="whole"` leaves the upper half of a node that it splits as old as it was
-    (mini-sglang), `"visited"` does not (SGLang). All lengths are in pages.
+    (mini-sglang), `"visited"` does not (SGLang). With foresight leaves go page by page, the last one first,
+    since that is the page that is used last of all. All lengths are in pages.
     """
+
+    foresight: Foresight | None = None
 
     def __init__(self, *, eviction: Eviction = lru, refresh: Literal["whole", "visited"] = "whole") -> None:
         self.root = Node(None, (), [], 0)
@@ -152,7 +159,10 @@ class RadixTree:
                 self._offer(each)
 
     def evict(self, count: int) -> list[int]:
-        """Drop unlocked leaves, whole, until `count` pages are free or more. Raises ValueError if there are fewer."""
+        """Drop unlocked leaves, whole, until `count` pages are free or more. Raises ValueError if there are fewer.
+
+        With foresight pages, and no more than that.
+        """
         if count > self.evictable:
             raise ValueError(f"asked to evict {count} pages, {self.evictable} can be")
         freed: list[int] = []
@@ -161,6 +171,16 @@ class RadixTree:
             parent = node.parent
             if parent is None or node.locks or node.children or order != self._order(node):
                 continue  # gone, needed again, or used since
+            if self.foresight is not None:
+                if self.foresight.next_use(node.content[-1]) != node.next_use:
+                    self._offer(node)  # who was to use it next was refused
+                    continue
+                if len(node.pages) > 1:
+                    freed.append(node.pages.pop())
+                    node.content = node.content[:-1]
+                    self.evictable -= 1
+                    self._offer(node)
+                    continue
             freed += node.pages
             del parent.children[node.content[0]]
             node.parent = None
@@ -180,6 +200,8 @@ class RadixTree:
         if len(self._leaves) > 4 * self.num_nodes + 64:
             self._leaves = [entry for entry in self._leaves if self._stands(entry)]
             heapq.heapify(self._leaves)
+        if self.foresight is not None:
+            node.next_use = self.foresight.next_use(node.content[-1])
         self._offers += 1
         heapq.heappush(self._leaves, (self._order(node), self._offers, node))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from sim.decode_set import DecodeSet
+    from sim.source import Session
 
 Status = Literal["waiting", "running", "swapped", "finished", "rejected"]
 
@@ -22,7 +23,7 @@ class Sequence:
 
     __slots__ = (
         "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "order", "origin",
-        "request",
+        "request", "sliding",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
@@ -36,6 +37,7 @@ class Sequence:
         self.decodes: DecodeSet | None = None
         self.origin = num_tokens
         self.finish_tick = NEVER
+        self.sliding = 0  # slots whose tokens leave a window with every further token; kept by the allocator
 
     @property
     def num_tokens(self) -> int:
@@ -51,15 +53,21 @@ class Request:
 
     Times are integer nanoseconds (`NEVER` until they come). `output_tokens` is the true output of each
     branch; policies that could not know it must not read it. `n` parallel samples or `beam_width` beams
-    share the prompt. `content` names the prompt's content: equal leading ids mean equal leading tokens
-    (`content_grain` tokens an id, the last one possibly partial); None is content of its own.
+    share the prompt.
+
+    `content` names what the prompt is made of, one id after the other; None is content of its own. An id stands
+    for a run of tokens, which requests that use it may use the beginning of: equal ids that begin at equal
+    positions behind equal ids mean equal tokens. The runs are of `content_grain` tokens each, the last one
+    possibly partial; or else they end at the positions `content_ends`, behind which the prompt is of its own. What
+    branch 0 generates is named by `output_content`, for prompts that repeat it. `session` knows what the answer
+    leads to.
     """
 
     __slots__ = (
-        "arrival_time", "beam_width", "cached_tokens", "content", "content_grain", "finish_time",
-        "first_scheduled_time", "first_token_time", "id", "n", "next_branch", "output_tokens",
-        "preemptions", "prefill_tokens", "priority", "prompt_tokens", "reason", "reused_tokens",
-        "sequences", "status", "tenant", "width",
+        "arrival_time", "beam_width", "cached_tokens", "content", "content_ends", "content_grain",
+        "finish_time", "first_scheduled_time", "first_token_time", "id", "n", "next_branch",
+        "output_content", "output_tokens", "preemptions", "prefill_tokens", "prefills", "priority",
+        "prompt_tokens", "reason", "reused_tokens", "sequences", "session", "status", "tenant", "width",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +81,9 @@ class Request:
         beam_width: int = 1,
         content: tuple[int, ...] | None = None,
         content_grain: int = 0,
+        content_ends: tuple[int, ...] = (),
+        output_content: int | None = None,
+        session: Session | None = None,
         priority: int = 0,
         tenant: int = 0,
     ) -> None:
@@ -86,6 +97,9 @@ class Request:
         self.width = n if n > beam_width else beam_width  # branches that run side by side
         self.content = content
         self.content_grain = content_grain
+        self.content_ends = content_ends
+        self.output_content = output_content
+        self.session = session
         self.priority = priority
         self.tenant = tenant
         self.status: Status = "waiting"
@@ -96,8 +110,17 @@ class Request:
         self.first_token_time = NEVER
         self.finish_time = NEVER
         self.preemptions = 0
+        self.prefills = 0  # admissions, each of which computes the prompt or what is left of it
         self.cached_tokens = 0  # found at the first admission
         self.reused_tokens = 0  # most found at one of them
 
     def __repr__(self) -> str:
         return f"request {self.id}"
+
+
+def outputs(request: Request) -> int:
+    """Tokens that a request has generated so far, of several branches those of the first."""
+    tokens = request.prefill_tokens  # grown by them if it was preempted
+    if request.sequences and request.sequences[0].decodes is not None:
+        tokens = request.sequences[0].num_tokens + 1  # the last one has no slot yet
+    return tokens - request.prompt_tokens

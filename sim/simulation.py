@@ -9,12 +9,12 @@ import simpy
 
 from sim.beams import BeamSearch
 from sim.engine import Engine
-from sim.errors import Stalled
+from sim.errors import Stalled, UserError
 from sim.probe import Probe
 from sim.recorder import Recorder
 from sim.request import Request
 from sim.schedulers.base import Scheduler
-from sim.source import ClosedLoop, open_loop
+from sim.source import Source
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 
@@ -56,22 +56,23 @@ def simulate(
     """Run a workload to its end; the figures of the summary.
 
     `progress` is called now and then with the number of requests that are over. Raises Stalled if nothing can
-    proceed before all requests are over.
+    proceed before all requests are over, UserError if an allocator must foresee what cannot be foreseen.
     """
     env = simpy.Environment(initial_time=0)
     over = 0
-    clients = workload.clients
-    loop = None
-    if clients is not None:
-        loop = ClosedLoop(env, workload.requests(), clients=clients, think_time=workload.think_time)
+    source = Source(env, workload.requests(), clients=workload.clients, think_time=workload.think_time)
+
+    if scheduler.allocator.foresees:
+        if workload.clients is not None:
+            raise UserError("clients of a closed loop send what nobody can foresee, expected an open loop")
+        scheduler.allocator.foresee(workload.requests())
 
     def on_done(request: Request) -> None:
         nonlocal over
         over += 1
         if progress is not None and over % PROGRESS_EVERY == 0:
             progress(over)
-        if loop is not None:
-            loop.done(request)
+        source.done(request)
 
     scheduler.recovery.price(timing, transfers)
     beams = None if workload.beams is None else BeamSearch(*workload.beams)
@@ -86,10 +87,7 @@ def simulate(
         probe=probe,
         on_done=on_done,
     )
-    if loop is not None:
-        loop.attach(engine)
-    else:
-        env.process(open_loop(env, engine, workload.requests()))
+    source.attach(engine)
     env.run()
     if engine.num_live:
         raise Stalled(f"{engine.num_live} requests never came to an end")
@@ -106,9 +104,10 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
     """The figures of a finished run; shares and mean_running over the loaded period."""
     requests, memory, clock = recorder.latencies, recorder.memory, engine.clock
     duration = memory.end / 1e9
-    unshared = memory.held + memory.saved * engine.allocator.block_size
+    unshared = memory.held + memory.saved * engine.allocator.block_slots
     prompts = requests.admitted_prompt_tokens
-    averages = memory.averages()
+    allocator = engine.allocator
+    averages = memory.averages(allocator.block_size if allocator.pools else 0)
     shares = {name: averages.pop(name) for name in list(averages) if name.endswith("_share")}
     return {
         "duration_s": duration,
@@ -121,6 +120,8 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         **averages,
         "preemptions": clock.preemptions,
         "recomputed_tokens": engine.scheduler.recomputed_tokens,
+        "requests_thrashed": requests.thrashed,
+        "max_prefills": requests.most_prefills,
         "swapped_out_blocks": clock.swapped_out_blocks,
         "swapped_in_blocks": clock.swapped_in_blocks,
         "copied_blocks": clock.copied_blocks,
@@ -133,6 +134,7 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "recovery_s": (clock.recompute_time + clock.stall_time) / 1e9,
         "prefix_hit_tokens": requests.hit_tokens,
         "prefix_hit_rate": requests.hit_tokens / prompts if prompts else 0.0,
-        "blocks_saved_share": memory.saved * engine.allocator.block_size / unshared if unshared else 0.0,
+        "blocks_saved_share": memory.saved * engine.allocator.block_slots / unshared if unshared else 0.0,
         **shares,
+        **engine.allocator.figures,
     }

@@ -1,10 +1,11 @@
-"""Sources: the SimPy processes that submit requests to an engine."""
+"""Sources: what submits requests to an engine, at their arrival or as answers allow."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Generator, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
 
 import simpy
 
@@ -15,78 +16,135 @@ if TYPE_CHECKING:
     from sim.engine import Engine
 
 
-def open_loop(
-    env: simpy.Environment, engine: Engine, requests: Iterable[Request]
-) -> Generator[simpy.Event, Any, None]:
-    """Submit each request at its arrival time (ns), in the order given."""
-    now = 0
-    for request in requests:
-        arrival = request.arrival_time
-        if arrival > now:
-            engine.next_arrival = arrival
-            yield env.timeout(arrival - now)
-            now = arrival
-        engine.submit(request, now)
-    engine.next_arrival = FOREVER
+class Session(Protocol):
+    """Requests of which some are sent only when others are answered: a conversation, a search."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it is on its way and nothing will follow."""
+
+    def answered(self, request: Request) -> Iterable[tuple[int, Request]]:
+        """What the end of a request, finished or rejected, leads to: requests, each with its delay in ns."""
 
 
-class ClosedLoop:
-    """Clients that each send a request, wait for its answer, think, and send the next (Schroeder et al., NSDI 2006).
+class Source:
+    """Requests as they fall due: at their arrival time, or when a client is free; and what answers lead to.
 
-    All clients begin at once. `think_time` in ns.
+    Without `clients` each request arrives at its own time, in the order given. A number of clients makes a closed
+    loop (Schroeder et al., NSDI 2006): all of them begin at once, and each sends a request, waits for its answer,
+    thinks for `think_time` ns and sends the next; where a request is of a session, the client stays for all of it.
+    Requests of sessions are numbered as they are sent. Of what falls due at one instant, arrivals come first, then
+    what answers lead to, in the order of the answers.
     """
 
     def __init__(
-        self, env: simpy.Environment, requests: Iterable[Request], *, clients: int, think_time: int
+        self,
+        env: simpy.Environment,
+        requests: Iterable[Request],
+        *,
+        clients: int | None = None,
+        think_time: int = 0,
     ) -> None:
         self.env = env
-        self.requests: Iterator[Request] = iter(requests)
+        self.clients = clients
         self.think_time = think_time
-        self._due: list[int] = [0] * clients  # heap of the instants at which a client sends
-        self._engine: Engine | None = None
-        self._wake: simpy.Event | None = None
+        self._coming = iter(requests)
+        self._visits = groupby(self._coming, lambda request: request.session or request)  # of a closed loop
+        self._next_arrival = FOREVER  # of an open loop
+        # A heap of what depends on answers: instant, rank, number, request; a client that is free if it is None.
+        self._due: list[tuple[int, int, int, Request | None]] = []
+        self._numbered = 0
+        self._sent = 0
+        self._alarm = FOREVER  # the instant of the next wake-up on the calendar
         self._sending = False
+        self._engine: Engine | None = None
 
     def attach(self, engine: Engine) -> None:
         """Start sending to this engine."""
         self._engine = engine
-        engine.next_arrival = 0
-        self.env.process(self._run())
+        if self.clients is None:
+            self._next_arrival = 0
+            self.env.process(self._arrive(engine))
+            return
+        for _ in range(self.clients):
+            self._push(0, 0, None)
+        self._wait()
 
     def done(self, request: Request) -> None:
-        """A request is over: its client thinks, then sends the next."""
+        """A request is over: something may follow, and its client may be free."""
+        session = request.session
+        if session is None and self.clients is None:
+            return
         assert self._engine is not None
-        heapq.heappush(self._due, max(self._engine.now, int(self.env.now)) + self.think_time)
-        self._send_due()
-        if self._wake is not None and self._due:
-            self._wake.succeed()
-            self._wake = None
+        now = max(self._engine.now, int(self.env.now))
+        if session is not None:
+            for delay, follower in session.answered(request):
+                self._push(now + delay, 1, follower)
+        if self.clients is not None and (session is None or session.over):
+            self._push(now + self.think_time, 0, None)
+        self._send_due(now)
 
-    def _send_due(self) -> None:
-        """Send for every client whose time has come; a request refused at once makes its client due again."""
-        engine = self._engine
-        assert engine is not None
+    def _arrive(self, engine: Engine) -> Generator[simpy.Event, Any, None]:
+        """Send the requests of an open loop at their arrival times."""
+        env = self.env
+        now = 0
+        for request in self._coming:
+            arrival = request.arrival_time
+            if arrival > now:
+                self._next_arrival = arrival
+                if self._due:
+                    self._send_due(now)
+                else:
+                    engine.next_arrival = arrival
+                yield env.timeout(arrival - now)
+                now = arrival
+            if request.session is not None:
+                self._send(request, now)
+            else:
+                engine.submit(request, now)
+        self._next_arrival = FOREVER
+        self._send_due(now)
+
+    def _push(self, instant: int, rank: int, request: Request | None) -> None:
+        self._numbered += 1
+        heapq.heappush(self._due, (instant, rank, self._numbered, request))
+
+    def _send_due(self, now: int) -> None:
+        """Send all whose time has come, after what arrives by then; one that is refused may make others due."""
         if self._sending:
             return
         self._sending = True
-        now = max(engine.now, int(self.env.now))
-        while self._due and self._due[0] <= now:
-            request = next(self.requests, None)
-            if request is None:
-                self._due.clear()
-                self.requests = iter(())
-                break
-            heapq.heappop(self._due)
-            engine.submit(request, now)
+        due = self._due
+        while due and due[0][0] <= now < self._next_arrival:
+            request = heapq.heappop(due)[3]
+            if request is not None:
+                self._send(request, now)
+                continue
+            _, visit = next(self._visits, (None, ()))
+            for request in visit:
+                self._send(request, now)
         self._sending = False
-        engine.next_arrival = self._due[0] if self._due else FOREVER
+        self._wait()
 
-    def _run(self) -> Generator[simpy.Event, Any, None]:
-        env = self.env
-        while True:
-            self._send_due()
-            if self._due:
-                yield env.timeout(self._due[0] - env.now)
-            else:
-                self._wake = simpy.Event(env)
-                yield self._wake
+    def _send(self, request: Request, now: int) -> None:
+        assert self._engine is not None
+        if request.session is not None:
+            request.id = self._sent
+            self._sent += 1
+        self._engine.submit(request, now)
+
+    def _wait(self) -> None:
+        """Tell the engine when something falls due next, and be woken then."""
+        assert self._engine is not None
+        instant = self._due[0][0] if self._due else FOREVER
+        self._engine.next_arrival = min(instant, self._next_arrival)
+        if instant < self._alarm:
+            self._alarm = instant
+            event = self.env.timeout(instant - int(self.env.now))
+            event.callbacks.append(self._ring)
+
+    def _ring(self, event: simpy.Event) -> None:
+        now = int(self.env.now)
+        if self._alarm <= now:
+            self._alarm = FOREVER
+        self._send_due(now)

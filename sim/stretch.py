@@ -23,17 +23,29 @@ def commit_ahead(
     decodes = scheduler.decodes
     durations = decode_durations(timing, decodes, end, limit, horizon)
     count = len(durations)
+    first = len(recorder.durations) - 1
+    if decodes.sliding != recorder.sliding:
+        recorder.slide(first, decodes.sliding)
     if decodes.growths:
+        if allocator.turns:
+            allocator.turns.clear()  # those of planned steps
         count, books = scheduler.grow_ahead(count)
         if count < len(durations):
             del durations[count:]
         external = allocator.num_external(scheduler.head_refused)
-        offset = len(recorder.durations) - decodes.clock - 1
+        offset = first - decodes.clock
         for tick, held, internal in books:
             recorder.usage.extend((tick + offset, held, internal, external))
+        if allocator.turns:
+            for tick, sliding in allocator.turns:
+                recorder.slide(tick + offset, sliding)
+            allocator.turns.clear()
     recorder.durations.extend(durations)
     decodes.advance(count)
-    allocator.num_tokens += count * decodes.size
+    allocator.num_ticks += count
+    allocator.num_tokens += count * decodes.size * allocator.slots_per_token
+    if decodes.sliding:
+        allocator.slide(count * decodes.sliding)
     return end + sum(durations), count + 1
 
 

@@ -12,6 +12,9 @@ from sim.request import NEVER
 
 Ints = NDArray[np.int64]
 
+THRASHING = 3
+"""Prefills of one request from which on it counts as thrashed: it was preempted, and preempted again."""
+
 PARTS = ("token_states", "reserved", "internal", "external", "free")
 
 
@@ -24,16 +27,28 @@ class LatencyTally:
         self.output_tokens = 0
         self.hit_tokens = 0
         self.admitted_prompt_tokens = 0
+        self.most_prefills = 0
+        self.thrashed = 0  # requests with so many
         self.first_admission: int | None = None
         self._samples = {name: array("d") for name in ("ttft", "tpot", "e2e", "normalized")}
 
-    def add(self, times: dict[str, Ints], outputs: Ints, widths: Ints, prompts: Ints, cached: Ints) -> None:
+    def add(
+        self,
+        times: dict[str, Ints],
+        outputs: Ints,
+        widths: Ints,
+        prompts: Ints,
+        cached: Ints,
+        prefills: Ints,
+    ) -> None:
         """Add requests that are over; times in ns, `NEVER` where they did not come."""
         admitted = times["first_scheduled_time"] != NEVER
         if admitted.any():
             first = int(times["first_scheduled_time"][admitted].min())
             self.first_admission = first if self.first_admission is None else min(first, self.first_admission)
         self.hit_tokens += int(cached.sum())
+        self.most_prefills = max(self.most_prefills, int(prefills.max()))
+        self.thrashed += int((prefills >= THRASHING).sum())
         self.admitted_prompt_tokens += int(prompts[admitted].sum())
         done = times["finish_time"] != NEVER
         count = int(done.sum())
@@ -94,6 +109,7 @@ class MemoryTally:
         running: Ints,
         waiting: Ints,
         saved_blocks: Ints,
+        joined_blocks: Ints,
         held: Ints,
         last_arrival: int,
     ) -> None:
@@ -105,7 +121,8 @@ class MemoryTally:
         if saved_blocks.any():
             self.saved += exact_dot(saved_blocks, durations)
         ends = starts + durations
-        columns = [*(parts[name] for name in PARTS), running, np.ones_like(durations)]
+        listed = saved_blocks - joined_blocks
+        columns = [*(parts[name] for name in PARTS), listed, running, np.ones_like(durations)]
         refused = np.flatnonzero(waiting)
         if len(refused):
             self._refused.begin_at(int(starts[refused[0]]))
@@ -118,16 +135,22 @@ class MemoryTally:
             self._arriving.until = last_arrival
             self._arriving.add(columns, starts, ends)
 
-    def averages(self) -> dict[str, float]:
-        """Over the loaded period: its length, the mean batch, shares of the capacity and of what is held."""
+    def averages(self, block_size: int = 0) -> dict[str, float]:
+        """Over the loaded period: its length, the mean batch, shares of the capacity and of what is held.
+
+        And the length of a running request's block tables, NaN where there are none (`block_size` 0).
+        """
         period = self._arriving if self._refused.begin is None else self._refused
         sums = period.closed if period.closed[-1] else period.pending
-        *parts, running, time = sums
+        *parts, listed, running, time = sums
         total = sum(parts)
         held = sum(parts[:3])
         return {
             "loaded_s": time / 1e9,
             "mean_running": running / time if time else math.nan,
+            "mean_table_length": (held / block_size + listed) / running
+            if block_size and running
+            else math.nan,
             "max_running": self.max_running,
             "max_waiting": self.max_waiting,
             **{
@@ -147,8 +170,8 @@ class _Period:
     def __init__(self) -> None:
         self.begin: int | None = None
         self.until = 0
-        self.closed = [0] * (len(PARTS) + 2)
-        self.pending = [0] * (len(PARTS) + 2)
+        self.closed = [0] * (len(PARTS) + 3)
+        self.pending = [0] * (len(PARTS) + 3)
 
     def begin_at(self, instant: int) -> None:
         """Begin, unless it has begun."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,41 +12,23 @@ from typing import Annotated, Any
 import numpy as np
 
 from sim.errors import UserError
-from sim.registry import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Registry
+from sim.registry import NonNegativeFloat, PositiveFloat, PositiveInt, Registry
 from sim.request import Request
 from sim.units import FOREVER, to_ns
 from workloads.arrivals import CHUNK, ArrivalProcess, Instants, arrivals
 from workloads.csv_traces import Csv
 from workloads.lengths import LengthSampler, lengths
+from workloads.sampling import Make, Sampling
+from workloads.sessions import SessionKind, session
+from workloads.shared_prefixes import FewShot, Lead, Leads, SharedPrefix, SystemPrompts
 from workloads.streams import Streams
 from workloads.traces import TraceFormat, TraceRows, trace_format
+from workloads.visits import Visit
 
 workload: Registry[type[Workload]] = Registry("workload")
 
-
-class Sampling:
-    """How many branches a request runs: parallel samples, or the beams of a beam search.
-
-    Raises UserError if both are asked for.
-
-    Fields:
-        n: Samples of each request, which share its prompt.
-        beam_width: Beams of each request.
-        beam_turnover: Chance that a beam dies in a step and a copy of another takes its place.
-    """
-
-    __slots__ = ("beam_turnover", "beam_width", "n")
-
-    def __init__(
-        self, *, n: PositiveInt = 1, beam_width: PositiveInt = 1, beam_turnover: Fraction = 0.1
-    ) -> None:
-        if n > 1 and beam_width > 1:
-            raise UserError(
-                f"n and beam_width exclude each other: got {n} and {beam_width}, expected one to be 1"
-            )
-        self.n = n
-        self.beam_width = beam_width
-        self.beam_turnover = beam_turnover
+SESSIONS = 64
+"""Sessions drawn at once; always so many, so that num_requests does not change what is drawn."""
 
 
 _ONE_BRANCH = Sampling()
@@ -69,6 +51,9 @@ class Workload(ABC):
     sampling: Sampling = _ONE_BRANCH
     beams: tuple[float, int] | None = None
     """Turnover of beams and the seed of its draws; None without beam search."""
+    content_grain: int = 0
+    """Tokens that a recorded name of content stands for: blocks that divide it are found less often than they could
+    be; 0 where content is known to the token, or not at all."""
 
     @abstractmethod
     def requests(self) -> Iterator[Request]:
@@ -84,15 +69,22 @@ class Workload(ABC):
 
 @workload("synthetic")
 class Synthetic(Workload):
-    """Requests of an arrival process and a length distribution.
+    """Requests of an arrival process and a length distribution, and the sessions that some of them begin.
 
-    The first are the same however many there are.
+    The first are the same however many there are. A prompt is what its system prompt and its few-shot examples
+    say, then the tokens that `lengths` tells. With a session each arrival begins one, and what answers lead to
+    counts among the requests; the last session is cut short.
 
     Fields:
         num_requests: Requests in all.
-        arrivals: When they come.
+        arrivals: When they come, or when sessions begin.
         lengths: How long prompts and outputs are.
+        system_prompts: System prompts that many requests share; none by default.
+        few_shot: Instructions and examples that all requests of a task share; none by default.
+        session: What answers lead to; nothing by default.
         sampling: Parallel samples or beams.
+        tenants: Shares of the requests that each of several tenants sends, in any unit; all are of one tenant
+            by default. Who sends a request is drawn at random.
     """
 
     def __init__(
@@ -103,37 +95,82 @@ class Synthetic(Workload):
         num_requests: PositiveInt,
         arrivals: Annotated[ArrivalProcess, arrivals],
         lengths: Annotated[LengthSampler, lengths],
+        system_prompts: SystemPrompts | None = None,
+        few_shot: FewShot | None = None,
+        session: Annotated[SessionKind, session] | None = None,
         sampling: Sampling = _ONE_BRANCH,
+        tenants: list[PositiveFloat] | None = None,
     ) -> None:
         self.streams = streams
         self.max_model_len = max_model_len
         self.num_requests: int = num_requests
         self.arrivals = arrivals
         self.lengths = lengths
+        self.session = session
         self.clients = arrivals.clients
         self.think_time = arrivals.think_time
         self.sampling = sampling
         self.beams = _beams(streams, sampling)
+        self.tenants = _shares(tenants)
+        self.pools: list[SharedPrefix] = [pool for pool in (system_prompts, few_shot) if pool is not None]
+        if self.pools:
+            shortest = Leads(streams, self.pools).shortest
+            if shortest >= max_model_len:
+                raise UserError(
+                    f"shared prefixes: got {shortest} tokens at least before each prompt, expected less than the "
+                    f"{max_model_len} tokens of max_model_len"
+                )
 
     def requests(self) -> Iterator[Request]:
-        """The requests. Raises UserError if arrivals are so rare that the clock cannot tell the last one."""
-        return chain.from_iterable(self._chunks())
+        """The requests, with sessions those that begin one. Raises UserError if the clock cannot tell the last one."""
+        made = self._chunks() if self.session is None else self._visits(self.session)
+        return _dealt(chain.from_iterable(made), self.tenants, self.streams)
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
-        make = _maker(self.sampling)
-        times = _regular(self.arrivals.times(self.streams("arrivals")), CHUNK)
+        make = self.sampling.maker()
+        leads = Leads(self.streams, self.pools).chunks(CHUNK)
         lengths_rng = self.streams("lengths")
-        for first in range(0, self.num_requests, CHUNK):
-            ids = range(first, min(first + CHUNK, self.num_requests))
+        for ids, instants in self._instants(CHUNK):
+            # Always a whole chunk, so that num_requests does not change what is drawn.
+            prompts, outputs = self.lengths.sample(lengths_rng, CHUNK, self.max_model_len)
+            columns = (ids, instants, prompts.tolist(), outputs.tolist())
+            if self.pools:
+                yield _with_leads(make, zip(*columns, next(leads), strict=False))
+            else:
+                yield map(make, *columns)
+
+    def _visits(self, kind: SessionKind) -> Iterator[list[Request]]:
+        make = self.sampling.maker()
+        leads = Leads(self.streams, self.pools).chunks(SESSIONS)
+        lengths_rng, session_rng = self.streams("lengths"), self.streams("sessions")
+        left = self.num_requests
+        for ids, instants in self._instants(SESSIONS):
+            scripts = kind.scripts(session_rng, SESSIONS)
+            size = sum(len(wave) for script in scripts for wave in script.waves)
+            lengths = self.lengths.sample(lengths_rng, size, self.max_model_len)
+            prompts, outputs = (iter(tokens.tolist()) for tokens in lengths)
+            begins = next(leads) if self.pools else [Lead()] * SESSIONS
+            for number, instant, script, lead in zip(ids, instants, scripts, begins, strict=False):
+                visit = Visit(
+                    number, script, lead, prompts, outputs, longest=self.max_model_len, limit=left, make=make
+                )
+                yield visit.begin(instant)
+                left -= visit.size
+                if not left:
+                    return
+
+    def _instants(self, size: int) -> Iterator[tuple[range, list[int]]]:
+        """Numbers and arrival times (ns) of what arrives, in chunks of this size, the last one cut short."""
+        times = _regular(self.arrivals.times(self.streams("arrivals")), size)
+        for first in range(0, self.num_requests, size):
+            ids = range(first, min(first + size, self.num_requests))
             instants = next(times)[: len(ids)]
             if instants[-1] >= FOREVER:
                 raise UserError(
                     f"arrivals: got request {first + int(np.argmax(instants >= FOREVER))} after more than "
                     f"{FOREVER / 365.25 / 86400e9:.0f} years, expected a higher rate"
                 )
-            # Always a whole chunk, so that num_requests does not change what is drawn.
-            prompts, outputs = self.lengths.sample(lengths_rng, CHUNK, self.max_model_len)
-            yield map(make, ids, instants.tolist(), prompts.tolist(), outputs.tolist())
+            yield ids, instants.tolist()
 
 
 @workload("trace")
@@ -153,6 +190,7 @@ class Trace(Workload):
         window_s: Leave out what arrives this much or more after start_s, in the trace's time.
         num_requests: Stop after so many requests.
         sampling: Parallel samples or beams.
+        tenants: Shares of the requests that each of several tenants sends (see synthetic).
     """
 
     def __init__(
@@ -168,6 +206,7 @@ class Trace(Workload):
         window_s: PositiveFloat | None = None,
         num_requests: PositiveInt | None = None,
         sampling: Sampling = _ONE_BRANCH,
+        tenants: list[PositiveFloat] | None = None,
     ) -> None:
         if rate is not None and time_scale != 1.0:
             raise UserError(f"rate and time_scale exclude each other: got {rate:g} and {time_scale:g}")
@@ -175,9 +214,12 @@ class Trace(Workload):
         self.format = trace_format[format]() if isinstance(format, str) else format
         self.start = to_ns(start_s)
         self.window = FOREVER if window_s is None else to_ns(window_s)
+        self.content_grain = self.format.content_grain
         self.limit = num_requests
         self.sampling = sampling
         self.beams = _beams(streams, sampling)
+        self.streams = streams
+        self.tenants = _shares(tenants)
         if rate is None:
             self.factor = time_scale
             next(self.format.read(path), None)  # a file that cannot be read is told of before anything runs
@@ -186,10 +228,10 @@ class Trace(Workload):
 
     def requests(self) -> Iterator[Request]:
         """The requests. Raises UserError for a wrong row, with `file:line`, and for an empty window."""
-        return chain.from_iterable(self._chunks())
+        return _dealt(chain.from_iterable(self._chunks()), self.tenants, self.streams)
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
-        make = _maker(self.sampling)
+        make = self.sampling.maker()
         first = 0
         for rows in self._window():
             times = rows.arrival_time
@@ -252,14 +294,15 @@ def _regular(chunks: Iterator[Instants], size: int) -> Iterator[Instants]:
             held, count = [joined[whole:]], count - whole
 
 
-def _maker(sampling: Sampling) -> Callable[..., Request]:
-    """What makes a request of id, arrival time (ns), prompt tokens and output tokens."""
-    if sampling.n == 1 and sampling.beam_width == 1:
-        return Request
-    return partial(Request, n=sampling.n, beam_width=sampling.beam_width)
+def _with_leads(make: Make, rows: Iterator[tuple[int, int, int, int, Lead]]) -> Iterator[Request]:
+    """Requests behind their shared prefixes."""
+    return (
+        make(id_, time, lead.tokens + prompt, output, content=lead.names, content_ends=lead.ends)
+        for id_, time, prompt, output, lead in rows
+    )
 
 
-def _made(make: Callable[..., Request], first: int, rows: TraceRows, grain: int) -> Iterator[Request]:
+def _made(make: Make, first: int, rows: TraceRows, grain: int) -> Iterator[Request]:
     columns = (rows.arrival_time.tolist(), rows.prompt_tokens.tolist(), rows.output_tokens.tolist())
     ids = range(first, first + len(rows))
     if rows.content is None:
@@ -268,6 +311,34 @@ def _made(make: Callable[..., Request], first: int, rows: TraceRows, grain: int)
         make(id_, time, prompt, output, content=content, content_grain=grain)
         for id_, time, prompt, output, content in zip(ids, *columns, rows.content, strict=True)
     )
+
+
+def _shares(tenants: list[float] | None) -> list[float] | None:
+    """Where in 0 .. 1 the parts of the tenants behind the first begin. Raises UserError if there is no tenant."""
+    if tenants is None:
+        return None
+    if not tenants:
+        raise UserError("tenants: got no share, expected one for each tenant")
+    ends = np.cumsum(tenants) / sum(tenants)
+    return [float(end) for end in ends[:-1]]
+
+
+def _dealt(requests: Iterator[Request], shares: list[float] | None, streams: Streams) -> Iterator[Request]:
+    """The requests, each of a tenant; the draw of one does not depend on how many there are."""
+    return requests if shares is None else _of_tenants(requests, shares, streams("tenants"))
+
+
+def _of_tenants(
+    requests: Iterator[Request], shares: list[float], rng: np.random.Generator
+) -> Iterator[Request]:
+    session = None
+    tenant = 0
+    for request in requests:
+        if session is None or request.session is not session:  # a session is one tenant's
+            session = request.session
+            tenant = bisect_right(shares, rng.random())
+        request.tenant = tenant
+        yield request
 
 
 def _beams(streams: Streams, sampling: Sampling) -> tuple[float, int] | None:

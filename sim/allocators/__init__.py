@@ -1,12 +1,19 @@
 """Allocators: who owns which KV slots. Importing the package registers the built-in ones."""
 
+from sim.allocators.adaptive import AdaptiveAllocator
 from sim.allocators.base import Admission, Allocator, Capacity, MemoryUsage, allocator
 from sim.allocators.contiguous import ContiguousAllocator
+from sim.allocators.jenga import JengaAllocator
+from sim.allocators.multi_size import MultiSizeAllocator
+from sim.allocators.nano_vllm import NanoAllocator
 from sim.allocators.paged import PagedAllocator
 from sim.allocators.prefix import PrefixAllocator
 from sim.allocators.radix import RadixAllocator
+from sim.allocators.token import TokenAllocator
+from sim.allocators.vattention import VAttentionAllocator
 
 __all__ = [
-    "Admission", "Allocator", "Capacity", "ContiguousAllocator", "MemoryUsage", "PagedAllocator",
-    "PrefixAllocator", "RadixAllocator", "allocator",
+    "AdaptiveAllocator", "Admission", "Allocator", "Capacity", "ContiguousAllocator", "JengaAllocator",
+    "MemoryUsage", "MultiSizeAllocator", "NanoAllocator", "PagedAllocator", "PrefixAllocator",
+    "RadixAllocator", "TokenAllocator", "VAttentionAllocator", "allocator",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
+from sim.layer_groups import LayerKind
 from sim.link import Link
 from sim.probe import Witness
 from sim.registry import Registry
@@ -35,12 +36,19 @@ class Admission(Enum):
 class Capacity:
     """What a device offers: KV slots (one token each), and the longest sequence that the engine serves.
 
-    `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`.
+    `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`. `token_bytes` is what
+    a token's K, or its V, takes in one of `num_layers` layers on one device; both are 0 where no model is known.
+    A model whose layers are of several kinds says so in `layers`, with the bytes that there are for all of them;
+    `num_slots` are then tokens without any window.
     """
 
     num_slots: int
     max_model_len: int
     num_blocks: int | None = None
+    token_bytes: float = 0.0
+    num_layers: int = 0
+    layers: tuple[LayerKind, ...] = ()
+    kv_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_model_len"):
@@ -74,7 +82,8 @@ class Allocator(ABC):
 
     A policy says whether a request fits (`admission`), gives slots (`reserve`), takes them back (`release`)
     and tells where a sequence's tokens live (`slots`). Accounting is done here, in a handful of counters that
-    change only when a sequence comes, grows or leaves; `num_tokens` is moved by the engine with every step.
+    change only when a sequence comes, grows or leaves; `num_tokens` is moved by the engine with every step,
+    `num_ticks` with every step that decodes.
     Its first parameter is the `Capacity`; the keyword-only ones are its YAML fields.
     """
 
@@ -84,13 +93,29 @@ class Allocator(ABC):
     """Whether a running sequence may need more slots, and others may have to give way for it."""
     can_stop: ClassVar[bool] = False
     """Whether a sequence that does not run may keep its blocks until somebody needs them (partial preemption)."""
+    can_fly: ClassVar[bool] = False
+    """Whether swaps may go on beside the computation, and at another precision than the cache's."""
     yielding: int = 0
     """Part of the headroom: blocks that somebody still has, and gives up when they are asked for."""
+    asks_exactly: ClassVar[bool] = False
+    """Whether `can_append` refuses only requests that need a slot, and takes one out of the headroom for each."""
     growth: int | None = None
     """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
+    groups_layers: ClassVar[bool] = False
+    """Whether layers of several kinds each keep what they need, states too; else all keep every token."""
+    grows_foreseeably: ClassVar[bool] = False
+    """Whether growths that differ change no more than what `grow` tells, `num_external` for one."""
+    slides: bool = False
+    """Whether running sequences give slots back, as windows slide past them."""
+    gave_back: bool = False
+    """Whether a running sequence gave slots back since somebody last looked (and cleared it)."""
     block_size: int = 1
+    slots_per_token: int = 1
+    """Token states that a further token adds, before any slides out of a window."""
     keeps_freed: bool = False
     """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
+    foresees: bool = False
+    """Whether it is told all requests of the workload beforehand, by `foresee`: a bound, as no server knows them."""
     probe: Witness | None = None
     quantization: str | None = None
     """Precision of what is swapped out, where that is not the cache's own."""
@@ -98,12 +123,16 @@ class Allocator(ABC):
     """Where swaps take their time beside the computation; without one they are over at once."""
 
     def __init__(self, capacity: Capacity) -> None:
+        self.entry_log: list[tuple[int, int]] = []
         self.num_slots = capacity.num_slots
         self.max_model_len = capacity.max_model_len
         self.num_tokens = 0
+        self.num_ticks = 0
         self.num_held = 0
         self.num_internal = 0
         self.sequences: set[Sequence] = set()
+        self.turns: list[tuple[int, int]] = []
+        """Of the last growths, ticks from which on so many slots slide out of windows with every tick."""
 
     # What a policy decides
 
@@ -122,6 +151,10 @@ class Allocator(ABC):
     @abstractmethod
     def slots(self, sequence: Sequence) -> NDArray[np.int64]:
         """Slot of every token of the sequence, shape [num_tokens], in order of position."""
+
+    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
+        """`admission` of a request that computes at most `chunk` tokens in a step, and gets slots for no more."""
+        return self.admission(request, num_tokens)
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Why the request can never be admitted, in numbers."""
@@ -152,6 +185,14 @@ class Allocator(ABC):
 
     def cached_tokens(self, request: Request, num_tokens: int) -> int:
         """How many leading tokens of the request an admission would find cached; at least one is not."""
+        return 0
+
+    def foresee(self, requests: Iterable[Request]) -> None:
+        """Know the workload; called before the first request where `foresees` is true."""
+        raise TypeError(f"{type(self).__name__} foresees nothing")
+
+    def shared_tokens(self, request: Request, num_tokens: int) -> int:
+        """How many of those are in slots that somebody holds, so that finding them takes none of the free ones."""
         return 0
 
     # What the engine calls
@@ -207,6 +248,26 @@ class Allocator(ABC):
         if held > sequence.final_tokens:
             self.num_internal += held - max(before, sequence.final_tokens)
 
+    def gives_back(self, growing: Iterable[Sequence], awaited: bool) -> bool:
+        """Whether one of these sequences gives slots back where it grows next.
+
+        If they are not `awaited`, whether that changes more than the slots held and internal waste.
+        """
+        return False
+
+    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+        """All decoding sequences have the slots of the coming tick; told to allocators that slide."""
+
+    def unfill(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take the last tokens from a sequence that does not decode; it keeps its slots."""
+        sequence.origin -= num_tokens
+        self.num_tokens -= num_tokens
+
+    def slide(self, slots: int) -> None:
+        """The tokens in so many slots left their windows."""
+        self.num_tokens -= slots
+        self.num_internal += slots
+
     def append(self, sequence: Sequence) -> int:
         """Make sure that the next token of the sequence has a slot of its own; the number of blocks copied."""
         if sequence.num_tokens >= sequence.capacity:
@@ -254,7 +315,11 @@ class Allocator(ABC):
         finally:
             sequence.origin -= room
 
-    # Optional powers, refused unless `can_fork`, `can_stop` or `can_swap` says otherwise
+    def shares_tail(self, sequence: Sequence) -> bool:
+        """Whether its next token needs a copy of its last block, which a cache gave to another request too."""
+        return False
+
+    # Optional powers, refused unless `can_fork`, `can_stop`, `can_swap` or `can_fly` says otherwise
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share everything that the parent holds."""
@@ -299,6 +364,25 @@ class Allocator(ABC):
     def blocks_saved(self) -> int:
         """Blocks that would be held beside those held now if nothing were shared."""
         return 0
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures of a finished run that only this policy has, by their names in the summary."""
+        return {}
+
+    @property
+    def num_entries(self) -> int | None:
+        """Entries of all block tables on the device where blocks differ in size; None where each block has one.
+
+        Where it says so, a growth changes nothing but what is held, wasted and listed, and `entry_log` has the ticks
+        of growths with the blocks less the entries after each; the engine clears it.
+        """
+        return None
+
+    @property
+    def block_slots(self) -> int:
+        """Slots of a block as `blocks_saved` counts them."""
+        return self.block_size
 
     # Books
 

@@ -27,6 +27,7 @@ class CachingAllocator(Allocator):
     """
 
     keeps_freed = True
+    asks_exactly = True
     pool: BlockPool
 
     def __init__(self, capacity: Capacity, block_size: int, watermark: float) -> None:
@@ -106,6 +107,11 @@ class CachingAllocator(Allocator):
     def cached_tokens(self, request: Request, num_tokens: int) -> int:
         """Those in the leading blocks that are cached."""
         return self.cached(request, num_tokens)[0] * self.block_size
+
+    def shared_tokens(self, request: Request, num_tokens: int) -> int:
+        """Those in cached blocks that somebody references."""
+        hits, unreferenced = self.cached(request, num_tokens)
+        return (hits - unreferenced) * self.block_size
 
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
         """Give a sequence its cached blocks and new ones behind them; the tokens that it need not compute."""

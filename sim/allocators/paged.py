@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +31,21 @@ class PagedAllocator(Allocator):
         watermark: Share of the blocks that an admission leaves free, so that running sequences can grow.
         num_host_blocks: Blocks of the host pool that swapped requests move to; by default as many as the
             device has, the bound that the paper gives.
+        prefix_caching: Whether blocks are found again by their content, as V0 did it.
     """
 
     can_fork = True
     can_stop = True
     can_swap = True
+    can_fly = True
+
+    def __new__(cls, *arguments: Any, prefix_caching: bool = False, **fields: Any) -> PagedAllocator:
+        """With prefix caching another class, so that nothing of it is asked for without."""
+        if prefix_caching and cls is PagedAllocator:
+            from sim.allocators.cached_paged import CachedPagedAllocator
+
+            cls = CachedPagedAllocator
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -44,6 +54,7 @@ class PagedAllocator(Allocator):
         block_size: PositiveInt = 16,
         watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.01,
         num_host_blocks: NonNegativeInt | None = None,
+        prefix_caching: bool = False,
     ) -> None:
         super().__init__(capacity)
         num_blocks = capacity.num_slots // block_size if capacity.num_blocks is None else capacity.num_blocks
@@ -177,11 +188,16 @@ class PagedAllocator(Allocator):
         if not self.pool.extra_references:
             super().free(sequence)
             return
-        siblings = [
-            other for other in sequence.request.sequences if other is not sequence and other.block_table
-        ]
-        self._book([*siblings, sequence], -1)
-        self._book(siblings, 1)
+        # Branches are as long as each other, so what the others hold too stays as it is entered.
+        size, references = self.block_size, self.pool.references
+        tokens, final = sequence.num_tokens, sequence.final_tokens
+        for index, block in enumerate(sequence.block_table):
+            if references[block] == 1:
+                start = index * size
+                self.num_held -= size
+                self.num_tokens -= min(size, max(0, tokens - start))
+                if sequence.capacity >= final:
+                    self.num_internal -= size - min(size, max(0, final - start))
         self.release(sequence)
         self.sequences.discard(sequence)
         sequence.capacity = 0
@@ -288,6 +304,18 @@ class PagedAllocator(Allocator):
             source.release(sequence.block_table)
             sequence.block_table = moved
         return distinct
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """What cached blocks rule out: others find them as they are, and at the precision of their key."""
+        if not config["allocator"].get("prefix_caching"):
+            return
+        transfers = config.get("transfers") or {}
+        if config["scheduler"].get("preemption") == "partial":
+            yield "scheduler.preemption", "partial preemption is not there for cached blocks (prefix_caching)"
+        for field in ("asynchronous", "quantization"):
+            if transfers.get(field):
+                yield f"transfers.{field}", "is not there for cached blocks (prefix_caching)"
 
     # Where tokens live
 

@@ -36,15 +36,17 @@ class Buddy:
     """Buddy system (Knowlton 1965): chunks are powers of two, halved on demand and merged with their buddy.
 
     A range that is no power of two starts as the powers of its binary form, largest first: 15,728 slots are
-    8192 + 4096 + 2048 + 1024 + 256 + 64 + 32 + 16.
+    8192 + 4096 + 2048 + 1024 + 256 + 64 + 32 + 16. With `most` no chunk is larger than that power of two.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, most: int | None = None) -> None:
         self.num_free = num_slots
         self._free: list[dict[int, None]] = [{} for _ in range(num_slots.bit_length())]
+        if most is not None:
+            del self._free[most.bit_length() :]
         base = 0
         for order in reversed(range(len(self._free))):
-            if num_slots >> order & 1:
+            while num_slots - base >= 1 << order:
                 self._free[order][base] = None
                 base += 1 << order
 
@@ -76,7 +78,8 @@ class Buddy:
         """Merge with free buddies as far as possible."""
         order = (size - 1).bit_length()
         self.num_free += 1 << order
-        while (base ^ 1 << order) in self._free[order]:
+        largest = len(self._free) - 1
+        while order < largest and (base ^ 1 << order) in self._free[order]:
             del self._free[order][base ^ 1 << order]
             base &= ~(1 << order)
             order += 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
+from sim.allocators.grouped_prefix import GroupedPrefixAllocator
 from sim.prefix_keys import prefix_keys
 from sim.prefix_pool import PrefixPool
 from sim.registry import Bounds, PositiveInt
@@ -22,15 +23,26 @@ class PrefixAllocator(CachingAllocator):
     in `sim/prefix_pool.py`). The same content computed twice stays in two blocks. There are no forks and no
     swapping: parallel samples are requests of their own in V1.
 
+    Of a model whose layers are of several kinds, or with `windows`, each group of layers has a block table of its
+    own over one pool of equal pages; see `GroupedPrefixAllocator`, which is made in its place.
+
     Fields:
         block_size: KV slots per block.
         watermark: Share of the blocks that an admission leaves free while others run.
         prefix_caching: Whether blocks are found again at all.
         keyless_first: Whether freed blocks without a hash are reused first (vLLM of 2026), or queue up behind
             the others (false, vLLM 0.10.0).
+        windows: Tokens that each group of layers attends to, null for all; by default as the model has it.
     """
 
+    groups_layers = True
     pool: PrefixPool
+
+    def __new__(cls, capacity: Capacity, **fields: Any) -> Any:
+        """The allocator of one group that sees all tokens, or that of several."""
+        if fields.get("windows") is None and not capacity.layers:
+            return super().__new__(cls)
+        return GroupedPrefixAllocator(capacity, **fields)
 
     def __init__(
         self,
@@ -40,7 +52,9 @@ class PrefixAllocator(CachingAllocator):
         watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.0,
         prefix_caching: bool = True,
         keyless_first: bool = True,
+        windows: list[PositiveInt | None] | None = None,
     ) -> None:
+        assert windows is None  # see __new__
         super().__init__(capacity, block_size, watermark)
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
         self.prefix_caching = self.keeps_freed = prefix_caching
@@ -76,24 +90,25 @@ class PrefixAllocator(CachingAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found."""
-        self._register(sequence, self._keys(sequence.request, num_tokens))
+        self.pool.register_table(sequence.block_table, self._keys(sequence.request, num_tokens))
         self._head = None, []
 
-    def _register(self, sequence: Sequence, keys: list[int]) -> None:
-        pool = self.pool
-        known = pool.keys
-        for block, key in zip(sequence.block_table, keys, strict=False):
-            if known[block] is None:
-                pool.register(block, key)
-
     def finished(self, sequence: Sequence) -> None:
-        """Nobody will ask for what was generated; its blocks queue up all the same."""
+        """What was generated is found by those who know its name; else its blocks only queue up with the others."""
         if self.prefix_caching:
-            self.pool.mark_full(sequence.block_table[: sequence.num_tokens // self.block_size])
+            full = sequence.num_tokens // self.block_size
+            request = sequence.request
+            if request.output_content is None:
+                self.pool.mark_full(sequence.block_table[:full])
+            else:
+                known = request.prefill_tokens // self.block_size
+                keys = prefix_keys(request, full, self.block_size, known)
+                self.pool.register_table(sequence.block_table[known:], keys)
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
         if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
             full = sequence.num_tokens // self.block_size
-            self._register(sequence, prefix_keys(sequence.request, full, self.block_size))
+            keys = prefix_keys(sequence.request, full, self.block_size)
+            self.pool.register_table(sequence.block_table, keys)
         self.pool.release(sequence.block_table[::-1])

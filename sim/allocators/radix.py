@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
-from sim.errors import UserError
 from sim.eviction import Eviction, belady, lru
 from sim.eviction import eviction as evictions
+from sim.foresight import Foresight
 from sim.page_pool import PagePool
 from sim.prefix_keys import prefix_keys
 from sim.radix_tree import Node, RadixTree
@@ -28,7 +29,7 @@ class RadixAllocator(CachingAllocator):
     Fields:
         block_size: KV slots per page.
         watermark: Share of the pages that an admission leaves free while others run.
-        eviction: Which leaf goes first.
+        eviction: Which leaf goes first; belady takes what is asked for last in the whole workload, page by page.
     """
 
     pool: PagePool
@@ -41,16 +42,29 @@ class RadixAllocator(CachingAllocator):
         watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.0,
         eviction: Annotated[Eviction, evictions] = lru,
     ) -> None:
-        if eviction is belady:
-            raise UserError(
-                "eviction belady knows the future, which a server does not; kvsim hit-rate takes it"
-            )
         super().__init__(capacity, block_size, watermark)
         self.tree = RadixTree(eviction=eviction, refresh="visited")
+        self.foresees = eviction is belady
         self.pool = PagePool(self.num_blocks, self.tree)
         self._nodes: dict[Sequence, Node] = {}  # where a sequence's part of the tree ends
         self._shared: dict[Sequence, int] = {}  # pages up to there
         self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """What depends on answers is not known beforehand."""
+        workload = config["workload"]
+        closed = (workload.get("arrivals") or {}).get("kind") == "closed_loop"
+        if config["allocator"].get("eviction") == {"kind": "belady"} and (closed or workload.get("session")):
+            what = "a closed loop sends" if closed else "sessions send"
+            yield (
+                "allocator.eviction",
+                f"belady knows all requests beforehand, and what {what} depends on answers",
+            )
+
+    def foresee(self, requests: Iterable[Request]) -> None:
+        """Know which content will be asked for."""
+        self.tree.foresight = Foresight(requests, self.block_size)
 
     def _keys(self, request: Request, num_tokens: int) -> list[int]:
         """Keys of the pages that may be found: not the last token's."""
@@ -70,6 +84,9 @@ class RadixAllocator(CachingAllocator):
     def hold(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Match and lock."""
         request = sequence.request
+        foresight = self.tree.foresight
+        if foresight is not None and request.id > foresight.now:
+            foresight.now = request.id
         pages, node = self.tree.match(self._keys(request, num_tokens), request.priority)
         self.tree.lock(node)
         self.pool.touch(pages)

@@ -81,7 +81,7 @@ class Stopped:
             del self._own[sequence]
             owner.sequences.discard(sequence)
         if owner.probe is not None:
-            (owner.probe.cut if held else owner.probe.end)(sequence)
+            (owner.probe.lose if held else owner.probe.end)(sequence)
 
 
 class InFlight:

@@ -8,7 +8,7 @@ from typing import Annotated
 from sim.allocators.base import Admission, Allocator
 from sim.registry import PositiveInt
 from sim.request import NEVER, Request
-from sim.schedulers.base import Preemption, branches, scheduler
+from sim.schedulers.base import Preemption, scheduler
 from sim.schedulers.chunked import ChunkedScheduler
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
@@ -73,29 +73,8 @@ class AISimulate(ChunkedScheduler):
 
     def _run(self, step: Step) -> int:
         """Running requests in order of admission; what they leave of the step's tokens."""
-        partial = self.partial
-        left = budget = self.max_num_batched_tokens - self.decodes.size
-        chunks = []
-        demand = 0
-        for request in partial:
-            tokens = min(self.left(request), left)
-            chunks.append(tokens)
-            left -= tokens
-            demand += self.allocator.demand(request.sequences[0], tokens)
-        if budget < 0 or not self.ample(demand) or not self._decodes_first(left):
-            return self._walk(step)
-        self.grow(step)
-        for request, tokens in zip(list(partial), chunks, strict=True):
-            if tokens:
-                self.compute(request, tokens, step)
-            else:
-                self.resting_seqs += branches(request)
-        return left
-
-    def _decodes_first(self, left: int) -> bool:
-        """Whether the chunks leave every decode its token in order of admission."""
-        behind = zip(reversed(self.running), self.partial, strict=False)
-        return left > 0 or all(request in self.partial for request, _ in behind)
+        left = self.serve_all(step)
+        return self._walk(step) if left is None else left
 
     def _walk(self, step: Step) -> int:
         queue = list(self.running)
@@ -108,12 +87,12 @@ class AISimulate(ChunkedScheduler):
             tokens = len(request.sequences)
             if request in self.partial:
                 tokens = min(self.left(request), left)
-            while not self._has_room(request, tokens):
+            while not self.has_room(request, tokens):
                 chosen = self._choose([each for each in queue if each not in chunked])
                 queue.remove(chosen)
                 if chosen in served:
                     left += served.pop(chosen)
-                    self._forget_growth(chosen)
+                    self.forget_growth(chosen)
                 self.preempt(chosen, step)
                 if chosen is request:
                     break
@@ -130,29 +109,14 @@ class AISimulate(ChunkedScheduler):
         self.decode_walked(step)
         return left
 
-    def _has_room(self, request: Request, tokens: int) -> bool:
-        if request in self.partial:
-            return self.allocator.demand(request.sequences[0], tokens) <= self.allocator.headroom
-        return self.allocator.can_append(request)
-
     def _choose(self, candidates: Ordered[Request]) -> Request:
         if self._choose_victim is latest:
             return candidates[-1]
         return candidates[0] if self._choose_victim is earliest else self._choose_victim(candidates)
 
-    def _forget_growth(self, request: Request) -> None:
-        """A victim has its slot of this step: it stands in the calendar by the slots that it had before."""
-        decodes = self.decodes
-        growing = decodes.growths.get(decodes.clock + 1, [])
-        for sequence in request.sequences:
-            if sequence in growing:
-                growing.remove(sequence)
-                if sequence.capacity < sequence.final_tokens:
-                    decodes.await_growth(sequence)
-
     def _admit_chunks(self, step: Step, now: int, left: int) -> None:
         while self.waiting and left > 0:
-            admission = self.head_admission(step)
+            admission = self.head_admission(step, left)
             if admission is Admission.NEVER:
                 continue
             if admission is Admission.LATER or self.full:

@@ -47,7 +47,31 @@ class Scheduler(Queues, ABC):
         """Whether a request that arrives now would be looked at by the next plan."""
         return True
 
+    # What the engine calls
+
+    def next_step(self, now: int) -> Step:
+        """The order's turn, if it has one, and then the plan."""
+        if self.ranking is None:
+            return self.plan(now)
+        before = Step()
+        self.ranking.begin(self, now, before)
+        step = self.plan(now)
+        step.preempted[:0] = before.preempted
+        return step
+
     # What policies share
+
+    def could_admit(self, request: Request) -> bool:
+        """Whether memory and the number of sequences allow for a request now; true for one that they never will."""
+        if self.num_seqs + branches(request) > self.max_num_seqs >= request.width:
+            return False
+        return self.allocator.admission(request, request.prefill_tokens) is not Admission.LATER
+
+    def give_way(self, request: Request, step: Step) -> None:
+        """Send a running request of one branch back to the queue for the sake of another."""
+        preemption, self.preemption = self.preemption, "recompute"
+        self.preempt(request, step)
+        self.preemption = preemption
 
     def grow(self, step: Step) -> None:
         """Give every decoding sequence a slot for its next token and put them into the step.
@@ -77,14 +101,20 @@ class Scheduler(Queues, ABC):
         decodes = self.decodes
         if not decodes.size:
             return
+        if self.allocator.slides:
+            self.allocator.settle()
         decodes.advance()
-        self.allocator.num_tokens += decodes.size
+        self.allocator.num_ticks += 1
+        self.allocator.num_tokens += decodes.size * self.allocator.slots_per_token
+        if decodes.sliding:
+            self.allocator.slide(decodes.sliding)
         step.num_decodes = decodes.size
         step.decode_context = decodes.context
 
     def grow_ahead(self, ticks: int) -> tuple[int, list[tuple[int, int, int]]]:
         """Grow the decode set through further ticks while nobody could be refused (see `DecodeSet.grow`)."""
-        return self.decodes.grow(self.allocator, ticks, self._widest + self.allocator.yielding)
+        spare = self._widest + self.allocator.yielding
+        return self.decodes.grow(self.allocator, ticks, spare, self.head_refused)
 
     def _grow_one_by_one(self, step: Step) -> None:
         """In order of arrival, as vLLM V0 does where blocks are short."""
@@ -248,7 +278,7 @@ class Scheduler(Queues, ABC):
         """(dotted path, complaint) for options of a whole experiment that contradict each other."""
         preemption = config["scheduler"].get("preemption")
         sampling = config["workload"].get("sampling") or {}
-        group = max(sampling.get("n", 1), sampling.get("beam_width", 1)) > 1
+        group = any((sampling.get(field) or 1) > 1 for field in ("n", "best_of", "beam_width"))
         moves = preemption in ("swap", "hybrid")
         if config["allocator"].get("num_host_blocks") == 0 and (moves or group):
             who = "groups of sequences are" if group else f"preemption is set to {preemption}: requests are"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated
 
 from sim.allocators.base import Allocator
@@ -53,7 +53,7 @@ class ChunkedScheduler(Scheduler):
         self._woken = bool(self.resting)
         for sequence in self.resting:
             self.decodes.join(sequence)
-            if sequence.request.width > 1:
+            if sequence.request.width > 1 or self.allocator.shares_tail(sequence):
                 self.decodes.copy_pending.append(sequence)
         self.resting = []
 
@@ -75,6 +75,104 @@ class ChunkedScheduler(Scheduler):
         decodes = self.decodes
         growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending)
         return self.allocator.headroom - growing - demand >= self._widest
+
+    def serve_all(self, step: Step, longest: int = FOREVER) -> int | None:
+        """Give all that run their tokens in order of admission, prompts at most `longest`; what is left of the budget.
+
+        None, and nothing is done, where somebody may be refused and it matters who is asked first: the policy
+        walks its requests then.
+        """
+        partial = self.partial
+        left = budget = self.max_num_batched_tokens - self.decodes.size
+        chunks = []
+        demand = 0
+        for request in partial:
+            tokens = min(self.left(request), longest, left)
+            chunks.append(tokens)
+            left -= tokens
+            demand += self.allocator.demand(request.sequences[0], tokens)
+        if budget < 0 or not self._decodes_first(left):
+            return None
+        if not self.ample(demand):
+            if not self._last_gives_way:
+                return None
+            self._serve_who_needs(step, longest)
+            return self.max_num_batched_tokens - step.num_decodes - step.num_prefill_tokens
+        self.grow(step)
+        for request, tokens in zip(list(partial), chunks, strict=True):
+            if tokens:
+                self.compute(request, tokens, step)
+            else:
+                self.resting_seqs += branches(request)
+        return left
+
+    def _decodes_first(self, left: int) -> bool:
+        """Whether the chunks leave every decode its token in order of admission."""
+        behind = zip(reversed(self.running), self.partial, strict=False)
+        return left > 0 or all(request in self.partial for request, _ in behind)
+
+    @property
+    def _last_gives_way(self) -> bool:
+        """Whether the victim is always the one admitted last, and only who needs a slot can be refused."""
+        return self._choose_victim is latest and self.allocator.asks_exactly
+
+    def _serve_who_needs(self, step: Step, longest: int) -> None:
+        """`serve_all` where slots are short: who needs none is not looked at, and the last one gives way."""
+        decodes, running, partial = self.decodes, self.running, self.partial
+        for request in self.who_need_slots(partial):
+            if request not in running:
+                break  # nor is anybody behind it
+            tokens = len(request.sequences)
+            if request in partial:
+                left = self.max_num_batched_tokens - decodes.size - step.num_prefill_tokens
+                tokens = min(self.left(request), longest, left)
+                if tokens <= 0:
+                    self.resting_seqs += branches(request)
+                    continue
+            while not self.has_room(request, tokens):
+                last = next(reversed(running))
+                self.preempt(last, step)
+                if last is request:
+                    break
+            else:
+                if request in partial:
+                    self.compute(request, tokens, step)
+                else:
+                    self.append(request, step)
+        self.decode_walked(step)
+
+    def who_need_slots(self, others: Collection[Request] = ()) -> list[Request]:
+        """Requests whose decodes need a slot or a copy at the next tick, and others, in order of admission."""
+        decodes = self.decodes
+        growing = decodes.growths.get(decodes.clock + 1, [])
+        needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
+        needing.update(others)
+        return [request for request in self.running if request in needing]
+
+    def has_room(self, request: Request, tokens: int) -> bool:
+        """Whether a running request can have its next tokens."""
+        if request in self.partial:
+            return self.allocator.demand(request.sequences[0], tokens) <= self.allocator.headroom
+        return self.allocator.can_append(request)
+
+    def forget_growth(self, request: Request) -> None:
+        """Take a token of this step from a decoding request: it stands in the calendar by the slots that it had."""
+        decodes = self.decodes
+        growing = decodes.growths.get(decodes.clock + 1, [])
+        for sequence in request.sequences:
+            if sequence in growing:
+                growing.remove(sequence)
+                if sequence.capacity < sequence.final_tokens:
+                    decodes.await_growth(sequence)
+
+    def demanded(self, requests: Iterable[Request]) -> int:
+        """What the next tokens of decoding requests take of the headroom."""
+        pending = set(self.decodes.copy_pending)
+        return sum(
+            sequence.num_tokens >= sequence.capacity or sequence in pending
+            for request in requests
+            for sequence in request.sequences
+        )
 
     def decode_walked(self, step: Step) -> None:
         """Put the decode set into the step after a walk over the requests."""

@@ -11,6 +11,7 @@ from sim.decode_set import DecodeSet
 from sim.request import Request, Sequence
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
+from sim.schedulers.ranking import Ranking
 from sim.schedulers.recovery import Preemption, Recovery, branches
 from sim.schedulers.victims import Victim, bound, latest
 from sim.schedulers.victims import victim as victims
@@ -40,7 +41,8 @@ class Queues:
         self.max_num_seqs = FOREVER if max_num_seqs is None else max_num_seqs
         self.max_num_batched_tokens = FOREVER if max_num_batched_tokens is None else max_num_batched_tokens
         self.preemption = preemption
-        self.decodes = DecodeSet()
+        self.ranking = order if isinstance(order, Ranking) else None
+        self.decodes = DecodeSet() if self.ranking is None else self.ranking.decode_set()
         self.waiting: deque[Request] = deque()
         self.running: dict[Request, None] = {}
         self.partial: dict[Request, None] = {}  # of those, whose prompts are not computed to their ends
@@ -69,6 +71,9 @@ class Queues:
         """Queue a request behind all that go before it."""
         if self._order is None:
             self.waiting.append(request)
+        elif self.ranking is not None:
+            self.waiting.append(request)
+            self.ranking.arrivals += 1
         else:
             insort(self.waiting, request, key=self._order)
 
@@ -77,6 +82,8 @@ class Queues:
         if self._order is None:
             self.waiting.appendleft(request)
         else:
+            if self.ranking is not None:
+                self.ranking.requeued(request)
             insort_left(self.waiting, request, key=self._order)
 
     @property
@@ -89,11 +96,17 @@ class Queues:
         """Requests that are in and not running: queued or swapped out."""
         return len(self.waiting) + len(self.swapped)
 
-    def head_admission(self, step: Step) -> Admission:
-        """What the allocator says of the head of the queue; a head that can never run is rejected and gone."""
+    def head_admission(self, step: Step, chunk: int = FOREVER) -> Admission:
+        """What the allocator says of the head of the queue; a head that can never run is rejected and gone.
+
+        Where slots are given as they are filled, by at most `chunk` tokens a step, windows need less.
+        """
         request = self.waiting[0]
         tokens = request.prefill_tokens
-        admission = self.allocator.admission(request, tokens)
+        if chunk < tokens:
+            admission = self.allocator.admission_in_chunks(request, tokens, chunk)
+        else:
+            admission = self.allocator.admission(request, tokens)
         if admission is Admission.LATER:
             self.head_refused = True
         elif admission is Admission.NEVER:
@@ -135,6 +148,7 @@ class Queues:
         if budget < known:
             filled = min(known, self.allocator.cached_tokens(request, known) + budget)
         self.num_seqs += branches(request)
+        request.prefills += 1
         if request.sequences:
             sequence = request.sequences[0]
         else:
@@ -152,6 +166,8 @@ class Queues:
             request.reused_tokens = cached
         request.status = "running"
         self.running[request] = None
+        if self.ranking is not None:
+            self.ranking.admitted(self, request)
         tokens = filled - cached
         if request in self.lost:
             self._note_recomputed(request, cached, tokens, step)

@@ -41,9 +41,10 @@ class Recovery:
     def price(self, timing: StepTime, transfers: Transfers) -> None:
         """Take the costs of a run, and open its link; to be called before its first step."""
         self._timing, self._transfers = timing, transfers
-        self._queues.allocator.quantization = transfers.quantization
-        if transfers.asynchronous:
-            self._queues.allocator.link = Link(transfers)
+        allocator = self._queues.allocator
+        if allocator.can_fly:
+            allocator.quantization = transfers.quantization
+            allocator.link = Link(transfers) if transfers.asynchronous else None
 
     def swaps(self, request: Request) -> bool:
         """Whether the request would be moved to the host if it gave way now; a tie is computed again."""

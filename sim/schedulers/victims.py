@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from sim.registry import Registry
-from sim.request import Request
+from sim.request import Request, outputs
 from sim.schedulers.recovery import Recovery
 
 Victim = Callable[..., Request]
@@ -32,6 +32,12 @@ def earliest(candidates: Sequence[Request]) -> Request:
 def fewest_blocks(candidates: Sequence[Request]) -> Request:
     """The request that holds the fewest blocks, shared ones once; of equals the latest."""
     return min(candidates, key=lambda request: (_held(request), -request.id))
+
+
+@victim("fewest_outputs")
+def fewest_outputs(candidates: Sequence[Request]) -> Request:
+    """The request that has generated the fewest tokens, of equals the longest prompt, then the latest (SGLang)."""
+    return min(candidates, key=lambda request: (outputs(request), -request.prompt_tokens, -request.id))
 
 
 @victim("most_blocks", "most_slots")

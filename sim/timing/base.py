@@ -25,6 +25,10 @@ class StepTime(ABC):
     """True if a decode step's time depends on the number of sequences only."""
     num_slots: int = FOREVER
     """KV slots of the device; the engine says it before the first step."""
+    num_entries: int | None = None
+    """Entries of all block tables, where blocks differ in size; the engine says it before each step."""
+    counts_entries: ClassVar[bool] = False
+    """Whether a step's time depends on them."""
 
     @abstractmethod
     def seconds(self, step: Step) -> float:

@@ -21,13 +21,15 @@ class Calibrated(StepTime):
     profile's dtype (of a mixture of experts, at least what reading the experts of the step's tokens takes).
     One fused step: linear layers over all tokens, then attention for the decodes and for the prompts, added.
     Tensor parallel devices share heads and weights evenly; their communication is part of the step overhead.
-    The last block of a sequence counts as half full.
+    The last block of a sequence counts as half full; where blocks differ in size, those that are held count.
 
     Fields:
         profile: What the device takes: the name of a shipped profile, or a file of kvsim calibrate.
         step_overhead_ms: Time per step beside the operators: scheduling, sampling, communication.
         block_size: Tokens of a block; by default the allocator's, 16 where it has none.
     """
+
+    counts_entries = True
 
     def __init__(
         self,
@@ -69,6 +71,11 @@ class Calibrated(StepTime):
         layers, block_size, kv_token, flops = self._decode_shape
         half = (block_size - 1) / (2 * block_size)
         self.decode_base = layers * (decode.base_us * US)
+        self.per_entry = layers * (decode.ns_per_block * NS)
+        self.per_bare_decode = layers * (decode.us_per_sequence * US)
+        self.per_bare_context = layers * (
+            decode.ms_per_kv_gb * S_PER_BYTE * kv_token + decode.ms_per_tflop * S_PER_FLOP * flops
+        )
         self.per_decode = layers * (decode.us_per_sequence * US + decode.ns_per_block * NS * half)
         self.per_context = layers * (
             decode.ns_per_block * NS / block_size
@@ -100,6 +107,12 @@ class Calibrated(StepTime):
         return self.overhead + (self._dense(num_decodes) + self._decodes(num_decodes, context))
 
     def _decodes(self, num_decodes: int, context: int) -> float:
+        if self.num_entries is not None:
+            return self.decode_base + (
+                self.per_bare_decode * num_decodes
+                + self.per_bare_context * context
+                + self.per_entry * self.num_entries
+            )
         return self.decode_base + (self.per_decode * num_decodes + self.per_context * context)
 
     def _dense(self, tokens: int) -> float:

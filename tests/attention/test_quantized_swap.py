@@ -75,7 +75,7 @@ def test_attention_tells_a_slot_of_the_wrong_precision():
     flags = np.zeros((2, 4), np.bool_)
     flags[0] = True
     for expected, near in ((4, True), (6, False)):
-        window = Window(np.array([2, 0]), wanted.reshape(2, 4), wanted, 0, (flags, expected))
+        window = Window(np.array([2, 0]), wanted.reshape(2, 4), wanted, 0, None, (flags, expected))
         (error,) = Comparison(1, 4, 4, "cpu", "int4").errors([window])
         assert (error < 1e-5) == near
 

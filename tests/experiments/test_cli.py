@@ -26,7 +26,7 @@ def test_a_good_experiment(write: Write, kvsim: Kvsim) -> None:
         (
             ["chek", "x.yaml"],
             "kvsim: unknown command, got 'chek', expected one of run, check, list, schema, plot, report, validate, "
-            "calibrate, parity, hit-rate, demo, bench, did you mean 'check'?; see kvsim --help",
+            "calibrate, parity, hit-rate, fit, compare, demo, bench, did you mean 'check'?; see kvsim --help",
         ),
         (["run"], "kvsim run: the following arguments are required: CONFIG; see kvsim run --help"),
         (

@@ -11,8 +11,12 @@ from experiments import hardware
 from experiments.build import make_capacity, make_hardware
 from experiments.config import load
 from experiments.experiment import Experiment
+from experiments.mistakes import Mistakes
 from sim.allocators import Capacity
 from tests.experiments.conftest import SMALL, Write
+
+OPT_13B = {"token_bytes": 10_240, "num_layers": 40}
+"""K of a token in one layer: 5120 values in two bytes each."""
 
 
 def capacity(write: Write, *sets: str) -> Capacity:
@@ -23,7 +27,7 @@ def capacity(write: Write, *sets: str) -> Capacity:
 
 def test_opt_13b_has_15728_slots_in_12_gib(write: Write) -> None:
     """PagedAttention, table 1: 15.7K slots in 12 GB."""
-    assert capacity(write, "kv_memory=12 GiB") == Capacity(15_728, 2048)
+    assert capacity(write, "kv_memory=12 GiB") == Capacity(15_728, 2048, **OPT_13B)
 
 
 def test_the_rest_of_the_device_is_about_the_paper_s_12_gb(write: Write) -> None:
@@ -32,9 +36,16 @@ def test_the_rest_of_the_device_is_about_the_paper_s_12_gb(write: Write) -> None
 
 
 def test_blocks_win_over_memory(write: Write) -> None:
-    assert capacity(write, "num_blocks=100") == Capacity(1600, 2048, 100)
-    assert capacity(write, "num_blocks=100", "allocator.block_size=32") == Capacity(3200, 2048, 100)
-    assert capacity(write, "num_blocks=100", "allocator=contiguous") == Capacity(1600, 2048, 100)
+    assert capacity(write, "num_blocks=100") == Capacity(1600, 2048, 100, **OPT_13B)
+    assert capacity(write, "num_blocks=100", "allocator.block_size=32") == Capacity(
+        3200, 2048, 100, **OPT_13B
+    )
+    assert capacity(write, "num_blocks=100", "allocator=contiguous") == Capacity(1600, 2048, 100, **OPT_13B)
+
+
+def test_several_devices_share_what_a_token_takes(write: Write) -> None:
+    shared = capacity(write, "num_blocks=100", "device=a100-40gb", "tensor_parallel=4")
+    assert (shared.token_bytes, shared.num_layers) == (2_560, 40)
 
 
 def test_several_devices_share_the_weights(write: Write) -> None:
@@ -45,7 +56,9 @@ def test_several_devices_share_the_weights(write: Write) -> None:
 
 def test_a_shape_inline_and_a_shipped_one_with_a_change(write: Write) -> None:
     inline = "{num_layers: 2, hidden_size: 64, num_heads: 4, num_params: 1e6, max_model_len: 512}"
-    assert capacity(write, f"model={inline}", "kv_memory=1 MiB") == Capacity(2**20 // (2 * 2 * 64 * 2), 512)
+    assert capacity(write, f"model={inline}", "kv_memory=1 MiB") == Capacity(
+        2**20 // (2 * 2 * 64 * 2), 512, token_bytes=128, num_layers=2
+    )
     assert capacity(write, "model.kv_bytes_per_value=1", "kv_memory=12 GiB").num_slots == 31_457
 
 
@@ -82,3 +95,34 @@ def test_against_the_shared_tables(shared: Path) -> None:
             assert model.kv_bytes_per_token == int(row["kv_bytes_per_token_2byte"])
             assert model.weight_bytes / 1e9 == pytest.approx(float(row["weight_GB_2byte"]), rel=0.01)
             assert model.max_model_len == int(row["max_position"])
+
+
+def test_layers_of_several_kinds_are_told_to_the_allocator(write: Write) -> None:
+    """Gemma: 62 layers of 8 KiB a token; the slots are tokens without any window, the bytes all there are."""
+    made = capacity(write, "model=gemma-3-27b", "kv_memory=1 GiB", "tensor_parallel=2")
+    assert made.num_slots == 2**30 // (62 * 8192)
+    assert made.kv_bytes == 2**30
+    assert [(kind.count, kind.token_bytes, kind.window) for kind in made.layers] == [
+        (10, 8192, None),
+        (52, 8192, 1024),
+    ]
+    assert capacity(write, "model=gemma-3-27b", "num_blocks=100", "tensor_parallel=2").layers == made.layers
+
+
+JAMBA = ("model=jamba", "max_model_len=2048", "tensor_parallel=4")
+
+
+def test_states_need_an_allocator_that_keeps_them(write: Write) -> None:
+    with pytest.raises(Mistakes, match=r"no place for the states.*got paged, expected jenga or prefix"):
+        capacity(write, *JAMBA, "kv_memory=1 GiB")
+    assert capacity(write, *JAMBA, "kv_memory=1 GiB", "allocator={kind: jenga}").kv_bytes == 2**30
+
+
+def test_too_little_memory_for_the_pages_of_all_groups(write: Write) -> None:
+    """A page of vLLM's has 80 tokens of 4 layers, 1.25 MiB; a large page of Jenga's 133 small ones, 33.25 MiB."""
+    sets = (*JAMBA, "kv_memory=32 MiB")
+    with pytest.raises(Mistakes, match="least common multiple of 8,512 slots, and there are 8,192"):
+        capacity(write, *sets, "allocator={kind: jenga}")
+    assert capacity(write, *sets, "allocator={kind: prefix}").kv_bytes == 2**25
+    with pytest.raises(Mistakes, match="a page of all layer groups has 320 slots, and there are 256"):
+        capacity(write, *JAMBA, "kv_memory=1 MiB", "allocator={kind: prefix}")

@@ -24,7 +24,7 @@ CASES = {
     "unknown key of a policy": (
         ("block_size", "blocksize"),
         "x.yaml:9:26: allocator.blocksize: unknown key, expected one of kind, block_size, watermark, "
-        "num_host_blocks, did you mean 'block_size'?",
+        "num_host_blocks, prefix_caching, did you mean 'block_size'?",
     ),
     "unknown key three levels down": (
         ("prompt: 100", "promt: 100, prompt: 100"),
@@ -131,6 +131,24 @@ CASES = {
         "x.yaml:7:13: workload.sampling: n and beam_width exclude each other: got 2 and 2, "
         "expected one to be 1",
     ),
+    "fewer samples than are returned": (
+        ("  arrivals:", "  sampling: {n: 4, best_of: 2}\n  arrivals:"),
+        "x.yaml:7:13: workload.sampling: best_of: got 2, expected at least n, the 4 samples that are returned",
+    ),
+    "a session that is none": (
+        ("  arrivals:", "  session: tre\n  arrivals:"),
+        "x.yaml:7:12: workload.session: unknown kind, got 'tre', expected one of conversation, agent, tree, "
+        "did you mean 'tree'?",
+    ),
+    "half a turn": (
+        ("  arrivals:", "  session: {kind: conversation, turns: 0.5}\n  arrivals:"),
+        "x.yaml:7:40: workload.session.turns: out of bounds, got 0.5, expected a number >= 1",
+    ),
+    "a trace with sessions": (
+        ("num_requests: 60\n", "kind: trace\n  path: x.yaml\n  session: conversation\n"),
+        "x.yaml:8:3: workload.session: unknown key, expected one of kind, path, format, time_scale, rate, start_s, "
+        "window_s, num_requests, sampling, tenants",
+    ),
 }
 
 
@@ -143,6 +161,7 @@ def named(line: str) -> str:
         "MODELS": hardware.model.kinds,
         "FORKING": [kind for kind in allocator if allocator[kind].can_fork],
         "SWAPPING": [kind for kind in allocator if allocator[kind].can_swap],
+        "FLYING": [kind for kind in allocator if allocator[kind].can_fly],
         "STOPPING": [kind for kind in allocator if allocator[kind].can_stop],
     }
     for word, known in names.items():
@@ -205,7 +224,17 @@ SWAPS = {
         "allocator=prefix",
         "transfers.asynchronous=true",
     ): "--set:2:24: transfers.asynchronous: allocator prefix "
-    "cannot swap, got true, expected false, or an allocator that swaps (SWAPPING)",
+    "cannot swap beside the computation, got true, expected false, or an allocator that does (FLYING)",
+    ("allocator=token", "transfers.quantization=int8"): "--set:2:24: transfers.quantization: allocator token "
+    "cannot swap at another precision, got int8, expected null, or an allocator that does (FLYING)",
+    (
+        "allocator.prefix_caching=true",
+        "scheduler.preemption=partial",
+    ): "--set:2:22: scheduler.preemption: partial preemption is not there for cached blocks (prefix_caching)",
+    (
+        "allocator.prefix_caching=true",
+        "transfers.quantization=int8",
+    ): "--set:2:24: transfers.quantization: is not there for cached blocks (prefix_caching)",
     (
         "allocator.num_host_blocks=0",
         "transfers.asynchronous=true",

@@ -184,6 +184,14 @@ def test_policies_axes_and_replications_are_told_apart(made: dict[str, Path]) ->
     assert [case.label for case in zipped.cases(9)] == ["KV memory 250 blocks", "KV memory 500 blocks"]
 
 
+def test_the_rate_of_sessions_is_none_of_requests(tmp_path: Path) -> None:
+    """Each session is several requests: their throughput has nothing to do with that rate."""
+    crossed = {"allocator": [CONTIGUOUS, PAGED], RATE: [1, 2], "workload.session": [{"kind": "agent"}]}
+    experiment = read_experiment(write_results(tmp_path / "a", Sweep({}, crossed, requests=3)))
+    assert list(experiment.axes) == ["workload.arrivals.session_rate"]
+    assert experiment.rate is None
+
+
 def test_a_number_zipped_with_policies_is_no_axis(tmp_path: Path) -> None:
     zipped = {"allocator": [CONTIGUOUS, PAGED], "scheduler.max_num_seqs": [8, 64]}
     experiment = read_experiment(write_results(tmp_path / "a", Sweep(zipped, {RATE: [1, 2]}, requests=3)))

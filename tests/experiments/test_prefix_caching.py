@@ -67,9 +67,12 @@ def test_samples_and_swapping_are_refused(trace: None, kvsim: Kvsim, write: Writ
     said = kvsim("check", "cached.yaml", "--set", "scheduler.preemption=swap")
     assert said.code == 2
     assert "allocator prefix cannot swap" in said.err
-    said = kvsim("check", "cached.yaml", "--set", "allocator={kind: radix, eviction: belady}")
+    closed = "workload={num_requests: 9, arrivals: {kind: closed_loop, clients: 2}, lengths: {kind: alpaca}}"
+    said = kvsim(
+        "check", "cached.yaml", "--set", "allocator={kind: radix, eviction: belady}", "--set", closed
+    )
     assert said.code == 2
-    assert "eviction belady knows the future" in said.err
+    assert "allocator.eviction: belady knows all requests beforehand" in said.err
 
 
 def test_without_caching_it_is_paged(trace: None, kvsim: Kvsim, write: Write) -> None:
@@ -93,3 +96,18 @@ def test_without_caching_it_is_paged(trace: None, kvsim: Kvsim, write: Write) ->
     paged, prefix = figures
     assert prefix["prefix_hit_tokens"] == 0
     assert prefix["requests_finished"] == paged["requests_finished"] == 60
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "exact"), [("prefix", 16, False), ("radix", 64, True), ("paged", 16, None)]
+)
+def test_hits_in_blocks_finer_than_the_trace_names_are_said_to_be_a_lower_bound(
+    kind, size, exact, trace: None, kvsim: Kvsim, write: Write
+) -> None:
+    write("cached.yaml", CONFIG.format(kind=kind, size=size, blocks=60, scheduler="vllm_v0"))
+    said = kvsim("run", "cached.yaml")
+    (file,) = Path("results/cached").glob("*/summary.json")
+    assert json.loads(file.read_text())["prefix_hits_exact"] is exact
+    bounded = exact is False
+    assert ("prefix hits are a lower bound" in said.out) == bounded
+    assert ("Prefix hits are a lower bound" in Path("results/cached/report.html").read_text()) == bounded

@@ -16,7 +16,7 @@ def settings(write: Write, *sets: str) -> dict[str, Any]:
 def test_every_default_is_filled_in(write: Write) -> None:
     resolved = settings(write)
     assert resolved["allocator"] == {
-        "kind": "paged", "block_size": 16, "watermark": 0.01, "num_host_blocks": None
+        "kind": "paged", "block_size": 16, "watermark": 0.01, "num_host_blocks": None, "prefix_caching": False
     }  # fmt: skip
     assert resolved["workload"]["kind"] == "synthetic"
     assert resolved["workload"]["sampling"]["n"] == 1
@@ -77,7 +77,7 @@ def test_a_path_that_is_not_there(write: Write, kvsim: Kvsim) -> None:
     assert said.code == 2
     assert said.lines == [
         "--set:1:1: workload.arrival: unknown key, expected one of kind, num_requests, arrivals, lengths, "
-        "sampling, did you mean 'arrivals'?",
+        "system_prompts, few_shot, session, sampling, tenants, did you mean 'arrivals'?",
         "--set:2:8: YAML syntax error, expected ',' or ']', but got '<stream end>' "
         "while parsing a flow sequence",
         "--set:3:1: not a setting, got '=3', expected path=value as in a.b=3",

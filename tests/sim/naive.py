@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import count
 
 from sim.beams import BeamSearch, fork
 from sim.decode_set import arrival_order
@@ -17,25 +19,40 @@ class NaiveDecodeSet:
 
     def __init__(self) -> None:
         self.clock = 0
-        self.members: list[Sequence] = []
+        self.sequences: list[Sequence] = []
         self.copy_pending: list[Sequence] = []
         self.growths: dict[int, list[Sequence]] = {}
+        self.given: Counter[int] = Counter()  # tokens by tenant
+
+    def members(self, tenant: int) -> int:
+        return sum(sequence.request.tenant == tenant for sequence in self.sequences)
+
+    def delivered(self, tenant: int) -> int:
+        return self.given[tenant]
 
     @property
     def size(self) -> int:
-        return len(self.members)
+        return len(self.sequences)
 
     @property
     def context(self) -> int:
-        return sum(sequence.num_tokens for sequence in self.members)
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def sliding(self) -> int:
+        return sum(sequence.sliding for sequence in self.sequences)
+
+    @sliding.setter
+    def sliding(self, slots: int) -> None:
+        """Follows from the members."""
 
     def join(self, sequence: Sequence) -> None:
         sequence.origin -= self.clock
         sequence.decodes = self
-        self.members.append(sequence)
+        self.sequences.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        self.members.remove(sequence)
+        self.sequences.remove(sequence)
         tokens = sequence.num_tokens
         sequence.decodes = None
         sequence.origin = tokens
@@ -48,9 +65,10 @@ class NaiveDecodeSet:
     def advance(self, steps: int = 1) -> None:
         assert steps == 1
         self.clock += 1
+        self.given.update(sequence.request.tenant for sequence in self.sequences)
 
     def take_finished(self) -> list[Sequence]:
-        done = sorted((s for s in self.members if s.num_tokens == s.final_tokens), key=arrival_order)
+        done = sorted((s for s in self.sequences if s.num_tokens == s.final_tokens), key=arrival_order)
         for sequence in done:
             self.leave(sequence)
         return done
@@ -101,16 +119,24 @@ def run_naively(
     scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
     scheduler.add = scheduler.enqueue
     allocator = scheduler.allocator
+    allocator.asks_exactly = False  # everybody is asked
     timing.num_slots = allocator.num_slots
     search = None if beams is None else BeamSearch(*beams)
     outcome = Outcome()
     link = allocator.link
     waited = 0
     counters = dict.fromkeys(("preemptions", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks"), 0)
-    coming = list(requests)
+    # Instant, rank (arrivals before what answers lead to), number, request.
+    coming = [(each.arrival_time, 0, number, each) for number, each in enumerate(requests)]
+    numbers = count()
     now = 0
+    sent = 0
 
     def over(request: Request) -> None:
+        if request.session is not None:
+            for delay, follower in request.session.answered(request):
+                coming.append((now + delay, 1, next(numbers), follower))
+            coming.sort(key=lambda entry: entry[:3])
         outcome.requests.append(
             (
                 request.id, request.arrival_time, request.prompt_tokens, request.output_tokens * request.width,
@@ -133,8 +159,13 @@ def run_naively(
         outcome.held += allocator.num_held * duration
 
     def arrive() -> None:
-        while coming and coming[0].arrival_time <= now:
-            request = coming.pop(0)
+        nonlocal sent
+        while coming and coming[0][0] <= now:
+            instant, _, _, request = coming.pop(0)
+            request.arrival_time = instant
+            if request.session is not None:
+                request.id = sent
+            sent += 1
             if request.prompt_tokens > max_model_len:
                 request.status = "rejected"
                 request.reason = (
@@ -153,7 +184,7 @@ def run_naively(
             allocator.land(now)
             link.now = now
             link.awaited = 0 if not replanned else link.awaited
-        step = scheduler.plan(now)
+        step = scheduler.next_step(now)
         allocator.check_integrity()
         for request in step.rejected:
             over(request)
@@ -183,7 +214,7 @@ def run_naively(
             moved = 0
             idle_from = now
             while coming and not scheduler.waiting:
-                now = coming[0].arrival_time
+                now = coming[0][0]
                 arrive()
             if not scheduler.waiting:
                 note(idle_from, 0, 0, 0, False)
@@ -191,6 +222,7 @@ def run_naively(
             if now > idle_from:
                 note(idle_from, now - idle_from, 0, 0, False)
             continue
+        timing.num_entries = allocator.num_entries
         seconds = timing.seconds(step)
         if link is None and (step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks):
             seconds += transfers.seconds(step)
@@ -235,6 +267,8 @@ def run_naively(
                     complete(branch)
                 else:
                     scheduler.decodes.join(branch)
+                    if len(branches) == 1 and allocator.shares_tail(branch):
+                        scheduler.decodes.copy_pending.append(branch)
             if len(branches) > 1 and not done:
                 scheduler.decodes.copy_pending += branches
                 if search is not None and request.beam_width > 1:
@@ -245,7 +279,7 @@ def run_naively(
             if search is not None:
                 search.turn_over(scheduler)
     outcome.counters = {**counters, "recomputed_tokens": scheduler.recomputed_tokens}
-    saved = outcome.saved * allocator.block_size
+    saved = outcome.saved * allocator.block_slots
     outcome.counters["swap_stall_s"] = waited / 1e9
     outcome.counters["blocks_saved_share"] = saved / (outcome.held + saved) if outcome.held else 0.0
     return outcome

@@ -73,8 +73,8 @@ class Story:
         self.chunks: dict[str, list[dict[str, np.ndarray]]] = {"requests": [], "steps": [], "memory": []}
         if not stretches:
             policy.quiet_for = lambda now: 0  # every step is planned
-        plan = policy.plan
-        policy.plan = lambda now: self._note(now, plan(now))
+        next_step = policy.next_step
+        policy.next_step = lambda now: self._note(now, next_step(now))
         if transfers is None:
             transfers = Transfers(None, None, 1, copy_latency_us=1e3 * block_ms)
         self.summary = simulate(

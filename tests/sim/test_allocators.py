@@ -40,6 +40,9 @@ SETTINGS = {
         {"block_size": 4, "watermark": 0.0},
         {"block_size": 4, "watermark": 0.2, "num_host_blocks": 6},
         {"block_size": 7, "num_host_blocks": 0},
+        {"block_size": 4, "prefix_caching": True},
+        {"block_size": 5, "prefix_caching": True, "watermark": 0.0, "num_host_blocks": 9},
+        {"block_size": 16, "prefix_caching": True},
     ],
     "prefix": [
         {"block_size": 4},
@@ -48,6 +51,17 @@ SETTINGS = {
         {"block_size": 4, "prefix_caching": False},
         {"block_size": 8},
     ],
+    "vattention": [{}, {"watermark": 0.2}, {"reclamation": "eager", "map_ahead": False}],
+    "multi_size": [
+        {"block_size": 2, "largest_block": 16, "slack": 0.3},
+        {"block_size": 4, "largest_block": 8, "slack": 1.0, "num_host_blocks": 9, "watermark": 0.1},
+        {"block_size": 8, "largest_block": 8},
+    ],
+    "adaptive": [
+        {"block_size": 2, "largest_block": 16},
+        {"window": 3, "largest_block": 64, "entry_cost": 20.0},
+    ],
+    "token": [{}, {"num_host_blocks": 20}],
     "radix": [{}, {"block_size": 4}, {"block_size": 3, "eviction": eviction["mru"], "watermark": 0.1}],
 }
 
@@ -222,14 +236,19 @@ class Ownership(RuleBasedStateMachine):
             if request not in self._decoding() or not self.memory.can_append(request):
                 return
             copied = {sequence for sequence in request.sequences if self.memory.append(sequence)}
-            assert len(copied) < len(request.sequences), "the last sharer writes in place"
+            alone = not self.memory.keeps_freed  # other requests may share the last block too
+            assert not alone or len(copied) < len(request.sequences), "the last sharer writes in place"
             self._grow_by_one(request, copied)
 
     @precondition(lambda self: self._decoding())
     @rule()
     def decode(self):
         """Every unforked request gains a token, those without a free slot as one batch of the decode set."""
-        requests = [request for request in self._decoding() if len(request.sequences) == 1]
+        requests = [
+            request
+            for request in self._decoding()
+            if len(request.sequences) == 1 and not self.memory.shares_tail(request.sequences[0])
+        ]
         sequences = [request.sequences[0] for request in requests]
         growing = [sequence for sequence in sequences if sequence.num_tokens == sequence.capacity]
         if self.memory.headroom < len(growing):
@@ -309,15 +328,18 @@ class Ownership(RuleBasedStateMachine):
             return
         before = self.memory.usage()
         distinct = {slot for sequence in request.sequences for slot in self.places.pop(sequence)}
+        for places in self.places.values():
+            distinct.difference_update(places)
         moved = self.memory.swap_out(request)
         assert self.memory.usage().token_states == before.token_states - len(distinct)
         held = moved * self.memory.block_size
         if self.flies:  # nothing is free before it is copied
-            assert self.memory.usage().free == before.free
             last = max([self.memory.link.now, *self.flying])
             self.flying += [last + 10 * (index + 1) for index in range(moved)]
             held = 0
-        assert self.memory.usage().free == before.free + held
+        freed = self.memory.usage().free - before.free
+        assert freed == held or (self.memory.keeps_freed and freed >= 0)
+        self.uncomputed = [each for each in self.uncomputed if each not in request.sequences]
         self.live.remove(request)
         self.swapped.append(request)
 
@@ -330,8 +352,9 @@ class Ownership(RuleBasedStateMachine):
             assert self.memory.usage() == before
             return
         moved = self.memory.swap_in(request)
-        taken = left - self._slots_of_stopped() + self._landed_early()
-        assert self.memory.usage().free == before.free + taken - moved * self.memory.block_size
+        yielded = left - self._slots_of_stopped() + self._landed_early()
+        taken = before.free - self.memory.usage().free + yielded
+        assert taken == moved * self.memory.block_size or (self.memory.keeps_freed and taken >= 0)
         self.swapped.remove(request)
         self.live.append(request)
         for sequence in request.sequences:

@@ -39,6 +39,9 @@ def test_a_decode_step_by_hand():
     attention = 5e-6 + 30 * 0.1e-6 + blocks * 0.5e-9 + 9000 * (KV * 0.4e-12 + FLOPS * 1e-15)
     dense = 10e-6 * 40 + 12.85e9 * (0.8 + 0.4 * 22 / 56) * 1e-12
     assert calibrated().decode_seconds(30, 9000) == near(dense + 40 * attention)
+    uneven = calibrated()
+    uneven.num_entries = 123  # blocks differ in size: those that the tables list
+    assert uneven.decode_seconds(30, 9000) == near(dense + 40 * (attention + (123 - blocks) * 0.5e-9))
     late = calibrated(step_overhead_ms=2.0)
     assert late.decode_seconds(30, 9000) == near(0.002 + dense + 40 * attention)
 

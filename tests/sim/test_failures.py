@@ -24,7 +24,22 @@ def test_a_prompt_that_no_pool_holds_is_passed_over(kind):
     assert story.column("requests", "first_scheduled_time") == [None, 0]
 
 
-@pytest.mark.parametrize("kind", scheduler.kinds)
+FORESEEN = {
+    "lightllm": "30 tokens would come to 62 slots with those foreseen, "
+    "and LightLLM keeps them below the 40 of the pool",
+    "trtllm": "15 blocks to its end cannot be guaranteed, the pool has 10",
+}
+"""What schedulers that count on the end of a request say at once."""
+
+
+@pytest.mark.parametrize("kind", FORESEEN)
+def test_a_request_that_would_outgrow_the_pool_is_refused_where_its_end_is_foreseen(kind):
+    story = Story(scheduled(kind, memory(slots=40)), ask((0, 30, 30), (0, 4, 4)))
+    assert story.column("requests", "reason") == [FORESEEN[kind], ""]
+    assert story.column("requests", "first_token_time") == [None, 10]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in scheduler.kinds if kind not in FORESEEN])
 def test_a_request_that_outgrows_the_pool_fails_alone(kind):
     story = Story(scheduled(kind, memory(slots=40)), ask((0, 30, 30), (0, 4, 4)))
     assert story.column("requests", "status") == ["rejected", "finished"]
@@ -127,6 +142,19 @@ class Restless(Scheduler):
         return step
 
 
+class Quarrel(Scheduler):
+    """Computes a token of one prompt, then drops it for the other."""
+
+    def plan(self, now: int) -> Step:
+        step = Step()
+        for request in list(self.running):
+            self.preempt(request, step)
+            self.waiting.rotate(-1)
+        if self.waiting:
+            self.admit(self.waiting.popleft(), step, now, budget=1)
+        return step
+
+
 class Forgetful(Scheduler):
     """Drops requests on the floor."""
 
@@ -143,6 +171,32 @@ def test_a_policy_that_does_nothing_stalls(policy):
     )
     with pytest.raises(Stalled, match=message):
         Story(policy(memory(slots=40)), ask((3, 7, 2)))
+
+
+def test_requests_that_preempt_each_other_without_a_token_are_a_livelock():
+    message = (
+        r"livelock at 1\.010000 s: 101 preemptions in a row without a token; last request 0, "
+        r"each prefilled up to 51 times; running 1, waiting 1, memory MemoryUsage\(token_states=1, .*free=32\)"
+    )
+    with pytest.raises(Stalled, match=message):
+        Story(Quarrel(memory(slots=40)), ask((0, 7, 2), (0, 7, 2)))
+
+
+def test_requests_that_are_prefilled_again_and_again_are_counted():
+    """Memory for one whole request and a bit: whoever comes back early is soon in the way once more."""
+    policy = scheduled("vllm_v0", memory(slots=24, block_size=1))
+    story = Story(policy, ask((0, 8, 12), (0, 8, 12), (0, 8, 12)))
+    assert [line for line in story.log if "prompt" in line or "recompute" in line] == [
+        "0: prompt 0(8) 1(8) 2(8)",
+        "10: decode 0 1, recompute 2",
+        "14: decode 0, recompute 1",
+        "21: prompt 1(13) 2(9)",
+        "32: decode 1, recompute 2",
+        "37: prompt 2(11)",
+    ]
+    assert story.column("requests", "prefills") == [1, 2, 3]
+    assert story.summary["max_prefills"] == 3
+    assert story.summary["requests_thrashed"] == 1
 
 
 def test_a_policy_that_forgets_is_found_out():

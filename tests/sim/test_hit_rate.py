@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim import Capacity, UserError, allocator
+from sim import Capacity, Request, UserError, allocator
 from sim.eviction import eviction
-from sim.hit_rate import NEVER_AGAIN, BlockCache, hit_rate, infinite_hit_rate, next_uses
+from sim.foresight import NEVER_AGAIN
+from sim.hit_rate import BlockCache, hit_rate, infinite_hit_rate, next_uses
+from tests.sim.story import Asked, Story, scheduled
 
 SIZES = (1_000, 5_000, 10_000, 20_000, 30_000, 50_000, 100_000)
 MOONCAKE = {
@@ -103,9 +105,37 @@ def test_the_beginning_of_a_prompt_outlives_its_end():
         BlockCache(0, eviction["lru"])
 
 
-def test_a_server_does_not_know_the_future():
-    with pytest.raises(UserError, match="eviction belady knows the future, which a server does not"):
-        allocator["radix"](Capacity(64, 64), eviction=eviction["belady"])
+def served(names, pages, kind, output=1):
+    """Prompt tokens that a server of one request at a time finds in a radix tree of so many pages."""
+    over = allocator["radix"](Capacity(pages, 64), eviction=eviction[kind])
+    requests = [
+        Request(number, number, len(content), output, content=tuple(content), content_grain=1)
+        for number, content in enumerate(names)
+    ]
+    return Story(scheduled("orca", over, max_num_seqs=1), requests).summary["prefix_hit_tokens"]
+
+
+@given(
+    names=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12),
+    pages=st.integers(6, 12),
+)
+def test_no_server_finds_more_than_one_that_knows_the_future(names, pages):
+    most = served(names, pages, "belady")
+    for kind in ("lru", "fifo", "lfu", "mru", "filo"):
+        assert served(names, pages, kind) <= most
+
+
+def test_what_is_asked_for_last_goes_first_page_by_page():
+    """Six pages: the second prompt takes three, and of the first what the third asks for stays."""
+    names = [[1, 2, 3, 4, 5], [6, 7, 8], [1, 2, 3, 9]]
+    assert served(names, 6, "lru") == 0
+    assert served(names, 6, "belady") == 3
+
+
+def test_what_depends_on_answers_cannot_be_foreseen():
+    over = allocator["radix"](Capacity(64, 64), eviction=eviction["belady"])
+    with pytest.raises(UserError, match="clients of a closed loop send what nobody can foresee"):
+        Story(scheduled("orca", over), Asked([], clients=1))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +24,7 @@ from sim import (
     victim,
 )
 from sim.eviction import eviction
+from sim.layer_groups import LayerKind
 from tests.sim.naive import run_naively
 
 MODEL = Model(
@@ -30,6 +33,7 @@ MODEL = Model(
 )  # fmt: skip
 DEVICE = Device(name="d", flops_per_s=1e12, memory_bytes_per_s=1e10, memory_bytes=1e9, host_bytes_per_s=1e9)
 
+KINDS = (LayerKind(1, 2), LayerKind(3, 2, 7), LayerKind(2, 2, 20), LayerKind(1, state_bytes=7))
 ALLOCATORS = {
     "contiguous max": ("contiguous", {}),
     "contiguous pow2": ("contiguous", {"reserve": "pow2"}),
@@ -39,12 +43,51 @@ ALLOCATORS = {
     "paged 4": ("paged", {"block_size": 4}),
     "paged 16 no watermark": ("paged", {"block_size": 16, "watermark": 0.0}),
     "paged 4 little host": ("paged", {"block_size": 4, "num_host_blocks": 6}),
+    "paged 4 cached": ("paged", {"block_size": 4, "prefix_caching": True}),
+    "paged 5 cached little host": (
+        "paged",
+        {"block_size": 5, "prefix_caching": True, "num_host_blocks": 6, "watermark": 0.0},
+    ),
+    "multi size": ("multi_size", {"block_size": 2, "largest_block": 16, "slack": 0.3}),
+    "multi size little host": (
+        "multi_size",
+        {"block_size": 4, "largest_block": 16, "slack": 1.0, "num_host_blocks": 6, "watermark": 0.1},
+    ),
+    "adaptive": ("adaptive", {"block_size": 2, "largest_block": 16, "window": 5}),
+    "token": ("token", {}),
+    "vattention": ("vattention", {"watermark": 0.1}),
+    "vattention eager": ("vattention", {"reclamation": "eager"}),
     "prefix 4": ("prefix", {"block_size": 4}),
     "prefix 16 of 0.10.0": ("prefix", {"block_size": 16, "watermark": 0.1, "keyless_first": False}),
     "prefix 8 without caching": ("prefix", {"block_size": 8, "prefix_caching": False}),
+    "nano 4": ("nano_vllm", {"block_size": 4}),
+    "prefix 4 window 10": ("prefix", {"block_size": 4, "windows": [10]}),
+    "prefix 4 full and windows": ("prefix", {"block_size": 4, "windows": [None, 9, 1]}),
+    "prefix 2 windows of 0.10.0": (
+        "prefix",
+        {"block_size": 2, "windows": [5, None, 5], "watermark": 0.1, "keyless_first": False},
+    ),
+    "prefix 8 windows without caching": (
+        "prefix",
+        {"block_size": 8, "windows": [None, 3, 20], "prefix_caching": False},
+    ),
+    "prefix 4 of four kinds of layers": ("prefix", {"block_size": 4}, KINDS),
+    "jenga 1": ("jenga", {"block_size": 1}),
+    "jenga 4 of four kinds of layers": ("jenga", {"block_size": 4}, KINDS),
+    "jenga 2 full and sliding": ("jenga", {"block_size": 2, "watermark": 0.1}, KINDS[:2]),
     "radix 1": ("radix", {}),
     "radix 4 lfu": ("radix", {"block_size": 4, "eviction": eviction["lfu"], "watermark": 0.1}),
 }
+ORDERS = {
+    **{kind: partial(lambda each: each, order[kind]) for kind in ("fcfs", "sjf", "ljf", "priority")},
+    "sjf predicted": lambda: partial(order["sjf"], noise=0.5, seed=3),
+    "edf": lambda: partial(order["edf"], target_s=0.01, per_prompt_token_ms=1.0),
+    "mlfq": lambda: order["mlfq"](quantum=3, levels=4, prompt_weight=0.1),
+    "mlfq promoting": lambda: order["mlfq"](quantum=2, levels=3, prompt_weight=0.2, starvation_s=0.02),
+    "vtc": order["vtc"],
+    "vtc by outputs": lambda: order["vtc"](input_weight=0.1, output_weight=1.7),
+}
+RANKED = ("sjf predicted", "edf", "mlfq", "mlfq promoting", "vtc", "vtc by outputs")
 TIMINGS = {
     "fixed": timing["fixed"](None, None, prefill_ms=7.0, decode_ms=3.0),
     "linear": timing["linear"](None, None),
@@ -68,8 +111,9 @@ class Given:
         at = 0
         for number, (gap, prompt, output, width, beam) in enumerate(self.rows):
             at += gap
-            named = {"content": (number % 3, number % 2, *range(number % 5)), "content_grain": 6}
-            named["priority"] = number % 3
+            content = (number % 3, number % 2, *range(number % 5))
+            ranked = {"priority": number * 7 % 3, "tenant": number * 7 % 3}
+            named = {"content": content, "content_grain": 6, **ranked}
             if beam:
                 yield Request(number, at, prompt, output, beam_width=width, **named)
             else:
@@ -77,10 +121,13 @@ class Given:
 
 
 def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
-    kind, allocator_fields = ALLOCATORS[allocator_name]
-    memory = allocator[kind](Capacity(num_slots=slots, max_model_len=64), **allocator_fields)
+    kind, allocator_fields, *layers = ALLOCATORS[allocator_name]
+    capacity = Capacity(num_slots=slots, max_model_len=64)
+    if layers:
+        capacity = Capacity(num_slots=slots, max_model_len=64, layers=layers[0], kv_bytes=13 * slots)
+    memory = allocator[kind](capacity, **allocator_fields)
     if "order" in fields:
-        fields["order"] = order[fields["order"]]
+        fields["order"] = ORDERS[fields["order"]]()
     if "victim" in fields:
         fields["victim"] = victim[fields["victim"]]
     return memory, scheduler[scheduler_kind](memory, **fields)
@@ -186,8 +233,34 @@ def test_single_sequences(
 
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
+@pytest.mark.parametrize("first", RANKED)
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.one_of(single, single, single, group), min_size=1, max_size=14),
+    allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 4 little host"]),
+    slots=st.sampled_from([96, 150, 400]),
+    clock=st.sampled_from(list(TIMINGS)),
+    max_num_seqs=st.sampled_from([1, 4, 32]),
+    preemption=st.sampled_from(["auto", "swap"]),
+)
+def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_num_seqs, preemption):
+    fields = {"max_num_seqs": max_num_seqs, "preemption": preemption, "order": first}
+    workload = Given(rows, beams=(0.1, 1))
+    assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
+
+
+@pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
 @pytest.mark.parametrize(
-    "allocator_name", ["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]
+    "allocator_name",
+    [
+        "paged 1",
+        "paged 4",
+        "paged 16 no watermark",
+        "paged 4 little host",
+        "token",
+        "paged 4 cached",
+        "paged 5 cached little host",
+    ],
 )
 @settings(max_examples=40)
 @given(
@@ -202,7 +275,7 @@ def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, 
     assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, preemption=preemption))
 
 
-CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "aisimulate": {}, "sarathi": {}}
+CHUNKED = {"vllm_v0": {"chunked_prefill": True}, "vllm_v1": {}, "aisimulate": {}, "sarathi": {}}
 
 
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)
@@ -227,7 +300,20 @@ def test_prompts_in_chunks(
 
 
 @pytest.mark.parametrize("scheduler_kind", CHUNKED)
-@pytest.mark.parametrize("allocator_name", ["paged 1", "paged 4", "paged 4 little host"])
+@pytest.mark.parametrize(
+    "allocator_name",
+    [
+        "paged 1",
+        "paged 4",
+        "paged 4 little host",
+        "token",
+        "paged 4 cached",
+        "paged 5 cached little host",
+        "multi size",
+        "multi size little host",
+        "adaptive",
+    ],
+)
 @settings(max_examples=25)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
@@ -301,3 +387,61 @@ def test_memory_that_a_swap_in_took_ahead_is_not_counted_on():
     fields = {"preemption": "swap", "victim": "earliest", "max_num_seqs": 5}
     told = both(Given(made, beams=(0, 1)), "paged 16 no watermark", "vidur", "linear", 96, link, **fields)
     assert_equal(*told)
+
+
+OPTIONS = {
+    "sglang chunks": ("sglang", {"chunked_prefill_size": 8, "max_num_batched_tokens": 30}),
+    "sglang mixed chunks": ("sglang", {"chunked_prefill_size": 8, "mixed_chunk": True}),
+    "sglang bold": ("sglang", {"schedule_conservativeness": 0.1, "policy": "lof", "chunked_prefill_size": None}),
+    "sglang bold and mixed": ("sglang", {"schedule_conservativeness": 0.05, "mixed_chunk": True}),
+    "sglang random": ("sglang", {"policy": "random", "schedule_conservativeness": 0.3}),
+    "sglang depth first": ("sglang", {"policy": "dfs-weight", "max_num_seqs": 4}),
+    "sglang of long outputs": ("sglang", {"max_new_tokens": 40}),
+    "sglang of short outputs": ("sglang", {"max_new_tokens": 5}),
+    "lightllm estimating": ("lightllm", {"busy_share": 0.7, "estimated_output": 5}),
+    "lightllm always estimating": ("lightllm", {"busy_share": 1.0, "estimated_output": 1}),
+    "lightllm of long outputs": ("lightllm", {"max_new_tokens": 40, "max_num_batched_tokens": 70}),
+    "lightllm of short outputs": ("lightllm", {"max_new_tokens": 5}),
+    "trtllm chunks": ("trtllm", {"chunked_context": True, "max_num_batched_tokens": 9}),
+    "trtllm at most": ("trtllm", {"capacity": "max_utilization"}),
+    "trtllm at most in chunks": (
+        "trtllm", {"capacity": "max_utilization", "chunked_context": True, "max_num_batched_tokens": 16},
+    ),
+    "trtllm of long outputs": ("trtllm", {"max_new_tokens": 40, "max_num_batched_tokens": 64}),
+    "trtllm of short outputs": ("trtllm", {"max_new_tokens": 5}),
+    "nano_vllm chunks": ("nano_vllm", {"max_num_batched_tokens": 10}),
+    "nano_vllm few": ("nano_vllm", {"max_num_batched_tokens": 40, "max_num_seqs": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@settings(max_examples=40)
+@given(
+    rows=st.lists(single, min_size=1, max_size=14),
+    allocator_name=st.sampled_from(list(ALLOCATORS)),
+    slots=st.sampled_from([64, 96, 150, 400]),
+    clock=st.sampled_from(list(TIMINGS)),
+    preemption=st.sampled_from(["auto", "swap"]),
+    first=st.sampled_from(["fcfs", "fcfs", "fcfs", "sjf", "mlfq", "vtc"]),
+)
+def test_options(options, rows, allocator_name, slots, clock, preemption, first):
+    kind, fields = OPTIONS[options]
+    workload = Given(rows, beams=(0.1, 1))
+    assert_equal(
+        *both(workload, allocator_name, kind, clock, slots, preemption=preemption, order=first, **fields)
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@settings(max_examples=15)
+@given(
+    rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
+    allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]),
+    slots=st.sampled_from([96, 150, 400]),
+    preemption=st.sampled_from(["auto", "swap"]),
+    turnover=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_groups_with_options(options, rows, allocator_name, slots, preemption, turnover):
+    kind, fields = OPTIONS[options]
+    workload = Given(rows, beams=(turnover, 1))
+    assert_equal(*both(workload, allocator_name, kind, "fixed", slots, preemption=preemption, **fields))

@@ -82,6 +82,7 @@ def test_the_loaded_period_by_its_definition(drawn, queues, cuts, arrivals, late
             np.array([row[3] for row in chunk]),
             np.array([row[4] for row in chunk]),
             np.zeros(len(chunk), np.int64),
+            np.zeros(len(chunk), np.int64),
             np.array([sum(row[2][:3]) for row in chunk]),
             known,
         )
@@ -89,7 +90,7 @@ def test_the_loaded_period_by_its_definition(drawn, queues, cuts, arrivals, late
     nothing = np.zeros(1, np.int64)
     tally.add(
         np.array([at]), nothing, {**dict.fromkeys(PARTS, nothing), "free": nothing + 50}, nothing, nothing, nothing,
-        nothing, max(arrivals),
+        nothing, nothing, max(arrivals),
     )  # fmt: skip
     averages = tally.averages()
     begin, end = loaded_period(rows, max(arrivals))
@@ -140,10 +141,12 @@ def test_latencies_by_hand():
         "finish_time": np.array([3 * second, 3 * second, 12 * second, -1]),
     }
     outputs, widths = np.array([5, 1, 8, 9]), np.array([1, 1, 3, 1])
-    tally.add(times, outputs, widths, np.array([10, 20, 30, 40]), np.array([4, 0, 0, 0]))
+    prompts, cached, prefills = np.array([10, 20, 30, 40]), np.array([4, 0, 0, 0]), np.array([1, 3, 4, 0])
+    tally.add(times, outputs, widths, prompts, cached, prefills)
     assert (tally.finished, tally.rejected) == (3, 1)
     assert tally.output_tokens == 5 + 1 + 8 * 3
     assert (tally.hit_tokens, tally.admitted_prompt_tokens, tally.first_admission) == (4, 60, 0)
+    assert (tally.thrashed, tally.most_prefills) == (2, 4)
     figures = tally.statistics()
     assert figures["ttft_mean_s"] == 2
     assert figures["ttft_p50_s"] == 2
@@ -167,7 +170,7 @@ def test_percentiles_are_exact_and_do_not_depend_on_chunks(latencies, chunk):
             "first_token_time": finish,
             "finish_time": finish,
         }
-        tally.add(times, none + 1, none + 1, none, none)
+        tally.add(times, none + 1, none + 1, none, none, none + 1)
     figures = tally.statistics()
     ordered = sorted(value / 1e9 for value in latencies)
     for percent in (50, 90, 99):

@@ -109,6 +109,25 @@ def test_roofline_fields():
     assert roofline(OPT, pair).seconds(step(decodes=30, context=9000)) == near(plain / 2)
 
 
+def test_tensor_parallel_devices_reduce_what_every_layer_leaves():
+    """Two all-reduces a layer, each a ring of 2 (n - 1) sends of 5120 / n values for every token."""
+    four = Device(
+        name="4 x a100", flops_per_s=312e12, memory_bytes_per_s=1555e9, memory_bytes=160 * 2**30,
+        host_bytes_per_s=32e9, count=4,
+    )  # fmt: skip
+    mixed = step(decodes=30, context=9000, chunks=((0, 100),))
+    alone = roofline(OPT, four).seconds(mixed)
+    linked = roofline(OPT, four, link_gb_per_s=16, link_latency_us=20)
+    sends = 2 * 40 * 6
+    assert linked.seconds(mixed) == near(alone + sends * (20e-6 + 130 * 5120 * 2 / 4 / 16e9))
+    assert linked.decode_seconds(30, 9000) == linked.seconds(step(decodes=30, context=9000))
+    assert roofline(OPT, A100, link_gb_per_s=16, link_latency_us=20).seconds(mixed) == roofline().seconds(
+        mixed
+    )
+    with pytest.raises(UserError, match="link_latency_us without link_gb_per_s"):
+        roofline(OPT, four, link_latency_us=20)
+
+
 def test_a_mixture_of_experts_reads_what_its_tokens_use():
     mixture = Model(
         name="moe", num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, num_params=8e9,

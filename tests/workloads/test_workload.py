@@ -348,3 +348,29 @@ def test_requests_cost_no_memory(tmp_path: Path) -> None:
         assert seen is not None
         assert seen.id == 49_999
         assert peak < 8 * 2**20
+
+
+# Tenants
+
+
+def test_requests_are_of_tenants_by_their_shares():
+    alone = list(synthetic(4000).requests())
+    shared = list(synthetic(4000, tenants=[6, 3.0, 1]).requests())
+    assert {request.tenant for request in alone} == {0}
+    counts = np.bincount([request.tenant for request in shared])
+    np.testing.assert_allclose(counts / 4000, [0.6, 0.3, 0.1], atol=0.03)
+    assert told(shared) == told(alone)  # nothing else is drawn differently
+    fewer = synthetic(50, tenants=[6, 3.0, 1]).requests()
+    assert [request.tenant for request in fewer] == [request.tenant for request in shared[:50]]
+    with pytest.raises(UserError, match="tenants: got no share"):
+        synthetic(tenants=[])
+
+
+def test_a_trace_may_be_of_several_tenants(tmp_path):
+    path = tmp_path / "trace.csv"
+    rows = "".join(f"{at},5,5\n" for at in range(200))
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + rows)
+    replay = workload["trace"](Streams(1), 64, path=path, tenants=[1, 1])
+    first = [request.tenant for request in replay.requests()]
+    assert 60 < sum(first) < 140
+    assert [request.tenant for request in replay.requests()] == first

@@ -1,4 +1,4 @@
-"""vLLM V1's scheduling loop: every step hands out tokens, prompt or generated, until all are computed."""
+"""vLLM V1's loop once more, every request looked at in every step: the oracle of `vllm_v1`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import Literal
 
+from experiments.parity import Row, block_keys
+from experiments.parity_v1 import windows_of
 from sim.prefix_cache import Holding, PrefixCache
 
 
@@ -182,3 +184,94 @@ class TokenSchedule:
 
 def _rank(job: Job) -> tuple[int, int]:
     return job.rank
+
+
+class TokenDriver:
+    """Performs the steps of a scheduler file: a plan, then the whole effect of its execution."""
+
+    gave_up = False
+
+    def __init__(self, config: Row, requests: list[Row], *, oldest: bool) -> None:
+        blocks = config["num_blocks_including_null"]
+        self.cache = PrefixCache(
+            config["usable_blocks"],
+            config["block_size"],
+            windows=windows_of(config),
+            caching=config["prefix_caching"],
+            watermark_blocks=config.get("watermark_blocks", int(config.get("watermark", 0.0) * blocks)),
+            keyless_first=not oldest,
+        )
+        self.loop = TokenSchedule(
+            self.cache,
+            max_num_seqs=config["max_num_seqs"],
+            max_num_batched_tokens=config["max_num_batched_tokens"],
+            max_model_len=config["max_model_len"],
+            chunked_prefill=config["chunked_prefill"],
+            long_prefill_token_threshold=config["long_prefill_token_threshold"],
+            policy=config["policy"],
+            reserve_full_prompt=config.get("reserve_full_isl", False),
+            skip_unfit=oldest,
+        )
+        self.coming = sorted(enumerate(requests), key=lambda pair: pair[1]["arrival_step"])
+        self.order = 0
+        self.rows: dict[Job, Row] = {}
+        self.numbers: dict[Job, int] = {}
+        self.tokens: dict[Job, list[int]] = {}
+        self.keys: dict[Job, list[int]] = {}
+        self.generated: dict[Job, int] = {}
+
+    def perform(self, op: Row) -> tuple[Row, Row]:
+        """One step: what was scheduled and finished, and the state before and after its execution."""
+        while self.coming and self.coming[0][1]["arrival_step"] <= op["step"]:
+            self._add(*self.coming.pop(0))
+        loop, before = self.loop, list(self.loop.running)
+        batch = loop.plan()
+        out: Row = {
+            "scheduled": {job.name: tokens for job, tokens in batch.tokens.items()},
+            "order": [job.name for job in batch.tokens],
+            "total": sum(batch.tokens.values()),
+            "new": [job.name for job in batch.new],
+            "resumed": [job.name for job in batch.resumed],
+            "cached_tokens_at_admission": {job.name: hit for job, hit in batch.hits.items()},
+            "preempted": [job.name for job in before if job in batch.preempted],
+        }
+        state: Row = {
+            "running": [job.name for job in loop.running],
+            "waiting": [job.name for job in loop.waiting],
+            "free": self.cache.pool.num_free,
+            "blocks": {job.name: len(job.holding.tables[0]) for job in loop.running},
+        }
+        out["finished"] = self._execute(batch)
+        state["free_after"] = self.cache.pool.num_free
+        return out, state
+
+    def _add(self, number: int, row: Row) -> None:
+        prompt = [first + index for first, count in row["prompt"] for index in range(count)]
+        keys = block_keys(prompt, self.cache.block_size)
+        job = Job(row["id"], len(prompt), keys, self.cache, order=self.order, priority=row.get("priority", 0))
+        self.order += 1
+        self.keys[job] = keys
+        self.rows[job], self.numbers[job], self.tokens[job], self.generated[job] = row, number, prompt, 0
+        self.loop.add(job)
+
+    def _execute(self, batch: Batch) -> list[str]:
+        """A token for everybody who is computed; those who have their last one are gone."""
+        finished = []
+        for job in batch.tokens:
+            if job.holding.computed < job.num_tokens:
+                continue
+            self.tokens[job].append(100_000 * (self.numbers[job] + 1) + self.generated[job])
+            self.generated[job] += 1
+            job.num_tokens += 1
+            job.keys = self.keys[job] = block_keys(self.tokens[job], self.cache.block_size, self.keys[job])
+            done = self.generated[job] >= self.rows[job]["max_tokens"]
+            if done or job.num_tokens >= self.loop.max_model_len:
+                self.loop.finish(job)
+                finished.append(job.name)
+        return finished
+
+    def check_integrity(self) -> None:
+        """The pool's books against the tables."""
+        self.cache.pool.check_integrity(
+            table for job in [*self.loop.running, *self.loop.waiting] for table in job.holding.tables
+        )

@@ -1,0 +1,175 @@
+"""`kvsim bench beams`: how often beams die in a real beam search, beside the simulator's model of it."""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from attention.generation.beam_search import BeamSearch
+from attention.generation.ngram import NGram
+from attention.generation.search import DecodingRequest
+from experiments.text import table
+from sim.allocators import Capacity
+from sim.allocators.paged import PagedAllocator
+from sim.recorder import Recorder
+from sim.schedulers.vllm_v0 import VllmV0
+from sim.simulation import simulate
+from sim.timing import Transfers
+from sim.timing.fixed import Fixed
+from workloads.arrivals import Burst
+from workloads.lengths import Fixed as FixedLengths
+from workloads.sampling import Sampling, measured_turnover
+from workloads.streams import Streams
+from workloads.workload import Synthetic
+
+ROOMS = ("sim", "workloads", "attention", "experiments")
+"""Packages whose docstrings are the text: written for this project, and there wherever it is installed."""
+ORDER = 3
+"""A trigram model: as the table of perplexities shows, more context foretells no more of so little text."""
+PIECE = 200
+"""Words of the pieces of which a tenth is held back for the perplexity."""
+WIDTHS = (2, 3, 4, 6, 8, 16)
+SEARCHES = 100
+PROMPT, OUTPUT = 8, 58
+"""Tokens of a prompt, and of what is generated: the mean output of Alpaca."""
+
+Text = Sequence[int]
+
+
+def bench_beams(folder: Path) -> str:
+    """Perplexity by order of the model, then turnover and sharing by width, measured and modelled."""
+    text, vocab_size = read_text()
+    models = table(
+        f"n-gram models of {len(text):,} words of documentation, {vocab_size:,} different",
+        ["order", "perplexity of held-back text"],
+        [
+            [str(order), f"{held_out_perplexity(text, order, vocab_size):.1f}"]
+            for order in (ORDER - 1, ORDER, ORDER + 1)
+        ],
+    )
+    model = NGram([text], ORDER, vocab_size)
+    rows = []
+    for width in WIDTHS:
+        measured = [search(model, prompt, width) for prompt in prompts(text)]
+        deaths = [sum(search.deaths[step] for search in measured) for step in range(OUTPUT - 2)]
+        shares = [sum(part) / len(part) / SEARCHES / width for part in _thirds(deaths)]
+        turnover = sum(deaths) / len(deaths) / SEARCHES / width
+        saved = sum(search.saved for search in measured) / sum(search.unshared for search in measured)
+        default = measured_turnover(width)
+        rows.append(
+            [
+                str(width),
+                f"{turnover:.3f}",
+                " ".join(f"{share:.2f}" for share in shares),
+                f"{default:.3f}",
+                f"{100 * saved:.1f}",
+                f"{100 * modelled_saving(width, default):.1f}",
+            ]
+        )
+    header = [
+        "width",
+        "turnover",
+        "early, middle, late",
+        "beam_turnover",
+        "tokens saved, %",
+        "by the model, %",
+    ]
+    title = f"{SEARCHES} beam searches with the model of order {ORDER}, {OUTPUT} tokens behind {PROMPT}"
+    return "\n".join([models, table(title, header, rows)])
+
+
+def _thirds(values: list[int]) -> list[list[int]]:
+    size = -(-len(values) // 3)
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def read_text() -> tuple[Text, int]:
+    """The docstrings of the project, one after the other, in words and punctuation: as numbers from 0, and how many."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(file for room in ROOMS for file in (root / room).rglob("*.py"))
+    words = [
+        word for file in files for text in _docstrings(file) for word in re.findall(r"\w+|[^\w\s]", text)
+    ]
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(word.lower(), len(numbers)) for word in words], len(numbers)
+
+
+def _docstrings(file: Path) -> list[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    return [text for node in nodes if (text := ast.get_docstring(node))]
+
+
+def held_out_perplexity(text: Text, order: int, vocab_size: int) -> float:
+    """Perplexity of a tenth of the text, drawn in pieces, of a model of the rest."""
+    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+    random.Random(0).shuffle(pieces)
+    held = len(pieces) // 10
+    return NGram(pieces[held:], order, vocab_size).perplexity(pieces[:held])
+
+
+def prompts(text: Text) -> list[Text]:
+    """Words of the text from places that are drawn, the same every time."""
+    draw = random.Random(0)
+    starts = [draw.randrange(len(text) - PROMPT) for _ in range(SEARCHES)]
+    return [text[start : start + PROMPT] for start in starts]
+
+
+class Search:
+    """What a beam search did: beams without a successor in each step, and tokens that beams had in common."""
+
+    def __init__(self) -> None:
+        self.deaths: list[int] = []
+        self.saved = 0
+        self.unshared = 0
+
+
+def search(model: NGram, prompt: Text, width: int) -> Search:
+    """A beam search of `OUTPUT` tokens; sharing is that of the steps in which they are computed.
+
+    The first tokens all come from the prompt and are no turnover; the last ones are not computed.
+    """
+    request = DecodingRequest(prompt=prompt, max_tokens=OUTPUT + 1, method=BeamSearch(width))
+    beams = request.method.start(request, keep=False)
+    histories = [list(prompt)]
+    nodes: list[tuple[int, ...]] = [tuple(range(PROMPT))]  # a number for each computed token, equal if shared
+    number = PROMPT
+    found = Search()
+    for step in range(OUTPUT - 1):
+        live = beams.choose(model.logits(histories)).live
+        histories = [[*histories[pick.row], pick.token] for pick in live]
+        nodes = [(*nodes[pick.row], number + place) for place, pick in enumerate(live)]
+        number += width
+        if step:
+            found.deaths.append(width - len({pick.row for pick in live}))
+        unshared = sum(map(len, nodes))
+        found.unshared += unshared
+        found.saved += unshared - len(set(chain.from_iterable(nodes)))
+    return found
+
+
+def modelled_saving(width: int, turnover: float) -> float:
+    """The same saving in the simulator, with blocks of one token."""
+    workload = Synthetic(
+        Streams(0),
+        PROMPT + OUTPUT,
+        num_requests=SEARCHES,
+        arrivals=Burst(),
+        lengths=FixedLengths(prompt=PROMPT, output=OUTPUT),
+        sampling=Sampling(beam_width=width, beam_turnover=turnover),
+    )
+    slots = 2 * SEARCHES * width * (PROMPT + OUTPUT)
+    memory = PagedAllocator(Capacity(slots, PROMPT + OUTPUT), block_size=1)
+    summary = simulate(
+        workload,
+        scheduler=VllmV0(memory, max_num_seqs=SEARCHES * width),
+        timing=Fixed(prefill_ms=1e-6, decode_ms=1.0),
+        transfers=Transfers(None, None, 1, copy_latency_us=0.0),
+        recorder=Recorder(),
+        max_model_len=PROMPT + OUTPUT,
+    )
+    return summary["blocks_saved_share"]

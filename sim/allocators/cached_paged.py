@@ -1,0 +1,349 @@
+"""Paged KV memory with vLLM V0's prefix caching."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from sim.allocators.base import Capacity
+from sim.allocators.shared_tails import TailSharingAllocator
+from sim.hashed_blocks import HashedPool
+from sim.prefix_keys import own_keys, prefix_keys, tail_key
+from sim.request import Request, Sequence
+
+
+class CachedPagedAllocator(TailSharingAllocator):
+    """`PagedAllocator` whose blocks are known by all tokens up to their ends (`CachedBlockAllocator` of V0, 0.4.2).
+
+    A prompt takes every block that is known, its last one too though it may be filled in part: copy-on-write parts
+    those who share it. Its leading blocks need not be computed if they are flagged as computed, which are all full
+    blocks but the last of whoever ran with them; never its last block. Admission asks for room as if nothing were
+    found. Freed blocks stay known until they are evicted (`sim/hashed_blocks.py`).
+
+    V0 touches the blocks of all running sequences in every step. Here a block's last use is set when somebody
+    leaves it, to the last step that he took part in; and a block that fills up while decoding gets its key then, as
+    nobody asks for it before. Where V0 would swap a block into one that somebody has written on in since, as both
+    were known by the same beginning, it goes to a block of its own.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        block_size: int = 16,
+        watermark: float = 0.01,
+        num_host_blocks: int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        super().__init__(capacity, block_size, watermark, num_host_blocks)
+        self._tails: dict[
+            Sequence, int
+        ] = {}  # where in its table a sequence has a block known by a part of it
+        self._ready: set[Sequence] = set()  # whose prompts are computed
+        self._last_full: dict[Sequence, int] = {}  # the last full block of a prompt when it was computed
+        self._last: dict[int, list[Sequence]] = {}  # the same by block
+        # Steps: a plan that computes prompts counts as one, every decode step as one.
+        self._plans = 0  # that computed prompts
+        self._plans_before = 0  # of them, those before the last decode step
+        self._tick = -1  # decode steps at the last of them
+        self._in_plan = False
+        self._used: dict[Sequence, int] = {}  # the last step with tokens of a sequence's prompt
+
+    # Time
+
+    def _now(self) -> int:
+        """The step that is planned, which computes prompts."""
+        if not self._in_plan or self._tick != self.num_ticks:
+            if self._tick != self.num_ticks:
+                self._tick, self._plans_before = self.num_ticks, self._plans
+            self._plans += 1
+            self._in_plan = True
+        return self.num_ticks + self._plans
+
+    def _last_use(self, sequence: Sequence) -> int:
+        """The last step that the sequence took part in."""
+        used = self._used[sequence]
+        if sequence not in self._ready or sequence in self._done:
+            return used
+        plans = self._plans_before if self._tick == self.num_ticks else self._plans
+        return max(used, self.num_ticks + plans)
+
+    # Prompts
+
+    def _is_computed(self, block: int, index: int) -> bool:
+        """Whether V0 would have flagged a block by now: its holders have filled the one behind it too."""
+        if self.pool.computed[block]:
+            return True
+        holders = self._last.get(block)
+        filled = (index + 2) * self.block_size
+        return holders is not None and any(holder.num_tokens >= filled for holder in holders)
+
+    def _find_tail(self, request: Request, num_tokens: int) -> tuple[int | None, int | None]:
+        """The key of a prompt's last block that it fills in part, and the block that has it."""
+        key = tail_key(request, num_tokens)
+        block = None if key is None else self.pool.find(key)
+        if block is not None:
+            end = -(-num_tokens // self.block_size) * self.block_size
+            if any(sharer.num_tokens >= end for sharer in self._sharers.get(block, ())):
+                self.pool.rename(block, None)  # it is full since
+                block = None
+        return key, block
+
+    def _keys(self, request: Request, branch: int, num_blocks: int) -> list[int]:
+        """Keys of a branch's first full blocks; what is named of the output is what branch 0 generates."""
+        if not branch or request.output_content is None:
+            return prefix_keys(request, num_blocks, self.block_size)
+        prompt = min(num_blocks, request.prompt_tokens // self.block_size)
+        return prefix_keys(request, prompt, self.block_size) + own_keys(request, prompt, num_blocks)
+
+    def cached_tokens(self, request: Request, num_tokens: int) -> int:
+        """Those in the leading blocks that are known and computed."""
+        if not request.content and not request.preemptions:
+            return 0
+        size = self.block_size
+        count = 0
+        branch = request.sequences[0].branch if request.sequences else 0
+        for key in self._keys(request, branch, (num_tokens - 1) // size):
+            block = self.pool.find(key)
+            if block is None or not self._is_computed(block, count):
+                break
+            count += 1
+        return count * size
+
+    def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
+        """Give a sequence the blocks that are known, and new ones; the tokens that it need not compute."""
+        if filled is None:
+            filled = num_tokens
+        self._used[sequence] = self._now()
+        request, pool, size = sequence.request, self.pool, self.block_size
+        blocks = -(-num_tokens // size)
+        cached = 0
+        if request.content or request.preemptions:
+            known = self._hold_known(sequence, blocks, filled, filled == num_tokens)
+            table = sequence.block_table
+            while cached < known - 1 and cached < blocks - 1 and self._is_computed(table[cached], cached):
+                cached += 1
+            if self.probe is not None and cached:
+                self.probe.touch(pool.tier, table[:cached])
+        else:
+            sequence.block_table = pool.take(blocks)
+        sequence.capacity = blocks * size
+        sequence.origin = filled
+        self.sequences.add(sequence)
+        self._count(sequence, 1)
+        if self.probe is not None:
+            self.probe.begin(sequence)
+        return cached * size
+
+    def _hold_known(self, sequence: Sequence, blocks: int, filled: int, whole: bool) -> int:
+        """Fill a table in order: each block is found, or a new one takes the key; how far there are any."""
+        request, pool, size = sequence.request, self.pool, self.block_size
+        table: list[int] = []
+        sequence.block_table = table
+        for key in self._keys(request, sequence.branch, filled // size):
+            block = pool.find(key)
+            if block is None:
+                (block,) = pool.take()
+                pool.rename(block, key)
+            else:
+                pool.hold(block)
+            table.append(block)
+        if whole and filled % size:
+            self._hold_tail(sequence, filled)
+        known = len(table)
+        table += pool.take(blocks - known)
+        return known
+
+    def _hold_tail(self, sequence: Sequence, filled: int) -> None:
+        """The last block of a prompt, which it fills in part."""
+        pool, table = self.pool, sequence.block_table
+        key, found = self._find_tail(sequence.request, filled)
+        if found is None:
+            table += pool.take()
+            pool.rename(table[-1], key)
+        else:
+            alone = not pool.references[found]
+            pool.hold(found)
+            table.append(found)
+            if alone:
+                self._cut(found, filled % self.block_size)
+        if key is not None:
+            self._tails[sequence] = len(table) - 1
+            self._share_tail(sequence, table[-1])
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> None:
+        """Fill the next slots of a prompt that is computed in part; what is full is known from then on."""
+        super().extend(sequence, num_tokens)
+        self._used[sequence] = self._now()
+        if sequence.request.content:
+            self._name(sequence, min(sequence.origin, sequence.request.prompt_tokens) // self.block_size)
+
+    def computed(self, sequence: Sequence) -> None:
+        """The prompt is computed: flag its full blocks but the last, whose turn comes with the next full one."""
+        self._in_plan = False
+        self._ready.add(sequence)
+        if sequence.request.content or sequence.request.preemptions:
+            self._flag_filled(sequence)
+
+    def _flag_filled(self, sequence: Sequence) -> None:
+        full = sequence.num_tokens // self.block_size
+        if full:
+            self._flag(sequence, full)
+            self._last_full[sequence] = block = sequence.block_table[full - 1]
+            self._last.setdefault(block, []).append(sequence)
+
+    def _flag(self, sequence: Sequence, full: int) -> None:
+        computed = self.pool.computed
+        for block in sequence.block_table[: max(0, full - 1)]:
+            computed[block] = 1
+
+    def _name(self, sequence: Sequence, full: int) -> None:
+        """Let the first full blocks be found, where their content is not found elsewhere."""
+        pool = self.pool
+        keys = self._keys(sequence.request, sequence.branch, full)
+        for block, key in zip(sequence.block_table, keys, strict=False):
+            if pool.keys[block] is None and pool.find(key) is None:
+                pool.rename(block, key)
+
+    # Ends
+
+    def _settle(self, sequence: Sequence, *, stays: bool) -> None:
+        """Before a sequence leaves its blocks: what has become of them while it decoded."""
+        size, table = self.block_size, sequence.block_table
+        full = sequence.num_tokens // size
+        request = sequence.request
+        tail = self._tails.pop(sequence, None)
+        if tail is not None and full > tail and len(self._sharers.get(table[tail], ())) == 1:
+            self.pool.rename(table[tail], None)  # it holds more than what it was known by
+        back = stays and len(request.sequences) == 1
+        if sequence in self._ready and (back or request.content or request.preemptions):
+            self._flag(sequence, full)
+            if back or (request.output_content is not None and not sequence.branch):
+                self._name(sequence, full)
+        if sequence in self._last_full:
+            block = self._last_full.pop(sequence)
+            self._last[block].remove(sequence)
+            if not self._last[block]:
+                del self._last[block]
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Drop the sequence's references to device blocks, and what is kept about them."""
+        self._count(sequence, -1)
+        table = sequence.block_table
+        if self._sharers:
+            for index, block in enumerate(table):
+                if block in self._sharers:
+                    self._part(sequence, block, index)
+        self.pool.release(table, now=self._last_use(sequence))
+        sequence.block_table = []
+
+    def release(self, sequence: Sequence) -> None:
+        """Drop the table's references."""
+        self._leave(sequence)
+
+    def free(self, sequence: Sequence) -> None:
+        """Drop the sequence's references; its blocks stay known until they are evicted."""
+        if sequence in self._hosted:
+            self.host_pool.release(sequence.block_table, now=self._last_use(sequence))
+            sequence.block_table = []
+            self._hosted.discard(sequence)
+        else:
+            table = sequence.block_table
+            if sequence not in self._done:
+                self._settle(sequence, stays=sequence.num_tokens < sequence.final_tokens)
+            self.release(sequence)
+            if sequence in self._done:
+                self._retired -= Counter(table)
+            self.sequences.discard(sequence)
+        sequence.capacity = 0
+        self._ready.discard(sequence)
+        self._done.discard(sequence)
+        del self._used[sequence]
+
+    def retire(self, request: Request) -> None:
+        """The branches are done: slots that nobody else uses are internal waste from now on."""
+        for sequence in request.sequences:
+            self._settle(sequence, stays=False)
+            self._used[sequence] = self._last_use(sequence)
+            self._count(sequence, -1)
+            self._done.add(sequence)
+            self._retired.update(sequence.block_table)
+            sequence.origin = sequence.final_tokens = 0
+            self._count(sequence, 1)
+
+    # Forks
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Share every block of the parent; needs no memory."""
+        super().fork(parent, child)
+        self._used[child] = self._used[parent]
+        if parent in self._ready:
+            self._ready.add(child)
+        if parent in self._tails:
+            self._tails[child] = self._tails[parent]
+        if parent.num_tokens < parent.capacity:
+            tail = parent.block_table[-1]
+            sharers = self._sharers.setdefault(tail, [])
+            sharers += [each for each in (parent, child) if each not in sharers]
+
+    # Swapping
+
+    def swap_out(self, request: Request) -> int:
+        """Move the distinct blocks to the host; content that is there already is not held twice."""
+        for sequence in request.sequences:
+            self._settle(sequence, stays=True)
+        places: dict[int, int] = {}
+        tables = [self._move_table(each, self.pool, self.host_pool, places) for each in request.sequences]
+        if self.probe is not None:
+            self.probe.swap(self.host_pool.tier, list(places.items()))
+        for sequence, moved in zip(request.sequences, tables, strict=True):
+            self._leave(sequence)
+            sequence.block_table = moved
+        self.sequences.difference_update(request.sequences)
+        self._hosted.update(request.sequences)
+        return len(places)
+
+    def swap_in(self, request: Request) -> int:
+        """Move the distinct blocks back to the device, where their content may still be found."""
+        places: dict[int, int] = {}
+        self._hosted.difference_update(request.sequences)
+        self.sequences.update(request.sequences)
+        for sequence in request.sequences:
+            away = sequence.block_table
+            sequence.block_table = self._move_table(sequence, self.host_pool, self.pool, places)
+            self.host_pool.release(away, now=self._last_use(sequence))
+            if sequence.num_tokens < sequence.capacity:
+                self._sharers.setdefault(sequence.block_table[-1], []).append(sequence)
+            self._count(sequence, 1)
+            if sequence in self._ready:
+                self._flag_filled(sequence)
+        if self.probe is not None:
+            self.probe.swap(self.pool.tier, list(places.items()))
+        return len(places)
+
+    def _move_table(
+        self, sequence: Sequence, source: HashedPool, target: HashedPool, places: dict[int, int]
+    ) -> list[int]:
+        """The sequence's table on the other tier, with its references; `places` has what was moved before it."""
+        if source is self.pool:
+            prompt = min(sequence.num_tokens, sequence.request.prompt_tokens)
+            self._name(sequence, prompt // self.block_size)
+        full = sequence.num_tokens // self.block_size
+        moved = []
+        for index, block in enumerate(sequence.block_table):
+            there = places.get(block)
+            if there is None:
+                key = (
+                    source.keys[block] if index < full else None
+                )  # others may have written on in the last one
+                there = None if key is None else target.find(key)
+                if there is None:
+                    (there,) = target.take()
+                    if key is not None:
+                        target.rename(there, key)
+                else:
+                    target.hold(there)
+                places[block] = there
+            else:
+                target.hold(there)
+            moved.append(there)
+        return moved

@@ -1,0 +1,188 @@
+"""Pages of several sizes in one memory: Jenga."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.allocators.base import Admission, Capacity, allocator
+from sim.allocators.grouped import GroupedAllocator
+from sim.allocators.window_edge import NULL, Holding
+from sim.errors import UserError
+from sim.large_pages import LargePages
+from sim.layer_groups import LayerKind, own_pages
+from sim.registry import Bounds, PositiveInt
+from sim.request import Request, Sequence
+
+
+@allocator("jenga")
+class JengaAllocator(GroupedAllocator):
+    """A page size for each kind of layers, in large pages of their least common multiple, as in Jenga (SOSP 2025).
+
+    All layers of a kind share a block table whose pages hold exactly a block of their tokens, or their states;
+    large pages are split into pages of one kind, a request's packed together (`sim/large_pages.py`). So nothing
+    is padded; what is wasted beside tails and window edges are small pages that are free in a large page, and
+    these are internal waste until somebody takes them. Prefixes are not cached. A model of equal layers has one
+    kind, and is paged as usual.
+
+    Fields:
+        block_size: Tokens of a page.
+        watermark: Share of the large pages that an admission leaves free while others run.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        block_size: PositiveInt = 16,
+        watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.0,
+    ) -> None:
+        kinds = capacity.layers or (LayerKind(1, 1),)
+        pages = own_pages(kinds, block_size)
+        super().__init__(capacity, pages)
+        slots = capacity.kv_bytes // pages.slot_bytes if capacity.layers else capacity.num_slots
+        self.pages = LargePages(slots, [group.page_slots for group in self.groups])
+        if capacity.num_blocks is not None:
+            slots = capacity.num_blocks * self.pages.size
+            self.pages = LargePages(slots, self.pages.sizes)
+        if not self.pages.num_large:
+            raise UserError(
+                f"the pages of this model's layers have a least common multiple of {self.pages.size:,} slots, "
+                f"and there are {slots:,}"
+            )
+        self.num_slots = slots
+        self.watermark_pages = int(watermark * self.pages.num_large)
+        self._own: dict[Holding, list[dict[int, None]]] = {}
+
+    def _needs(self, num_tokens: int, chunk: int) -> list[int]:
+        """Pages of each kind for so many tokens, `chunk` of them computed in a step."""
+        size = self.block_size
+        needs = []
+        for group in self.groups:
+            rows = -(-num_tokens // size)
+            if group.window is not None:
+                rows = min(rows, -(-(group.window - 1 + chunk) // size) + 1)
+            needs.append(1 if group.state_slots else rows)
+        return needs
+
+    def admission(self, request: Request, num_tokens: int) -> Admission:
+        """Room for all tokens at once."""
+        return self.admission_in_chunks(request, num_tokens, num_tokens)
+
+    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
+        """Large pages for the prompt, or small ones that others left over."""
+        needs = self._needs(num_tokens, chunk)
+        pages = self.pages
+        most = sum([-(-need // split) for need, split in zip(needs, pages.splits, strict=True)])
+        if most > pages.num_large:
+            return Admission.NEVER
+        spare = self.watermark_pages if self.sequences else 0
+        return Admission.OK if pages.fits(needs, spare=spare) else Admission.LATER
+
+    def refusal(self, request: Request, num_tokens: int) -> str:
+        """Pages needed against pages there."""
+        told = " and ".join(map(str, self._needs(num_tokens, num_tokens)))
+        splits = " or ".join(map(str, self.pages.splits))
+        return (
+            f"{num_tokens} tokens need {told} pages of the {len(self.groups)} kinds of layers, "
+            f"the memory has {self.pages.num_large} large pages of {splits} each"
+        )
+
+    @property
+    def headroom(self) -> int:
+        """Sequences that can each open a large page for every kind."""
+        return len(self.pages.free) // len(self.token_groups)
+
+    def lacks(self, holding: Holding, rows: int) -> bool:
+        """Neither in large pages of the sequence's own, nor in free ones, nor in those of others."""
+        needs = [0 if group.state_slots else rows for group in self.groups]
+        return not self.pages.fits(needs, self._own[holding])
+
+    def demand(self, sequence: Sequence, num_tokens: int) -> int:
+        """Pages of every kind that the next tokens take, more than the headroom only if they cannot be had."""
+        needed = self.pages_needed(sequence, num_tokens)
+        if max(needed) <= 0:
+            return 0
+        headroom = self.headroom
+        if not self.pages.fits(needed, self._own[self.holdings[sequence]]):
+            return headroom + 1
+        return min(max(needed), headroom)
+
+    def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
+        """Give a sequence pages of every kind."""
+        filled = num_tokens if filled is None else filled
+        self.begin(sequence, [[] for _ in self.groups], num_tokens, filled, 0)
+        return 0
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """More pages of every kind; the tokens that have room."""
+        holding = self.holdings[sequence]
+        self._lengthen(sequence, holding, num_tokens)
+        return holding.rows * self.block_size
+
+    def take(self, holding: Holding, group: int, count: int) -> list[int]:
+        """Pages of this kind, near those that the sequence has."""
+        own = self._own.get(holding)
+        if own is None:
+            own = self._own[holding] = [{} for _ in self.groups]
+        loose = self.pages.loose
+        taken = self.pages.take(group, count, own[group])
+        self._note_loose(loose)
+        return taken
+
+    def give(self, holding: Holding, group: int, pages: list[int]) -> None:
+        """Take pages back."""
+        loose = self.pages.loose
+        self.pages.give(group, pages)
+        own, split = self._own[holding][group], self.pages.splits[group]
+        table = {page // split for page in holding.tables[group] if page != NULL}
+        for large in {page // split for page in pages} - table:
+            own.pop(large, None)  # somebody else may open it
+        self._note_loose(loose)
+
+    def _note_loose(self, before: int) -> None:
+        self.num_held += self.pages.loose - before
+        self.num_internal += self.pages.loose - before
+
+    def release(self, sequence: Sequence, holding: Holding | None = None) -> None:
+        """Give back the pages of all kinds."""
+        assert holding is not None
+        super().release(sequence, holding)
+        del self._own[holding]
+
+    @property
+    def num_pages(self) -> int:
+        """Small pages that memory could be split into, kind after kind."""
+        return self.pages.num_large * sum(self.pages.splits)
+
+    def held_pages(self, sequence: Sequence, group: int) -> tuple[int, NDArray[np.int64]]:
+        """Those of a kind behind all of the kinds before it."""
+        first, pages = super().held_pages(sequence, group)
+        return first, pages + self.pages.num_large * sum(self.pages.splits[:group])
+
+    def page_starts(self, group: int, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First slot of each page."""
+        pages = pages - self.pages.num_large * sum(self.pages.splits[:group])
+        split = self.pages.splits[group]
+        return pages // split * self.pages.size + pages % split * self.groups[group].page_slots
+
+    def num_external(self, head_refused: bool) -> int:
+        """The slots behind the last whole large page."""
+        return self.num_slots - self.pages.num_large * self.pages.size
+
+    @property
+    def num_loose(self) -> int:
+        """Slots in large pages that are in no small page in use."""
+        return self.pages.loose
+
+    def check_books(self) -> None:
+        """Small and large pages against the tables."""
+        holdings = self.holdings.values()
+        self.pages.check_integrity(
+            [
+                [page for holding in holdings for page in holding.tables[group] if page != NULL]
+                for group in range(len(self.groups))
+            ]
+        )
