@@ -203,7 +203,7 @@ def run_naively(
             if link is not None and allocator.next_landing < FOREVER:
                 counters["swapped_out_blocks"] += moved
                 moved = 0
-                until = min([allocator.next_landing, *[request.arrival_time for request in coming[:1]]])
+                until = min([allocator.next_landing, *[entry[0] for entry in coming[:1]]])
                 note(now, until - now, len(scheduler.running), scheduler.num_waiting, scheduler.head_refused)
                 waited += (until - now) * bool(scheduler.running or scheduler.num_waiting)
                 now = until
