@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Generator
+from collections.abc import Sequence as Ordered
 from itertools import accumulate
 from typing import Any
 
@@ -71,6 +72,7 @@ class Engine:
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
         self._num_prefills = 0  # computed to their ends, with a token each
+        self._counts_entries = self.allocator.num_entries is not None
         self._joined = 0  # blocks less entries of block tables in the step in flight
         self._progress = 0, 0  # decode steps and prefills at the last preemption
         self._fruitless = 0  # preemptions since there was progress
@@ -225,8 +227,9 @@ class Engine:
         scheduler = self.scheduler
         allocator = self.allocator
         recorder = self.recorder
-        self.timing.num_entries = entries = allocator.num_entries
-        if entries is not None:
+        if self._counts_entries:
+            self.timing.num_entries = entries = allocator.num_entries
+            assert entries is not None
             allocator.entry_log.clear()
             self._joined = allocator.num_held // allocator.block_size - entries
         duration = self.clock.duration(step, start)
@@ -266,7 +269,7 @@ class Engine:
             decodes.growths
             and allocator.growth is None
             and not allocator.grows_foreseeably
-            and (allocator.num_entries is None or self.timing.counts_entries)
+            and (not self._counts_entries or self.timing.counts_entries)
         ):  # any growth may change any part of the usage, or the next step's time
             limit = min(limit, decodes.next_growth - decodes.clock - 1)
             if limit < 1:
@@ -291,8 +294,8 @@ class Engine:
         added = decodes * self.allocator.slots_per_token
         saved = self.allocator.blocks_saved
         joined = 0
-        regrown: list[tuple[int, int]] = []  # blocks less entries, from a step of the stretch on
-        if self.allocator.num_entries is not None:
+        regrown: Ordered[tuple[int, int]] = ()  # blocks less entries, from a step of the stretch on
+        if self._counts_entries:
             joined = self._joined + saved
             if steps > 1:
                 first = self.scheduler.decodes.clock - steps + 1

@@ -93,6 +93,8 @@ class ChunkedScheduler(Scheduler):
             demand += self.allocator.demand(request.sequences[0], tokens)
         if budget < 0 or not self._decodes_first(left):
             return None
+        if partial and self.allocator.slides:
+            return None  # what windows give back queues up in the order of the turns
         if not self.ample(demand):
             if not self._last_gives_way:
                 return None
