@@ -229,6 +229,8 @@ class PagedAllocator(Allocator):
 
     def stop(self, sequence: Sequence) -> None:
         """Its unshared blocks at the end yield; those of who stopped first go first."""
+        if not self.can_stop:
+            super().stop(sequence)
         self._stopped.add(sequence)
 
     def _make_room(self, needed: int) -> None:
