@@ -66,8 +66,8 @@ class PagedAllocator(Allocator):
         self.host_pool = BlockPool(num_blocks if num_host_blocks is None else num_host_blocks, "host")
         self._remainder = self.num_slots - num_blocks * block_size  # too short for a block
         self._hosted: set[Sequence] = set()  # swapped out
-        self._stopped = Stopped(self, self.pool)
-        self._flying = InFlight(self, self.pool, self.host_pool)
+        self._stopped = Stopped(self)
+        self._flying = InFlight(self)
 
     def num_external(self, head_refused: bool) -> int:
         """The slots behind the last whole block."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from sim.allocators.base import Allocator
-from sim.block_pool import BlockPool
 from sim.request import Request, Sequence
 from sim.units import FOREVER
+
+if TYPE_CHECKING:
+    from sim.allocators.paged import PagedAllocator
 
 
 class Stopped:
@@ -17,11 +19,10 @@ class Stopped:
     Only the blocks at a sequence's end that nobody shares can be taken of it; `blocks` of all of them.
     """
 
-    __slots__ = ("_own", "_owner", "_pool", "blocks")
+    __slots__ = ("_own", "_owner", "blocks")
 
-    def __init__(self, owner: Allocator, pool: BlockPool) -> None:
+    def __init__(self, owner: PagedAllocator) -> None:
         self._owner = owner
-        self._pool = pool
         self._own: dict[Sequence, int] = {}
         self.blocks = 0
 
@@ -37,7 +38,7 @@ class Stopped:
 
     def add(self, sequence: Sequence) -> None:
         """A sequence stops."""
-        references = self._pool.references
+        references = self._owner.pool.references
         own = 0
         for block in reversed(sequence.block_table):
             if references[block] > 1:
@@ -57,7 +58,7 @@ class Stopped:
     def make_room(self, free: int) -> None:
         """See that so many blocks of the pool are free, as far as possible."""
         for sequence in list(self._own):
-            lacking = free - self._pool.num_free
+            lacking = free - self._owner.pool.num_free
             if lacking <= 0:
                 return
             blocks = min(self._own[sequence], lacking)
@@ -68,7 +69,7 @@ class Stopped:
         """Take the last blocks of a sequence, and the tokens in them."""
         owner, table = self._owner, sequence.block_table
         before, tokens, final = sequence.capacity, sequence.origin, sequence.final_tokens
-        self._pool.release(table[-blocks:])
+        self._owner.pool.release(table[-blocks:])
         del table[-blocks:]
         self._own[sequence] -= blocks
         self._count(-blocks)
@@ -90,12 +91,10 @@ class InFlight:
     They count as internal waste of the device.
     """
 
-    __slots__ = ("_host", "_leaving", "_on_host_at", "_owner", "_pool", "_returning")
+    __slots__ = ("_leaving", "_on_host_at", "_owner", "_returning")
 
-    def __init__(self, owner: Allocator, pool: BlockPool, host: BlockPool) -> None:
+    def __init__(self, owner: PagedAllocator) -> None:
         self._owner = owner
-        self._pool = pool
-        self._host = host
         self._leaving: deque[tuple[int, int]] = deque()  # end of the copy (ns), block of the device
         self._returning: deque[tuple[int, list[int]]] = deque()  # likewise, blocks of the host
         self._on_host_at: dict[Request, int] = {}
@@ -136,20 +135,20 @@ class InFlight:
         while leaving and leaving[0][0] <= now:
             landed.append(leaving.popleft()[1])
         if landed:
-            self._pool.release(landed)
+            self._owner.pool.release(landed)
             self._count(-len(landed))
         while returning and returning[0][0] <= now:
-            self._host.release(returning.popleft()[1])
+            self._owner.host_pool.release(returning.popleft()[1])
 
     def make_room(self, free: int) -> None:
         """Wait until so many blocks of the pool are free, as far as possible: the step does not begin before."""
         link = self._owner.link
         leaving = self._leaving
-        while leaving and self._pool.num_free < free:
+        while leaving and self._owner.pool.num_free < free:
             assert link is not None
             end, block = leaving.popleft()
             link.awaited = max(link.awaited, end)
-            self._pool.release((block,))
+            self._owner.pool.release((block,))
             self._count(-1)
 
     @property
