@@ -92,6 +92,8 @@ def read(path: Path) -> tuple[Row, list[Row]]:
     header, *operations = rows
     if header.get("kind") != "header" or not isinstance(header.get("config"), dict):
         raise UserError(f'{path}:1: got no header, expected an object with "kind": "header" and "config"')
+    if not operations:
+        raise UserError(f"{path}:1: truncated: got a header alone, expected operations behind it")
     for number, row in enumerate(operations, 2):
         for name in ("op", "out", "state"):
             if not isinstance(row.get(name), dict):
@@ -129,6 +131,8 @@ def build(path: Path, header: Row) -> Driver:
                 return driver(header)
             except KeyError as error:
                 raise UserError(f"{path}:1: the configuration lacks {error}") from error
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise UserError(f"{path}:1: the configuration does not make sense: {error}") from error
     raise UserError(f"{path}:1: got a recording of {peer!r}, expected one of {', '.join(FORMATS)}")
 
 

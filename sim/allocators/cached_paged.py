@@ -118,9 +118,9 @@ class CachedPagedAllocator(TailSharingAllocator):
         blocks = -(-num_tokens // size)
         cached = 0
         if request.content or request.preemptions:
-            known = self._hold_known(sequence, blocks, filled, filled == num_tokens)
+            known = self._hold_known(sequence, blocks, filled, filled == request.prefill_tokens)
             table = sequence.block_table
-            while cached < known - 1 and cached < blocks - 1 and self._is_computed(table[cached], cached):
+            while cached < min(known, blocks - 1) and self._is_computed(table[cached], cached):
                 cached += 1
             if self.probe is not None and cached:
                 self.probe.touch(pool.tier, table[:cached])

@@ -251,3 +251,32 @@ def test_where_nothing_can_be_scheduled_nano_dies():
 def test_the_recordings_are_small():
     assert sum(path.stat().st_size for path in RECORDINGS.iterdir()) < 100_000
     assert all(json.loads(path.open(encoding="utf-8").readline()) for path in RECORDINGS.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"usable_blocks":', '"usable_blocks":"x","was":', ":1: the configuration does not make sense: "),
+        (
+            '"policy":',
+            '"policy":"foo","was":',
+            ":1: the configuration does not make sense: unknown queue order 'foo'",
+        ),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_the_files_fault(old, new, said, kvsim: Kvsim, tmp_path):
+    text = (RECORDINGS / "v1_head_sched_preempt_lifo.jsonl").read_text()
+    assert old in text
+    path = tmp_path / "odd.jsonl"
+    path.write_text(text.replace(old, new, 1))
+    answer = kvsim("parity", str(path))
+    assert answer.code == 2
+    assert f"{path}{said}" in answer.err
+
+
+def test_a_header_alone_is_a_truncated_recording(kvsim: Kvsim, tmp_path):
+    path = tmp_path / "cut.jsonl"
+    path.write_text((RECORDINGS / "v1_head_sched_preempt_lifo.jsonl").read_text().splitlines()[0])
+    answer = kvsim("parity", str(path))
+    assert answer.code == 2
+    assert "cut.jsonl:1: truncated: got a header alone" in answer.err

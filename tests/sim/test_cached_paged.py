@@ -278,3 +278,19 @@ def test_a_key_has_one_block_and_a_full_duplicate_gives_way():
     assert pool.references[:2] == [2, 0]
     with pytest.raises(ValueError, match="double free of block 1"):
         pool.release((two,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("vllm_v1", {}), ("aisimulate", {}), ("sarathi", {}), ("vllm_v0", {"chunked_prefill": True})],
+)
+@pytest.mark.parametrize("budget", [10, 16, 20])
+def test_a_prompt_in_chunks_is_found_whole_and_within_the_budget(kind, fields, budget):
+    """The second prompt equals the first, whose chunks end inside of blocks."""
+    over = memory("paged", slots=400, longest=100, prefix_caching=True)
+    said = {"content": (1, 2, 3, 4), "content_grain": 16}
+    requests = [Request(number, number * 10**9, 64, 2, **said) for number in range(2)]
+    story = Story(scheduled(kind, over, max_num_batched_tokens=budget, **fields), requests)
+    assert story.column("requests", "cached_tokens") == [0, 60]
+    spent = zip(story.column("steps", "prefill_tokens"), story.column("steps", "decode_seqs"), strict=True)
+    assert max(prompt + decodes for prompt, decodes in spent) <= budget
