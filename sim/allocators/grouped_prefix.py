@@ -246,13 +246,11 @@ class GroupedPrefixAllocator(GroupedAllocator):
     def settle(self) -> None:
         """Queue what windows gave back in this tick in the order of `grow`, in whichever order sequences were asked."""
         super().settle()
-        given, free = self._given, self.pool.free
+        given = self._given
         if given:
             in_order = sorted(given, key=_order)
             if in_order != given:
-                for _, page in in_order:
-                    if page in free:
-                        free.move_to_end(page)
+                self.pool.requeue([page for _, page in in_order])
             given.clear()
 
     def leave(self, sequence: Sequence, holding: Holding, group: int, freed: int) -> None:
