@@ -49,6 +49,10 @@ class ChunkedScheduler(Scheduler):
     def begin(self) -> None:
         """Start a plan: whoever rested takes part again."""
         self.head_refused = False
+        self.wake()
+
+    def wake(self) -> None:
+        """Let all who rest take part again."""
         self.resting_seqs = 0
         self._woken = bool(self.resting)
         for sequence in self.resting:

@@ -246,6 +246,7 @@ class SGLang(PromisingScheduler):
             return
         self._sorter.sort(self.waiting, self.limit)
         while self.waiting:
+            self._sorter.draw_head(self.waiting)
             request = self.waiting[0]
             admission = self.head_admission(step)
             if admission is Admission.NEVER:

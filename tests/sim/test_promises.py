@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sim import Request, order, scheduler, victim
 from sim.schedulers.prefix_order import PrefixOrder
@@ -286,6 +288,31 @@ def test_longest_outputs_and_chance():
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@given(
+    moves=st.lists(
+        st.one_of(st.integers(1, 9), st.sampled_from(["admit", "admit", "retract"])), min_size=1, max_size=60
+    )
+)
+def test_a_queue_in_which_new_ones_are_inserted_is_sorted(moves):
+    """By a plain, stable sort of the whole queue before each admission."""
+    sorter = PrefixOrder("lof", scheduled("sglang").allocator, 0)
+    queue, plain, left = deque(), [], []
+    for number, move in enumerate(moves):
+        if isinstance(move, int):
+            queue.append(Request(number, 0, 1, move))
+        elif move == "retract" and left:
+            left[0].preemptions += 1
+            queue.append(left.pop(0))
+        plain += [each for each in queue if each not in plain]
+        if not queue or move != "admit":
+            continue
+        plain.sort(key=lambda each: each.output_tokens, reverse=True)
+        sorter.sort(queue, lambda each: each.output_tokens)
+        assert list(queue) == plain
+        left.append(queue.popleft())
+        plain.pop(0)
 
 
 def test_a_cached_prefix_that_is_locked_is_no_longer_free():
