@@ -37,7 +37,7 @@ class Difference(AssertionError):
 
 def _build_v0(header: Row) -> Driver:
     from experiments.parity_v0 import ManagerDriver, SchedulerDriver
-    from experiments.parity_v0_cached import CachedManagerDriver
+    from tests.experiments.plain_v0_cached import CachedManagerDriver
 
     if "requests" in header:
         return SchedulerDriver(header["config"], header["requests"])
@@ -203,13 +203,3 @@ def canonical(tables: dict[str, list[int]]) -> dict[str, list[int]]:
 def histogram(counts: Iterable[int]) -> dict[str, int]:
     """Each number but 0 to how often it occurs."""
     return {str(count): number for count, number in sorted(Counter(counts).items()) if count}
-
-
-def block_keys(tokens: Sequence[int], block_size: int, known: Sequence[int] = ()) -> list[int]:
-    """A key for each full block, chained along the tokens; `known` are those of the first blocks."""
-    keys = list(known)
-    key = keys[-1] if keys else 0
-    for end in range((len(keys) + 1) * block_size, len(tokens) + 1, block_size):
-        key = hash((key, *tokens[end - block_size : end]))
-        keys.append(key)
-    return keys

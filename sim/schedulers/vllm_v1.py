@@ -108,6 +108,7 @@ class VllmV1(ChunkedScheduler):
             tokens = len(request.sequences)
             if request in partial:
                 tokens = min(self.left(request), self.longest_chunk, left)
+                allocator.pass_windows(sequence)  # whether the chunk then fits or not
             elif exact and sequence.origin + clock < sequence.capacity:  # most have their slot
                 served[request] = tokens
                 left -= tokens
