@@ -36,8 +36,8 @@ class Difference(AssertionError):
 
 
 def _build_v0(header: Row) -> Driver:
-    from experiments.parity_v0 import ManagerDriver, SchedulerDriver
-    from tests.experiments.plain_v0_cached import CachedManagerDriver
+    from experiments.parity_v0 import SchedulerDriver
+    from experiments.parity_v0_manager import CachedManagerDriver, ManagerDriver
 
     if "requests" in header:
         return SchedulerDriver(header["config"], header["requests"])

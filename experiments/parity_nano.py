@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from experiments.parity import Row, canonical, histogram
-from experiments.parity_tokens import Told, TokenManager, tokens_of
+from experiments.parity_tokens import TokenManager, Told, tokens_of
 from sim import Admission, Capacity, Request, Sequence, Step
 from sim.allocators.nano_vllm import NanoAllocator
 from sim.schedulers import NanoVLLM

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from experiments.parity import Row, histogram
-from experiments.parity_tokens import Told, TokenManager
+from experiments.parity_tokens import TokenManager, Told
 from sim import Capacity, Request
 from sim.allocators import RadixAllocator
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence as Ordered
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
 
 from experiments.parity import Row
 from sim import Request, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from experiments.parity import Row, canonical, histogram
-from experiments.parity_tokens import ENDLESS, Told, TokenManager, tokens_of
+from experiments.parity_tokens import ENDLESS, TokenManager, Told, tokens_of
 from sim import Admission, Capacity, Request, Step
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
 from sim.allocators.prefix import PrefixAllocator

@@ -1,4 +1,4 @@
-"""Recorded engine cases: our own recordings in `recordings`, and all shared ones where they are."""
+"""Recorded engine cases: copies of a few in `recordings`, and all shared ones where they are."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.parity import Difference, block_keys, canonical, replay
+from experiments.parity import Difference, canonical, replay
 from sim.errors import IntegrityError
 from tests.experiments.conftest import Kvsim
+from tests.experiments.keys import block_keys
 
 RECORDINGS = Path(__file__).parent / "recordings"
 

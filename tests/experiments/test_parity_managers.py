@@ -71,9 +71,7 @@ def test_v1(random, block_size, blocks, watermark, caching, groups, oldest):
         "block_size": block_size, "usable_blocks": blocks, "watermark_blocks": watermark, "prefix_caching": caching,
         "groups": groups,
     }  # fmt: skip
-    drivers = [
-        module.ManagerDriver(config, keyless_first=not oldest) for module in (parity_v1, plain_v1)
-    ]
+    drivers = [module.ManagerDriver(config, keyless_first=not oldest) for module in (parity_v1, plain_v1)]
     do = Caller(random, *drivers)
     for _ in range(50):
         op = random.choice(["admit", "admit", "append", "append", "append", "more", "free", "preempt", "resume",
