@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 
-from experiments.parity import Row
+from experiments.parity import Misuse, Row
 from sim import Request, Sequence
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
@@ -60,6 +60,9 @@ class TokenManager:
     def perform(self, op: Row) -> tuple[Row, Row]:
         """One operation: what it returns, and the state afterwards."""
         arguments = {name: value for name, value in op.items() if name != "op"}
+        name = arguments.get("r")
+        if name is not None and (name in self.requests) is (op["op"] == "admit"):
+            raise Misuse(f"{name} is {'there already' if name in self.requests else 'not there'}")
         return getattr(self, op["op"])(**arguments), self.state()
 
     def state(self) -> Row:

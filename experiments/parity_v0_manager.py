@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from experiments.parity import Row, canonical, histogram
+from experiments.parity import Misuse, Row, canonical, histogram
 from experiments.parity_tokens import ENDLESS
 from sim import Admission, Capacity, Request, Sequence
 from sim.allocators import PagedAllocator
@@ -47,7 +47,25 @@ class ManagerDriver:
     def perform(self, op: Row) -> tuple[Row, Row]:
         """One operation: what it returns, and the state afterwards."""
         arguments = {name: value for name, value in op.items() if name != "op"}
+        self._check(op)
         return getattr(self, op["op"])(**arguments), self.state()
+
+    def _check(self, op: Row) -> None:
+        """Raises Misuse if a group or a sequence is not there, or is there already."""
+        group, there = op["g"], op["g"] in self.groups
+        if there is (op["op"] == "alloc"):
+            raise Misuse(f"group {group} is {'there already' if there else 'not there'}")
+        names = [self.names[each] for each in self.groups[group].sequences] if there else []
+        asked = {name: op[name] for name in ("s", "parent") if there and name in op}
+        for name in asked.values():
+            if name not in names:
+                raise Misuse(f"sequence {name} is not in group {group}")
+        if op["op"] == "append" and not set(map(str, names)) <= op["tokens"].keys():
+            raise Misuse(f"got tokens for {', '.join(op['tokens'])}, and group {group} has {names}")
+        if op["op"] in ("append", "swap_out") and group in self.swapped:
+            raise Misuse(f"group {group} is swapped out")
+        if op["op"] == "swap_in" and group not in self.swapped:
+            raise Misuse(f"group {group} is not swapped out")
 
     def alloc(self, g: str, s: int, tokens: list[int]) -> Row:
         request = Request(len(self.names), 0, len(tokens), ENDLESS)
@@ -71,7 +89,6 @@ class ManagerDriver:
         request = self.groups[g]
         if not self.memory.can_append(request):
             return {"ok": False}
-        assert len(tokens) == len(request.sequences)
         copied = [sequence for sequence in request.sequences if self.memory.append(sequence)]
         for sequence in request.sequences:
             sequence.origin += 1
