@@ -442,6 +442,11 @@ class Allocator(ABC):
         """Compare a policy's own books; called by `check_integrity`."""
 
     @classmethod
+    def finds_prefixes(cls, fields: dict[str, Any]) -> bool:
+        """Whether an allocator of this kind with these fields finds blocks again by their content."""
+        return cls.keeps_freed and bool(fields.get("prefix_caching", True))
+
+    @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """(dotted path, complaint) for options of a whole experiment that contradict each other."""
         return ()
