@@ -20,6 +20,9 @@ def windows_of(config: Row) -> list[int | None]:
     return [None if group in ("full", None) else group for group in config.get("groups", ["full"])]
 
 
+FIRST_OUTPUT = 100_000
+"""The first token that request 0 of a file generates; the first ones of the others follow so many apart."""
+
 Memory = PrefixAllocator | GroupedPrefixAllocator
 
 
@@ -154,10 +157,28 @@ class _PatientMemory(PrefixAllocator):
 
 
 class _PatientScheduler(VllmV1):
-    """The same for who exceeds any step."""
+    """The same for who exceeds any step. And all tokens are told here: what decodes fill can be found at once."""
 
     def hopeless(self, request: Request) -> str:
         return ""
+
+    def plan(self, now: int) -> Step:
+        step = super().plan(now)
+        self._tell()
+        return step
+
+    def _admit_waiting(self, step: Step, now: int, left: int) -> None:
+        self._tell()
+        super()._admit_waiting(step, now, left)
+
+    def _tell(self) -> None:
+        """Let the blocks be found that decodes have filled, in a run they are when their holder leaves them."""
+        size = self.allocator.block_size
+        for request in self.running:
+            (sequence,) = request.sequences
+            if sequence.decodes is not None and sequence.num_tokens % size == 0:
+                assert isinstance(self.allocator, PrefixAllocator | GroupedPrefixAllocator)
+                self.allocator.held(sequence, sequence.num_tokens)
 
 
 class _PatientGroups(GroupedPrefixAllocator):
@@ -190,6 +211,7 @@ class SchedulerDriver:
             reserve_full_prompt=config.get("reserve_full_isl", False),
             skip_unfit=oldest,
         )
+        self.numbers = {row["id"]: number for number, row in enumerate(requests)}
         self.coming = sorted(requests, key=lambda row: row["arrival_step"])
         self.names: dict[Request, str] = {}
         self.started: set[Request] = set()
@@ -232,10 +254,11 @@ class SchedulerDriver:
 
     def _add(self, row: Row) -> None:
         prompt = tokens_of(row["prompt"])
-        room = self.memory.max_model_len - len(prompt)
+        outputs = min(row["max_tokens"], self.memory.max_model_len - len(prompt))
+        first = FIRST_OUTPUT * (self.numbers[row["id"]] + 1)
         request = Request(
-            len(self.names), 0, len(prompt), min(row["max_tokens"], room),
-            content=prompt, content_grain=1, priority=row.get("priority", 0),
+            len(self.names), 0, len(prompt), outputs, content=(*prompt, *range(first, first + outputs)),
+            content_grain=1, priority=row.get("priority", 0),
         )  # fmt: skip
         self.names[request] = row["id"]
         self.policy.add(request)

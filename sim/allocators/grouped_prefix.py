@@ -155,7 +155,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
         self.begin(sequence, tables, num_tokens, filled, tokens)
         holding = self.holdings[sequence]
         holding.registered = holding.found = tokens // self.block_size
-        self._register(sequence, filled)
+        self.held(sequence, filled)
         if self.keeps_freed and self.probe is not None:
             self.probe.begin(sequence)
         return tokens
@@ -169,9 +169,9 @@ class GroupedPrefixAllocator(GroupedAllocator):
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Fill the next slots of a prompt that is computed in part."""
         super().extend(sequence, num_tokens)
-        self._register(sequence, sequence.origin)
+        self.held(sequence, sequence.origin)
 
-    def _register(self, sequence: Sequence, num_tokens: int) -> None:
+    def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found in every group."""
         keys = self._keys(sequence.request, num_tokens)
         self._head = None, []
