@@ -138,9 +138,11 @@ class TensorRTLLM(PromisingScheduler):
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """Where nobody grows, whoever is admitted comes to its end."""
+        """Where nobody grows, whoever is admitted comes to its end; only a guarantee looks at what may come."""
         yield from super().check(config)
         owner = config["allocator"]["kind"]
+        if config["scheduler"].get("capacity") == "max_utilization":
+            yield "scheduler.max_new_tokens", "max_utilization does not count on what is to come"
         if not allocator[owner].can_grow:
             yield (
                 "scheduler.capacity",

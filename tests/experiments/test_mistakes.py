@@ -264,6 +264,8 @@ MEANINGLESS = {
     ("scheduler={kind: sglang, seed: 3}",): "scheduler.seed: only the policy random draws",
     ("allocator=contiguous", "scheduler={kind: trtllm, capacity: max_utilization}"):
     "scheduler.capacity: has no meaning with allocator contiguous: nobody outgrows a reservation",
+    ("scheduler={kind: trtllm, capacity: max_utilization, max_new_tokens: 9}",): "scheduler.max_new_tokens: "
+    "max_utilization does not count on what is to come",
     ("scheduler={kind: lightllm, estimated_output: 9}",): "scheduler.estimated_output: nothing is "
     "estimated without a busy_share above 0",
     ("scheduler={kind: vllm_v1, chunked_prefill: false, reserve_full_prompt: false}",):

@@ -251,7 +251,7 @@ def test_where_nothing_can_be_scheduled_nano_dies():
 
 
 def test_the_recordings_are_small():
-    assert sum(path.stat().st_size for path in RECORDINGS.iterdir()) < 100_000
+    assert sum(path.stat().st_size for path in RECORDINGS.iterdir()) < 120_000
     assert all(json.loads(path.open(encoding="utf-8").readline()) for path in RECORDINGS.iterdir())
 
 
