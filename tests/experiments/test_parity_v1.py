@@ -151,3 +151,15 @@ def test_the_next_turn_finds_what_the_first_one_was_answered():
         assert answer == plain.perform({"step": step})
         found.append(answer[0]["cached_tokens_at_admission"])
     assert (found[0], found[9]) == ({"r0": 0}, {"r1": 12})
+
+
+def test_a_window_gives_back_before_anybody_gives_way():
+    """A chunk is refused, and its request's own old blocks queue up before those of the victim, which is back later."""
+    rows = [
+        {"prompt": [[0, 26]], "max_tokens": 6, "arrival_step": 3},
+        {"prompt": [[1000, 4]], "max_tokens": 13, "arrival_step": 2},
+    ]
+    ours, plain = both(
+        rows, block_size=2, usable_blocks=11, max_num_batched_tokens=12, reserve_full_isl=False, groups=[8]
+    )
+    assert_equal(ours, plain)
