@@ -290,13 +290,13 @@ class SGLang(PromisingScheduler):
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """An order sorts nothing under a policy that sorts by itself, nor a policy what is not there."""
         yield from super().check(config)
-        settings, owner = config["scheduler"], allocator[config["allocator"]["kind"]]
+        settings, memory = config["scheduler"], config["allocator"]
         order = settings.get("order") or "fcfs"
         kind = order["kind"] if isinstance(order, dict) else order
         policy = settings.get("policy")
         if kind != "fcfs" and policy not in (None, "fcfs"):
             yield "scheduler.order", f"policy {policy} sorts the queue itself: set policy to fcfs"
-        if policy in ("lpm", "dfs-weight") and not owner.finds_prefixes(config["allocator"]):
+        if policy in ("lpm", "dfs-weight") and not allocator[memory["kind"]].finds_prefixes(memory):
             yield "scheduler.policy", f"{policy} sorts by cached prefixes, and the allocator caches none"
-        if policy != "random":
+        if policy != "random" and settings.get("seed"):
             yield "scheduler.seed", "only the policy random draws"
