@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -14,7 +16,7 @@ from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.forms import FilePath, Form, has, members, walk
 from experiments.mistakes import Mistake, Mistakes, Path, Position, dotted, shown
-from experiments.rehearsal import Rehearsal
+from experiments.rehearsal import Rehearsal, at
 from experiments.schema import Schema
 from experiments.sections import Section
 from sim.errors import UserError
@@ -199,7 +201,9 @@ class _Reading:
         mistakes += wrong
         heard = settings if not wrong else _rest(schema, data, wrong)
         if heard is not None:
-            mistakes += self.rehearsal.mistakes(heard, here, [mistake.path for mistake in mistakes])
+            mistakes += self.rehearsal.mistakes(
+                heard, here, partial(_default, schema, data), [mistake.path for mistake in mistakes]
+            )
         return (settings if not mistakes else None), files, mistakes
 
     def _note(self, mistakes: list[Mistake], here: Node) -> None:
@@ -220,6 +224,14 @@ def _rest(schema: Schema, data: Any, mistakes: list[Mistake]) -> dict[str, Any] 
         _place(data, mistake.path)
     settings, wrong = schema.resolve(data)
     return None if wrong else settings
+
+
+def _default(schema: Schema, data: Any, path: Path) -> Any:
+    """What the settings have at a path where nothing is written there; None if they are wrong without."""
+    bare = deepcopy(data)
+    _place(bare, path)
+    settings, wrong = schema.resolve(bare)
+    return None if wrong else at(settings, path)
 
 
 def _place(data: Any, path: Path, *value: Any) -> None:

@@ -23,14 +23,21 @@ class Rehearsal:
     def __init__(self) -> None:
         self._built: dict[str, tuple[Any, list[Mistake]]] = {}
 
-    def mistakes(self, settings: dict[str, Any], written: Node, known: list[Path]) -> list[Mistake]:
+    def mistakes(
+        self, settings: dict[str, Any], written: Node, without: Callable[[Path], Any], known: list[Path]
+    ) -> list[Mistake]:
         """What is wrong with a point whose values are of the right form, beside what is known to be.
 
         An option that has no meaning beside the others is a mistake if the user wrote it (it stands in the
-        document `written`), and ignored as a default.
+        document `written`) and it is not what it would be `without` that: settings in which all defaults are
+        written out mean the same as those they come from.
         """
         found = self._refusals(Experiment(**settings))
-        found += [mistake for mistake in _contradictions(settings) if written.get(*mistake.path)]
+        found += [
+            mistake
+            for mistake in _contradictions(settings)
+            if written.get(*mistake.path) and at(settings, mistake.path) != without(mistake.path)
+        ]
         return [
             mistake
             for mistake in found  # not those of a section in which something is wrong anyway
@@ -72,6 +79,13 @@ class Rehearsal:
             except Mistakes as error:
                 self._built[name] = None, error.mistakes
         return self._built[name]
+
+
+def at(settings: Any, path: Path) -> Any:
+    """The value at a path."""
+    for part in path:
+        settings = settings[part]
+    return settings
 
 
 def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:

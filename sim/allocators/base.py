@@ -219,6 +219,9 @@ class Allocator(ABC):
     def computed(self, sequence: Sequence) -> None:  # noqa: B027 - most need not know
         """The sequence's prompt is computed by now; told to allocators that keep freed blocks."""
 
+    def pass_windows(self, sequence: Sequence) -> None:  # noqa: B027 - most have none
+        """Give back what no further token of a sequence that does not decode looks at."""
+
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Fill the next slots of a sequence that does not decode, after taking those that it lacks."""
         filled = sequence.origin + num_tokens
@@ -437,6 +440,11 @@ class Allocator(ABC):
 
     def check_books(self) -> None:  # noqa: B027 - most have no more books than those here
         """Compare a policy's own books; called by `check_integrity`."""
+
+    @classmethod
+    def finds_prefixes(cls, fields: dict[str, Any]) -> bool:
+        """Whether an allocator of this kind with these fields finds blocks again by their content."""
+        return cls.keeps_freed and bool(fields.get("prefix_caching", True))
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -79,8 +79,13 @@ class CachingAllocator(Allocator):
         if needed > self.num_blocks:
             return Admission.NEVER
         hits, unreferenced = self.cached(request, num_tokens)
-        spare = self.pool.num_free - (self.watermark_blocks if self.sequences else 0)
+        spare = self.pool.num_free - self.kept_free
         return Admission.OK if needed - hits + unreferenced <= spare else Admission.LATER
+
+    @property
+    def kept_free(self) -> int:
+        """Blocks that an admission leaves free: the watermark, unless nobody else runs."""
+        return self.watermark_blocks if self.sequences else 0
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Blocks needed against blocks there."""

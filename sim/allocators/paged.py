@@ -308,6 +308,11 @@ class PagedAllocator(Allocator):
         return distinct
 
     @classmethod
+    def finds_prefixes(cls, fields: dict[str, Any]) -> bool:
+        """Where it is said so."""
+        return bool(fields.get("prefix_caching"))
+
+    @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """What cached blocks rule out: others find them as they are, and at the precision of their key."""
         if not config["allocator"].get("prefix_caching"):

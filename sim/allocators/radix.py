@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
@@ -33,6 +33,7 @@ class RadixAllocator(CachingAllocator):
     """
 
     pool: PagePool
+    refresh: Literal["whole", "visited"] = "visited"
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class RadixAllocator(CachingAllocator):
         eviction: Annotated[Eviction, evictions] = lru,
     ) -> None:
         super().__init__(capacity, block_size, watermark)
-        self.tree = RadixTree(eviction=eviction, refresh="visited")
+        self.tree = RadixTree(eviction=eviction, refresh=self.refresh)
         self.foresees = eviction is belady
         self.pool = PagePool(self.num_blocks, self.tree)
         self._nodes: dict[Sequence, Node] = {}  # where a sequence's part of the tree ends

@@ -10,6 +10,7 @@ from sim.allocators.base import Admission
 from sim.decode_set import arrival_order
 from sim.registry import Registry
 from sim.request import Request, Sequence
+from sim.schedulers.orders import meaningless
 from sim.schedulers.queues import Preemption, Queues, arrival, branches
 from sim.step import Step
 from sim.units import FOREVER
@@ -288,3 +289,5 @@ class Scheduler(Queues, ABC):
                 "scheduler.preemption",
                 "a group of samples or beams cannot be recomputed, it is swapped (auto)",
             )
+        for field, complaint in meaningless(config["scheduler"].get("order"), config["workload"]):
+            yield f"scheduler.order.{field}".removesuffix("."), complaint

@@ -336,7 +336,7 @@ def test_decodes_of_a_mixed_step_need_slots_too(mixed, at):
 
 def test_an_order_is_refused_beside_a_policy_that_sorts():
     config = {
-        "scheduler": {"policy": "lpm", "order": {"kind": "sjf"}}, "allocator": {}, "workload": {},
+        "scheduler": {"policy": "lpm", "order": {"kind": "sjf"}}, "allocator": {"kind": "radix"}, "workload": {},
     }  # fmt: skip
     assert [where for where, _ in scheduler["sglang"].check(config)] == ["scheduler.order"]
     for settings in ({"policy": "fcfs"}, {"policy": None}, {}):
