@@ -1,14 +1,24 @@
-"""The host link as swaps see it: copies in each direction one after the other, beside the computation."""
+"""The host link as swaps see it, and the links of tiers: copies in each direction one after the other, beside the computation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from sim.timing.transfers import Transfers
 
 
-class Link:
+class Copies(Protocol):
+    """What says how long copies over a link take."""
+
+    def swap_seconds(self, out_blocks: int, in_blocks: int) -> float:
+        """Seconds to move so many blocks away from the device in one go, and so many back."""
+
+
+C = TypeVar("C", bound=Copies)
+
+
+class Link(Generic[C]):
     """First in, first out in each direction, so that the end of a copy is known when it is submitted (ns).
 
     It does what a `simpy.Resource` of capacity one per direction would, without an event for each copy. `now` is
@@ -18,7 +28,7 @@ class Link:
 
     __slots__ = ("awaited", "busy_time", "in_free_at", "now", "out_free_at", "transfers")
 
-    def __init__(self, transfers: Transfers) -> None:
+    def __init__(self, transfers: C) -> None:
         self.transfers = transfers
         self.now = 0
         self.awaited = 0
@@ -26,9 +36,9 @@ class Link:
         self.in_free_at = 0
         self.busy_time = 0
 
-    def submit_out(self, blocks: int) -> list[int]:
-        """Copy blocks to the host behind all that go there; the end of each block's copy."""
-        start = max(self.now, self.out_free_at)
+    def submit_out(self, blocks: int, after: int = 0) -> list[int]:
+        """Copy blocks to the host behind all that go there, not before `after`; the end of each block's copy."""
+        start = max(self.now, self.out_free_at, after)
         seconds = self.transfers.swap_seconds
         ends = [start + round(seconds(block, 0) * 1e9) for block in range(1, blocks + 1)]
         if ends:
@@ -48,7 +58,7 @@ class Link:
         """How long copies submitted now would wait for others, both directions together."""
         return (max(0, self.out_free_at - self.now) + max(0, self.in_free_at - self.now)) / 1e9
 
-    def stall(self, start: int, duration: int) -> int:
+    def stall(self: Link[Transfers], start: int, duration: int) -> int:
         """What a step that computes for `duration` and could begin at `start` waits for its copies (ns).
 
         Layer by layer a step computes what is there while the rest arrives: only what exceeds the computation of
