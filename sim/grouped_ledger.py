@@ -101,6 +101,10 @@ class GroupedLedger:
         """Nor tiers."""
         raise self.error("blocks are copied away")
 
+    def lift(self, block: int) -> None:
+        """Nor tiers."""
+        raise self.error(f"block {block} is copied away")
+
     def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
         """Nor tiers."""
         raise self.error(f"{source} block {block} is copied to {tier}")

@@ -66,6 +66,7 @@ class Ledger:
         self.on_event: Callable[[], None] | None = None  # called at the 1st, 4th, 16th ... event of a kind
         self._events = dict.fromkeys(("fork", "copy", "swap", "load"), 0)
         self.stored: dict[tuple[str, int], Journey] = {}  # in tiers behind the device, by tier and slot
+        self._lifted: dict[int, list[Journey]] = {}
         self.loaded: dict[int, Journey] = {}  # by the device block where it ended
 
     # What it is told
@@ -168,13 +169,20 @@ class Ledger:
             if sequence in self.allocator.sequences:
                 self._enter_one(sequence)
 
+    def lift(self, block: int) -> None:
+        """Keep what the block holds."""
+        if self.device.fresh[block]:
+            self.device.reset()
+        journey = Journey(self.device.rows[block].copy(), (("device", block),))
+        self._lifted.setdefault(block, []).append(journey)
+
     def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
-        """The slot of the one tier holds what the block of the other holds."""
+        """The slot of the one tier holds what the block of the other holds; of what was lifted the last first."""
         device = self.device
         if source == "device":
-            if device.fresh[block]:
-                device.reset()
-            journey = Journey(device.rows[block].copy(), ((source, block),))
+            self.lift(block)
+        if source in ("device", "lifted"):
+            journey = self._lifted[block].pop()
         else:
             journey = self.stored.get((source, block), NOWHERE)
             if journey is NOWHERE:

@@ -1,4 +1,4 @@
-"""The host link as swaps see it, and the links of tiers: copies in each direction one after the other, beside the computation."""
+"""Links to the host and to tiers: copies in each direction one after the other, beside the computation."""
 
 from __future__ import annotations
 
@@ -36,15 +36,23 @@ class Link(Generic[C]):
         self.in_free_at = 0
         self.busy_time = 0
 
-    def submit_out(self, blocks: int, after: int = 0) -> list[int]:
-        """Copy blocks to the host behind all that go there, not before `after`; the end of each block's copy."""
-        start = max(self.now, self.out_free_at, after)
+    def submit_out(self, blocks: int) -> list[int]:
+        """Copy blocks to the host behind all that go there; the end of each block's copy."""
+        start = max(self.now, self.out_free_at)
         seconds = self.transfers.swap_seconds
         ends = [start + round(seconds(block, 0) * 1e9) for block in range(1, blocks + 1)]
         if ends:
             self.out_free_at = ends[-1]
             self.busy_time += ends[-1] - start
         return ends
+
+    def copy_out(self, blocks: int, after: int = 0) -> int:
+        """Copy blocks away in one go, not before `after`; the end of the copy."""
+        start = max(self.now, self.out_free_at, after)
+        duration = round(self.transfers.swap_seconds(blocks, 0) * 1e9)
+        self.out_free_at = start + duration
+        self.busy_time += duration
+        return self.out_free_at
 
     def submit_in(self, blocks: int, after: int = 0) -> int:
         """Copy blocks back, not before they have all arrived on the host (`after`); the end of the copy."""

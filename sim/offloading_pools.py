@@ -26,10 +26,7 @@ class OffloadingPool(PrefixPool):
     def take(self, count: int = 1) -> list[int]:
         """Hand out the blocks at the head of the queue; the store hears of them before they lose their content."""
         if not self.store.idle and count <= len(self.free):
-            keys = self.keys
-            head = list(islice(self.free, count))
-            self.store.evict([(key, block) for block in head if (key := keys[block]) is not None])
-            self.store.reuse(head)
+            self.store.evict(list(islice(self.free, count)))
         return super().take(count)
 
 
@@ -44,11 +41,11 @@ class OffloadingPagePool(PagePool):
         self.keys: list[Hashable] = [None] * num_blocks
         self.depths = [0] * num_blocks  # of pages in their prompts
 
-    def name(self, fresh: Iterable[tuple[Hashable, int]], depth: int) -> None:
+    def name(self, keys: Iterable[Hashable], pages: Iterable[int], depth: int) -> None:
         """Note the keys of pages that enter the tree from a depth on."""
-        keys, depths = self.keys, self.depths
-        for at, (key, page) in enumerate(fresh, depth):
-            keys[page] = key
+        known, depths = self.keys, self.depths
+        for at, (key, page) in enumerate(zip(keys, pages, strict=True), depth):
+            known[page] = key
             depths[page] = at
 
     def forget(self, pages: Iterable[int]) -> None:
@@ -56,10 +53,13 @@ class OffloadingPagePool(PagePool):
         pages = list(pages)
         super().forget(pages)
         if not self.store.idle:
-            keys, depths = self.keys, self.depths
-            begin = 0
-            for end in range(1, len(pages) + 1):
-                if end == len(pages) or depths[pages[end]] != depths[pages[end - 1]] + 1:
-                    self.store.evict([(keys[page], page) for page in reversed(pages[begin:end])])
-                    begin = end
-            self.store.reuse(pages)
+            depths = self.depths
+            leaves: list[list[int]] = []
+            for page in pages:
+                if leaves and depths[page] == depths[leaves[-1][-1]] + 1:
+                    leaves[-1].append(page)
+                else:
+                    leaves.append([page])
+            self.store.evict([page for leaf in leaves for page in reversed(leaf)])
+        for page in pages:
+            self.keys[page] = None

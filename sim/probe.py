@@ -50,8 +50,11 @@ class Witness(Protocol):
     def offload(self, sequences: Iterable[Sequence]) -> None:
         """All tokens of these sequences are written now: blocks of theirs are about to be copied away."""
 
+    def lift(self, block: int) -> None:
+        """What a device block holds will be copied from it as "lifted", though others may write there before."""
+
     def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
-        """A block of one tier is copied to another; one that comes to the device is for the sequence that begins next."""
+        """A block of one tier is copied to another; to the device, for the sequence that begins next."""
 
     def lose(self, sequence: Sequence) -> None:
         """The sequence lost its tokens from `num_tokens` on, and will write them again."""

@@ -17,7 +17,11 @@ class StepClock:
     """
 
     def __init__(
-        self, timing: StepTime, transfers: Transfers, link: Link[Transfers] | None, tiers: TieredStore | None = None
+        self,
+        timing: StepTime,
+        transfers: Transfers,
+        link: Link[Transfers] | None,
+        tiers: TieredStore | None = None,
     ) -> None:
         self.timing = timing
         self.transfers = transfers

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable
-from typing import Annotated
+from collections.abc import Hashable
+from collections.abc import Sequence as Ordered
 
 from sim.errors import IntegrityError, UserError
-from sim.eviction import Eviction, belady, lru
-from sim.eviction import eviction as evictions
-from sim.hardware import Device
+from sim.eviction import Eviction, belady
 from sim.link import Link
-from sim.registry import NonNegativeFloat, PositiveFloat, PositiveInt, Registry
-
-PCIE_4 = 25e9
-"""Bytes per second that large copies reach over PCIe 4.0 x16, where no device is known."""
 
 
-class Entry:
-    """A block in a tier: its key, where it is, when it is all there (ns), and what an eviction order looks at."""
+class Run:
+    """Blocks that came to a tier together, from the beginning of a prompt to its end.
+
+    The order of eviction looks at all of them as one, and of equals the last of them goes first. `slots` are where
+    they are in their tier, `ready` is when they are all there (ns).
+    """
 
     __slots__ = (
-        "created", "key", "order", "pins", "priority", "ready", "slot", "tier", "used", "uses"
+        "created", "keys", "number", "order", "priority", "ready", "slots", "tier", "used", "uses"
     )  # fmt: skip
 
-    def __init__(self, key: Hashable, now: int, priority: int) -> None:
-        self.key = key
+    def __init__(self, keys: list[Hashable], number: tuple[int, int], now: int, priority: int) -> None:
+        self.keys = keys
+        self.slots: list[int] = []
+        self.number = (
+            number  # when it came, and how far from the beginning of what came then it begins, negative
+        )
         self.tier: StorageTier | None = None
-        self.slot = -1
         self.ready = 0
         self.created = self.used = now
         self.uses = 0
         self.priority = priority
-        self.pins = 0  # admissions that are about to load it
         self.order: tuple[int, ...] = ()  # by which it stands on the heap: never behind its true one
+
+    def part(self, begin: int) -> Run:
+        """Take the blocks from there on off; the run that they are then."""
+        number, offset = self.number
+        other = Run(self.keys[begin:], (number, offset - begin), self.created, self.priority)
+        other.slots = self.slots[begin:]
+        other.tier, other.ready, other.used, other.uses = self.tier, self.ready, self.used, self.uses
+        del self.keys[begin:]
+        del self.slots[begin:]
+        return other
 
 
 class StorageTier:
@@ -49,7 +59,7 @@ class StorageTier:
         block_bytes: float,
         *,
         name: str | None,
-        capacity_gb: float | None,
+        capacity_gb: float,
         num_blocks: int | None,
         read_bytes_per_s: float,
         write_bytes_per_s: float,
@@ -57,27 +67,36 @@ class StorageTier:
         eviction: Eviction,
     ) -> None:
         if eviction is belady:
-            raise UserError("belady knows all requests beforehand, and what a tier is asked depends on the device")
+            raise UserError(
+                "belady knows all requests beforehand, and what a tier is asked depends on the device"
+            )
         if num_blocks is None:
-            if capacity_gb is None or not block_bytes:
-                raise UserError("a capacity in GB needs a model: name one, for example opt-13b, or give num_blocks")
+            if not block_bytes:
+                raise UserError(
+                    "a capacity in GB needs a model: name one, for example opt-13b, or give num_blocks"
+                )
             num_blocks = int(capacity_gb * 1e9 // block_bytes)
         if num_blocks < 1:
-            raise UserError(f"{capacity_gb:g} GB hold no block of {block_bytes:,.0f} bytes, expected one at least")
+            raise UserError(
+                f"{capacity_gb:g} GB hold no block of {block_bytes:,.0f} bytes, expected one at least"
+            )
         self.name = name or kind
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self.link = Link(self)
-        self.entries: dict[int, Entry] = {}  # by slot
-        self.reads: list[Entry] = []  # of the step that is planned
-        self.writes: list[tuple[Entry, int | None]] = []  # likewise, with the block if it comes from the device
-        self.read_blocks = self.written_blocks = self.dropped_blocks = self.hit_tokens = 0
+        self.num_used = 0
+        self.runs: set[Run] = set()
+        self.reads: list[tuple[Run, int]] = []  # of the step that is planned, with the number of blocks
+        self.writes: list[
+            tuple[Run, int, list[int]]
+        ] = []  # likewise, and the blocks if they are the device's
+        self.read_blocks = self.written_blocks = self.hit_tokens = 0
         self._latency = latency_us / 1e6
         self._read_block = block_bytes / read_bytes_per_s
         self._write_block = block_bytes / write_bytes_per_s
         self._order = eviction
         self._emptied: list[int] = []  # slots that were used before
-        self._heap: list[tuple[tuple[int, ...], int, Entry]] = []  # entries of it may be out of date
+        self._heap: list[tuple[tuple[int, ...], tuple[int, int], int, Run]] = []  # entries may be out of date
         self._pushes = 0
 
     def swap_seconds(self, out_blocks: int, in_blocks: int) -> float:
@@ -89,187 +108,80 @@ class StorageTier:
             seconds += self._latency + in_blocks * self._read_block
         return seconds
 
-    @property
-    def full(self) -> bool:
-        """Whether a further block needs the place of another."""
-        return len(self.entries) == self.num_blocks
+    def add(self, run: Run) -> None:
+        """Give a run slots; there have to be as many."""
+        count = len(run.keys)
+        run.slots = self._emptied[-count:]
+        del self._emptied[-count:]
+        fresh = self.num_used + len(self._emptied) + len(run.slots)
+        run.slots += range(fresh, fresh + count - len(run.slots))
+        run.tier = self
+        self.runs.add(run)
+        self.num_used += count
+        self.push(run)
 
-    def add(self, entry: Entry) -> None:
-        """Give a block a slot; there has to be one."""
-        entry.slot = self._emptied.pop() if self._emptied else len(self.entries)
-        entry.tier = self
-        self.entries[entry.slot] = entry
-        self._push(entry)
+    def remove(self, run: Run) -> None:
+        """Take a run's slots back."""
+        self._emptied += run.slots
+        self.num_used -= len(run.slots)
+        self.runs.discard(run)
+        run.tier = None
 
-    def remove(self, entry: Entry) -> None:
-        """Take a block's slot back."""
-        del self.entries[entry.slot]
-        self._emptied.append(entry.slot)
-        entry.tier = None
+    def part(self, run: Run, begin: int) -> Run:
+        """Take the blocks from there on off a run; both stay."""
+        other = run.part(begin)
+        self.runs.add(other)
+        self.push(other)
+        return other
 
-    def use(self, entry: Entry, now: int, priority: int) -> None:
-        """A block is read."""
-        entry.used = now
-        entry.uses += 1
-        entry.priority = max(entry.priority, priority)
-        if self._order(entry) < entry.order:  # one that moves back is moved when it comes up
-            self._push(entry)
+    def use(self, run: Run, now: int, priority: int) -> None:
+        """A run is read."""
+        run.used = now
+        run.uses += 1
+        run.priority = max(run.priority, priority)
+        if self._order(run) < run.order:  # one that moves back is moved when it comes up
+            self.push(run)
 
-    def evict(self) -> Entry | None:
-        """Take the slot of the block that goes first; None if all are about to be read."""
-        pinned: list[Entry] = []
-        victim = None
-        while self._heap and victim is None:
-            stood, _, entry = heapq.heappop(self._heap)
-            if entry.tier is not self or stood != entry.order:
+    def evict(self, count: int) -> list[Run]:
+        """The `count` blocks that go first, as runs in that order; `slots` are where they were."""
+        victims = []
+        while count:
+            entry = heapq.heappop(self._heap)
+            stood, _, _, run = entry
+            if run.tier is not self or stood != run.order:
                 continue  # gone, or moved forward since
-            if entry.pins:
-                pinned.append(entry)
-            elif self._order(entry) == stood:
-                victim = entry
-            else:
-                self._push(entry)
-        for entry in pinned:
-            self._push(entry)
-        if victim is not None:
-            self.remove(victim)
-        return victim
+            if self._order(run) != stood:
+                self.push(run)
+                continue
+            if len(run.keys) > count:
+                heapq.heappush(self._heap, entry)
+                run = run.part(len(run.keys) - count)
+            self.remove(run)
+            count -= len(run.keys)
+            victims.append(run)
+        return victims
 
-    def _push(self, entry: Entry) -> None:
-        if len(self._heap) > 4 * len(self.entries) + 64:
-            standing = {each: each.order for _, _, each in self._heap if each.tier is self}
-            self._heap = [(order, number, each) for number, (each, order) in enumerate(standing.items())]
-            self._pushes = max(self._pushes, len(self._heap))
-            heapq.heapify(self._heap)
-        entry.order = self._order(entry)
+    def push(self, run: Run) -> None:
+        """Let a run stand on the heap as it is now."""
+        run.order = self._order(run)
         self._pushes += 1
-        heapq.heappush(self._heap, (entry.order, self._pushes, entry))
+        heapq.heappush(self._heap, (run.order, run.number, self._pushes, run))
+        if len(self._heap) > 4 * len(self.runs) + 64:
+            self._heap = [(each.order, each.number, 0, each) for each in self.runs]
+            heapq.heapify(self._heap)
 
     def check_integrity(self) -> None:
         """Recount the slots. Raises IntegrityError with the equation that failed."""
-        count = len(self.entries)
-        if count > self.num_blocks:
-            raise IntegrityError(f"{self.name}: blocks({count}) > capacity({self.num_blocks})")
-        if sorted([*self.entries, *self._emptied]) != list(range(count + len(self._emptied))):
-            raise IntegrityError(f"{self.name}: used({count}) and emptied({len(self._emptied)}) slots overlap")
-        for slot, entry in self.entries.items():
-            if entry.tier is not self or entry.slot != slot:
-                raise IntegrityError(f"{self.name}, slot {slot}: its block says slot {entry.slot}")
-        standing = {entry.slot for order, _, entry in self._heap if entry.tier is self and order == entry.order}
-        if standing != self.entries.keys():
-            raise IntegrityError(f"{self.name}: blocks that can be evicted({len(standing)}) != blocks({count})")
-
-
-tier: Registry[type[StorageTier]] = Registry("tier")
-
-
-@tier("host")
-class HostTier(StorageTier):
-    """Memory of the host, behind the device's own link.
-
-    Fields:
-        name: What its figures are called by.
-        capacity_gb: Bytes that it keeps; the default is an eighth of what a server of eight devices has (DGX A100: 2 TB).
-        num_blocks: Blocks that it keeps, in place of capacity_gb.
-        bandwidth_gb_per_s: Of each direction; by default that of `transfers`, 0.75 of the device's datasheet.
-        latency_us: Fixed time of a transfer.
-        eviction: Which block goes first when it is full.
-    """
-
-    def __init__(
-        self,
-        block_bytes: float,
-        device: Device | None,
-        *,
-        name: str | None = None,
-        capacity_gb: PositiveFloat = 256.0,
-        num_blocks: PositiveInt | None = None,
-        bandwidth_gb_per_s: PositiveFloat | None = None,
-        latency_us: NonNegativeFloat = 10.0,
-        eviction: Annotated[Eviction, evictions] = lru,
-    ) -> None:
-        if bandwidth_gb_per_s is not None:
-            bandwidth = bandwidth_gb_per_s * 1e9
-        else:
-            bandwidth = 0.75 * device.host_bytes_per_s * device.count if device is not None else PCIE_4
-        super().__init__(
-            "host", block_bytes, name=name, capacity_gb=capacity_gb, num_blocks=num_blocks,
-            read_bytes_per_s=bandwidth, write_bytes_per_s=bandwidth, latency_us=latency_us, eviction=eviction,
-        )  # fmt: skip
-
-
-@tier("nvme")
-class NvmeTier(StorageTier):
-    """A flash drive of the host; by default one of PCIe 4.0 (Samsung PM9A3, U.2: 6.5 GB/s read, 3.5 written).
-
-    Fields:
-        name: What its figures are called by.
-        capacity_gb: Bytes that it keeps; the default is one drive of 3.84 TB, which a DGX H100 has for each device.
-        num_blocks: Blocks that it keeps, in place of capacity_gb.
-        bandwidth_gb_per_s: What is read.
-        write_bandwidth_gb_per_s: What is written.
-        latency_us: Fixed time of a transfer; that of a read from flash.
-        eviction: Which block goes first when it is full.
-    """
-
-    def __init__(
-        self,
-        block_bytes: float,
-        device: Device | None,
-        *,
-        name: str | None = None,
-        capacity_gb: PositiveFloat = 3840.0,
-        num_blocks: PositiveInt | None = None,
-        bandwidth_gb_per_s: PositiveFloat = 6.5,
-        write_bandwidth_gb_per_s: PositiveFloat = 3.5,
-        latency_us: NonNegativeFloat = 100.0,
-        eviction: Annotated[Eviction, evictions] = lru,
-    ) -> None:
-        super().__init__(
-            "nvme", block_bytes, name=name, capacity_gb=capacity_gb, num_blocks=num_blocks,
-            read_bytes_per_s=bandwidth_gb_per_s * 1e9, write_bytes_per_s=write_bandwidth_gb_per_s * 1e9,
-            latency_us=latency_us, eviction=eviction,
-        )  # fmt: skip
-
-
-@tier("remote")
-class RemoteTier(StorageTier):
-    """A store on other machines, behind a network of 100 Gb/s (Mooncake, FAST 2025, and LMCache have such stores).
-
-    Fields:
-        name: What its figures are called by.
-        capacity_gb: Bytes that it keeps.
-        num_blocks: Blocks that it keeps, in place of capacity_gb.
-        bandwidth_gb_per_s: Of each direction.
-        latency_us: Fixed time of a transfer; a round trip inside a data centre.
-        eviction: Which block goes first when it is full.
-    """
-
-    def __init__(
-        self,
-        block_bytes: float,
-        device: Device | None,
-        *,
-        name: str | None = None,
-        capacity_gb: PositiveFloat = 10000.0,
-        num_blocks: PositiveInt | None = None,
-        bandwidth_gb_per_s: PositiveFloat = 12.5,
-        latency_us: NonNegativeFloat = 500.0,
-        eviction: Annotated[Eviction, evictions] = lru,
-    ) -> None:
-        super().__init__(
-            "remote", block_bytes, name=name, capacity_gb=capacity_gb, num_blocks=num_blocks,
-            read_bytes_per_s=bandwidth_gb_per_s * 1e9, write_bytes_per_s=bandwidth_gb_per_s * 1e9,
-            latency_us=latency_us, eviction=eviction,
-        )  # fmt: skip
-
-
-def leading(keys: Iterable[Hashable], entries: dict[Hashable, Entry]) -> list[Entry]:
-    """The blocks with these keys up to the first that no tier has."""
-    found = []
-    for key in keys:
-        entry = entries.get(key)
-        if entry is None:
-            break
-        found.append(entry)
-    return found
+        slots = [slot for run in self.runs for slot in run.slots]
+        if len(slots) != self.num_used or len(slots) > self.num_blocks:
+            raise IntegrityError(
+                f"{self.name}: slots({len(slots)}) != used({self.num_used}) of {self.num_blocks}"
+            )
+        if sorted([*slots, *self._emptied]) != list(range(len(slots) + len(self._emptied))):
+            raise IntegrityError(
+                f"{self.name}: used({len(slots)}) and emptied({len(self._emptied)}) slots overlap"
+            )
+        standing = {run for order, _, _, run in self._heap if order == run.order}
+        for run in self.runs:
+            if run.tier is not self or len(run.keys) != len(run.slots) or run not in standing:
+                raise IntegrityError(f"{self.name}: a run of {len(run.keys)} keys has {len(run.slots)} slots")

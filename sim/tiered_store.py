@@ -1,32 +1,33 @@
-"""The tiered store: cached prefixes behind the device, what is written where, and what is worth loading."""
+"""The tiered store: cached prefixes behind the device, what is written where, and what is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
-from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 from sim.errors import IntegrityError, UserError
+from sim.load_cost import LoadCost
 from sim.probe import Witness
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
-from sim.storage_tier import Entry, StorageTier, leading
+from sim.storage_tier import Run, StorageTier
 
-Offload = Literal["write_through", "write_back", "selective"]
+FROM_DEVICE = ("device", "lifted")
+"""Sources of what is written: blocks of the device, those among them that were evicted and are handed out again."""
 
 
 class TieredStore:
     """Blocks of cached prefixes in tiers from near to far, each block in one of them.
 
-    What leaves the device goes to the nearest tier; where that is full its eviction order names a block, which goes
-    one tier farther, and is lost behind the last (demotion: Wong and Wilkes, USENIX ATC 2002). A block that is read
-    from farther moves to the nearest tier, as it passes through. The policies are those of SGLang's HiCache.
+    What leaves the device goes to the nearest tier; where that is full its eviction order names what goes one tier
+    farther, and is lost behind the last (demotion: Wong and Wilkes, USENIX ATC 2002). What is read from farther moves
+    to the nearest tier, as it passes through. The policies are those of SGLang's HiCache.
 
-    Transfers of a planned step are submitted together, on each link after what was submitted before. The step
+    Transfers of a planned step are submitted together, on each link behind what was submitted before. The step
     waits for what it loads, and for blocks that it reuses while they are still copied out; where transfers are
-    synchronous for all that it writes, too. What has become findable is written when the step that computes it is
-    over. A block may be loaded as soon as it is in its tier.
+    synchronous for all that it writes, too. What can be found on the device is written when the step that computes
+    it is over. A block can be loaded as soon as it is in its tier.
 
     Fields:
         policy: When a block is written: write_through when it can be found on the device, write_back when the
@@ -40,7 +41,7 @@ class TieredStore:
         self,
         tiers: Ordered[StorageTier],
         *,
-        policy: Offload = "write_through",
+        policy: Literal["write_through", "write_back", "selective"] = "write_through",
         min_hits: PositiveInt = 2,
         load: Literal["always", "by_cost"] = "always",
     ) -> None:
@@ -52,27 +53,27 @@ class TieredStore:
         self.tiers = list(tiers)
         self.policy = policy
         self.min_hits = min_hits
-        self.by_cost = load == "by_cost"
-        self.entries: dict[Hashable, Entry] = {}
+        self.cost = LoadCost(self.tiers) if load == "by_cost" else None
         self.probe: Witness | None = None
         self.block_size = 1
+        self.device_keys: list[Hashable] = []  # of what can be found on the device, by block
+        self.index: dict[Hashable, Run] = {}  # where a block is
         self.asynchronous = False
         self.layers = 1  # that a step computes one after the other while it waits
-        self.price: Callable[[Request, int], float] | None = None
         self.now = 0
         self.awaited = 0
         self.wait_time = 0
-        self.device_hit_tokens = self.declined_tokens = 0
+        self.device_hit_tokens = self.declined_tokens = self.dropped_blocks = 0
         self._clock = 0
-        self._pending: dict[Hashable, tuple[int, Sequence]] = {}  # findable, and not computed before now
         self._hits: dict[Hashable, int] = {}
-        self._sources: dict[int, int] = {}  # device blocks that are copied out, until when (ns); 0 while unknown
-        self._reused: list[int] = []
+        self._pending: list[tuple[Sequence, Ordered[Hashable], Ordered[int]]] = []  # computed with this step
+        self._leaving: dict[Hashable, int] = {}  # evicted by the device, and not written yet
+        self._reused: list[int] = []  # device blocks whose copies the step waits for
+        self._sources: dict[
+            int, int
+        ] = {}  # device blocks that are copied out, until when (ns); 0 while unknown
+        self._copied_by = 0  # all of them
         self._declined = 0  # blocks of the last prompt that are cheaper to compute
-
-    def connect(self, price: Callable[[Request, int], float], asynchronous: bool, layers: int) -> None:
-        """Take a run's costs: seconds to compute a prompt behind so many tokens, and how steps wait for copies."""
-        self.price, self.asynchronous, self.layers = price, asynchronous, layers
 
     # What the engine asks
 
@@ -82,14 +83,19 @@ class TieredStore:
         self.now, self.awaited = now, 0
         for tier in self.tiers:
             tier.link.now = now
-        if self._sources:
-            self._sources = {block: end for block, end in self._sources.items() if end > now}
-        if self._pending:
-            pending, self._pending = self._pending, {}
-            if self.probe is not None:
-                self.probe.offload([sequence for _, sequence in pending.values()])
-            for key, (block, sequence) in reversed(pending.items()):  # the beginning is used last
-                self._store(key, block, sequence.request.priority)
+        if self._copied_by <= now:
+            self._sources.clear()
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        if self.probe is not None:
+            self.probe.offload([sequence for sequence, _, _ in pending])
+        index, known = self.index, self.device_keys
+        for sequence, keys, blocks in pending:
+            pairs = zip(keys, blocks, strict=True)
+            there = [(key, block) for key, block in pairs if key not in index and known[block] == key]
+            if there:
+                self._store(there, sequence.request.priority)
 
     def stall(self, start: int, duration: int) -> int:
         """Submit the transfers of a step; what it waits for them if it could begin at `start` (ns)."""
@@ -106,7 +112,7 @@ class TieredStore:
     @property
     def steady(self) -> bool:
         """Whether what is worth loading depends on nothing but what is cached."""
-        return not self.by_cost or all(tier.link.out_free_at <= self.now for tier in self.tiers)
+        return self.cost is None or all(tier.link.out_free_at <= self.now for tier in self.tiers)
 
     def figures(self, prompt_tokens: int) -> dict[str, float]:
         """Figures of a finished run whose requests asked for so many tokens, by their names in the summary."""
@@ -119,209 +125,217 @@ class TieredStore:
             told[f"{tier.name}_read_gb"] = tier.read_blocks * tier.block_bytes / 1e9
             told[f"{tier.name}_written_gb"] = tier.written_blocks * tier.block_bytes / 1e9
         told["tier_wait_s"] = self.wait_time / 1e9
-        told["tier_dropped_blocks"] = self.tiers[-1].dropped_blocks
+        told["tier_dropped_blocks"] = self.dropped_blocks
         told["tier_declined_tokens"] = self.declined_tokens
         return told
 
     # What an allocator tells
 
-    def found(self, sequence: Sequence, fresh: Iterable[tuple[Hashable, int]]) -> None:
-        """These keys and blocks of a sequence can be found on the device from now on; this step computes them."""
-        if self.policy == "write_through":
-            entries, pending = self.entries, self._pending
-            for key, block in fresh:
-                if key not in entries:
-                    pending.setdefault(key, (block, sequence))
+    @property
+    def idle(self) -> bool:
+        """Whether it does not matter which device blocks are handed out."""
+        return self.policy != "write_back" and not (self._sources or self._hits)
+
+    def found(self, sequence: Sequence, keys: Ordered[Hashable], blocks: Ordered[int]) -> None:
+        """These blocks of a sequence can be found on the device from now on; this step computes them."""
+        if self.policy == "write_through" and keys:
+            self._pending.append((sequence, keys, blocks))
 
     @property
     def counts_hits(self) -> bool:
         """Whether it matters what is found on the device."""
         return self.policy == "selective"
 
-    def hit(self, sequence: Sequence, keys: Iterable[Hashable], blocks: Iterable[int]) -> None:
-        """These blocks were found on the device."""
-        hits, entries = self._hits, self.entries
-        for key, block in zip(keys, blocks, strict=False):
-            hits[key] = count = hits.get(key, 0) + 1
-            if count >= self.min_hits and key not in entries:
-                self._pending.setdefault(key, (block, sequence))
+    def hit(self, sequence: Sequence, keys: Ordered[Hashable], blocks: Ordered[int]) -> None:
+        """These blocks of a sequence were found on the device; told where `counts_hits`."""
+        hits = self._hits
+        for key in keys:
+            hits[key] = hits.get(key, 0) + 1
+        enough = [at for at, key in enumerate(keys) if hits[key] >= self.min_hits and key not in self.index]
+        if enough:
+            self._pending.append((sequence, [keys[at] for at in enough], [blocks[at] for at in enough]))
 
-    def evict(self, evicted: Iterable[tuple[Hashable, int]]) -> None:
-        """What these blocks hold, by its keys, cannot be found there any more."""
+    def evict(self, blocks: Ordered[int]) -> None:
+        """These device blocks are handed out, in this order; what they hold cannot be found there any more."""
+        known = self.device_keys
         if self.policy == "write_back":
-            for key, block in evicted:
-                if key not in self.entries:
-                    self._store(key, block, 0)
-        elif self._pending or self._hits:
-            for key, block in evicted:
-                self._hits.pop(key, None)
-                if key in self._pending and self._pending[key][0] == block:
-                    del self._pending[key]
-
-    def reuse(self, blocks: Iterable[int]) -> None:
-        """These device blocks are handed out."""
-        sources = self._sources
-        if sources:
-            self._reused += [block for block in blocks if block in sources]
-
-    @property
-    def idle(self) -> bool:
-        """Whether it does not matter which device blocks are handed out."""
-        return self.policy != "write_back" and not (self._sources or self._pending or self._hits)
+            leaving, index = self._leaving, self.index
+            for block in blocks:
+                key = known[block]
+                if key is not None and key not in index and key not in leaving:
+                    leaving[key] = block
+                    self._reused.append(block)
+                    if self.probe is not None:
+                        self.probe.lift(block)
+        elif self._hits:
+            for block in blocks:
+                self._hits.pop(known[block], None)
+        if self._sources:
+            self._reused += [block for block in blocks if block in self._sources]
 
     # Hits
 
-    def lookup(self, request: Request, keys: Ordered[Hashable], before: int) -> list[Entry]:
-        """What is to be loaded of a prompt of which the first `before` tokens are on the device: leading blocks."""
-        entries = leading(keys, self.entries)
-        self._declined = 0
-        if entries and self.by_cost:
-            worth = self._worth(request, entries, before)
-            self._declined = len(entries) - worth
-            del entries[worth:]
-        return entries
+    def lookup(self, request: Request, keys: Ordered[Hashable], before: int) -> int:
+        """How many of these blocks are to be loaded, of a prompt whose first `before` tokens are on the device."""
+        self._drain()
+        index = self.index
+        worth = found = next((at for at, key in enumerate(keys) if key not in index), len(keys))
+        if found and self.cost is not None:
+            pieces = [(run, count) for run, _, count in self._pieces(keys[:found])]
+            worth = self.cost.worth(request, pieces, before, self)
+        self._declined = found - worth
+        return worth
 
-    def _worth(self, request: Request, entries: list[Entry], before: int) -> int:
-        """How many of the blocks make the step shortest if they are loaded: all of some tier, or none of it."""
-        assert self.price is not None, "loads have no price before a run"
-        reads = {tier: len(tier.reads) for tier in self.tiers}
-        ready = {tier: 0 for tier in self.tiers}
-        best, count = self._step_seconds(request, before, reads, ready), 0
-        loaded = 0
-        for tier, run in groupby(entries, lambda entry: entry.tier):
-            assert tier is not None
-            for entry in run:
-                loaded += 1
-                reads[tier] += 1
-                ready[tier] = max(ready[tier], entry.ready)
-            seconds = self._step_seconds(request, before + loaded * self.block_size, reads, ready)
-            if seconds < best:
-                best, count = seconds, loaded
-        return count
-
-    def _step_seconds(
-        self, request: Request, before: int, reads: dict[StorageTier, int], ready: dict[StorageTier, int]
-    ) -> float:
-        """What a request adds to a step that computes it from the token `before` on, behind these reads."""
-        assert self.price is not None
-        computing = self.price(request, before)
-        wait = 0.0
-        for tier, blocks in reads.items():
-            if blocks:
-                queue = max(0, tier.link.in_free_at - self.now, ready[tier] - self.now) / 1e9
-                wait = max(wait, queue + tier.swap_seconds(0, blocks))
-        return computing + max(0.0, wait - computing * (self.layers - 1) / self.layers)
-
-    def claim(self, entries: Iterable[Entry]) -> None:
-        """Keep what was looked up last where it is until it is loaded."""
+    def load(self, request: Request, keys: Ordered[Hashable], blocks: Ordered[int]) -> None:
+        """Copy what was looked up last into fresh blocks of the device; what was far moves to the nearest tier."""
         self.declined_tokens += self._declined * self.block_size
-        for entry in entries:
-            entry.pins += 1
-
-    def load(self, request: Request, entries: Ordered[Entry], blocks: Ordered[int]) -> None:
-        """Copy claimed blocks into fresh ones of the device."""
-        probe, first = self.probe, self.tiers[0]
-        for entry, block in zip(entries, blocks, strict=True):
-            tier = entry.tier
+        runs, at = [], len(keys)
+        for run in reversed(self._parted(keys)):  # the beginning of the prompt is used last
+            tier, count = run.tier, len(run.keys)
             assert tier is not None
-            tier.reads.append(entry)
-            tier.read_blocks += 1
-            if not request.preemptions:
-                tier.hit_tokens += self.block_size
-            if probe is not None:
-                probe.transfer(tier.name, entry.slot, "device", block)
-        for entry in reversed(entries):
             self._clock += 1
-            assert entry.tier is not None
-            entry.tier.use(entry, self._clock, request.priority)
-        for entry, block in zip(reversed(entries), reversed(blocks), strict=True):
-            entry.pins -= 1
-            if entry.tier is not first:
-                self._promote(entry, block)
+            tier.use(run, self._clock, request.priority)
+            tier.reads.append((run, count))
+            tier.read_blocks += count
+            if not request.preemptions:
+                tier.hit_tokens += count * self.block_size
+            at -= count
+            self._tell(tier.name, run.slots, "device", blocks[at : at + count])
+            runs.append((run, blocks[at : at + count]))
+        first = self.tiers[0]
+        for run, targets in runs:
+            tier = run.tier
+            if tier is not None and tier is not first and len(run.keys) <= first.num_blocks:
+                tier.remove(run)
+                self._place(run, 0, "device", targets, written=False)
+
+    def _pieces(self, keys: Ordered[Hashable]) -> Iterator[tuple[Run, int, int]]:
+        """The runs that hold these keys one after the other: (run, first key in it, number of keys)."""
+        at = 0
+        while at < len(keys):
+            run = self.index[keys[at]]
+            first = run.keys.index(keys[at])
+            count = min(len(run.keys) - first, len(keys) - at)
+            while run.keys[first : first + count] != keys[at : at + count]:
+                count -= 1
+            yield run, first, count
+            at += count
+
+    def _parted(self, keys: Ordered[Hashable]) -> list[Run]:
+        """The runs that hold these keys, parted from what else was with them."""
+        runs = []
+        for run, first, count in self._pieces(keys):  # which looks at the next ones as they are then
+            tier = run.tier
+            assert tier is not None
+            if first + count < len(run.keys):
+                self._named(tier.part(run, first + count))
+            runs.append(self._named(tier.part(run, first)) if first else run)
+        return runs
 
     # Places
 
-    def _store(self, key: Hashable, block: int, priority: int) -> None:
-        """Write a device block to the nearest tier, unless all of it is about to be read."""
-        first = self.tiers[0]
+    def _named(self, run: Run) -> Run:
+        self.index.update(dict.fromkeys(run.keys, run))
+        return run
+
+    def _drain(self) -> None:
+        """Write what the device has evicted since, the last of it first."""
+        if self._leaving:
+            leaving, self._leaving = self._leaving, {}
+            self._store(list(reversed(leaving.items())), 0, "lifted")
+
+    def _store(self, there: list[tuple[Hashable, int]], priority: int, source: str = "device") -> None:
+        """Write device blocks to the nearest tier."""
         self._clock += 1
-        entry = Entry(key, self._clock, priority)
-        if self._place(entry, 0):
-            self.entries[key] = entry
-            self._sources[block] = 0
-            first.writes.append((entry, block))
-            first.written_blocks += 1
-            if self.probe is not None:
-                self.probe.transfer("device", block, first.name, entry.slot)
+        run = self._named(Run([key for key, _ in there], (self._clock, 0), self._clock, priority))
+        blocks = [block for _, block in there]
+        self._sources.update(dict.fromkeys(blocks, 0))
+        self._place(run, 0, source, blocks)
 
-    def _place(self, entry: Entry, index: int) -> bool:
-        """Give a block a slot in a tier, at the cost of another block; whether there was one to be had."""
-        tier = self.tiers[index]
-        if tier.full:
-            victim = tier.evict()
-            if victim is None:
-                return False
-            slot = victim.slot
-            if index + 1 < len(self.tiers) and self._place(victim, index + 1):
-                farther = self.tiers[index + 1]
-                farther.writes.append((victim, None))
-                farther.written_blocks += 1
-                if self.probe is not None:
-                    self.probe.transfer(tier.name, slot, farther.name, victim.slot)
-            else:
-                del self.entries[victim.key]
-                tier.dropped_blocks += 1
-        tier.add(entry)
-        return True
+    def _place(
+        self, run: Run, place: int, source: str, blocks: Ordered[int], *, written: bool = True
+    ) -> None:
+        """Give a run, which is in these blocks of the source, slots in a tier.
 
-    def _promote(self, entry: Entry, block: int) -> None:
-        """Move what is read into a block of the device to the nearest tier, too."""
-        farther = entry.tier
-        assert farther is not None
-        farther.remove(entry)
-        if not self._place(entry, 0):  # all of the nearest tier is about to be read
-            farther.add(entry)
-        elif self.probe is not None:
-            self.probe.transfer("device", block, self.tiers[0].name, entry.slot)
+        What goes for it goes one tier farther, and so does what the whole tier is too small for.
+        """
+        if place == len(self.tiers):
+            self.dropped_blocks += len(run.keys)
+            for key in run.keys:
+                del self.index[key]
+            return
+        tier = self.tiers[place]
+        rest = self._named(run.part(tier.num_blocks)) if len(run.keys) > tier.num_blocks else None
+        count = len(run.keys)
+        missing = tier.num_used + count - tier.num_blocks
+        if missing > 0:
+            for victim in tier.evict(missing):
+                self._place(self._named(victim), place + 1, tier.name, list(victim.slots))
+        tier.add(run)
+        self._tell(source, blocks[:count], tier.name, run.slots)
+        if written:
+            tier.writes.append((run, count, blocks[:count] if source in FROM_DEVICE else ()))
+            tier.written_blocks += count
+        if rest is not None:
+            self._place(rest, place + 1, source, blocks[count:])
+
+    def _tell(self, source: str, blocks: Ordered[int], tier: str, slots: Ordered[int]) -> None:
+        """Tell the probe of copies, block by block, the last first."""
+        if self.probe is not None:
+            for block, slot in zip(reversed(blocks), reversed(slots), strict=True):
+                self.probe.transfer(source, block, tier, slot)
 
     # Time
 
     def _submit(self) -> None:
         """Put the step's transfers on the links: writes from far to near, as they empty slots, then reads."""
+        self._drain()
         after = 0
         for tier in reversed(self.tiers):
             if not tier.writes:
                 after = 0
                 continue
-            after = max(after, *[entry.ready for entry, _ in tier.writes])
-            ends = tier.link.submit_out(len(tier.writes), after)
-            for (entry, block), end in zip(tier.writes, ends, strict=True):
-                entry.ready = end
-                if block is not None:
-                    self._sources[block] = end
-            after = ends[-1]
+            count = sum([count for _, count, _ in tier.writes])
+            after = tier.link.copy_out(count, max(after, *[run.ready for run, _, _ in tier.writes]))
+            for run, _, blocks in tier.writes:
+                run.ready = after
+                self._sources.update(dict.fromkeys(blocks, after))
+            self._copied_by = max(self._copied_by, after)
             tier.writes.clear()
             if not self.asynchronous:
                 self.awaited = max(self.awaited, after)
         for tier in self.tiers:
             if tier.reads:
-                end = tier.link.submit_in(len(tier.reads), max([entry.ready for entry in tier.reads]))
+                count = sum([count for _, count in tier.reads])
+                end = tier.link.submit_in(count, max([run.ready for run, _ in tier.reads]))
                 self.awaited = max(self.awaited, end)
                 tier.reads.clear()
         if self._reused:
-            self.awaited = max(self.awaited, *[self._sources[block] for block in self._reused])
+            self.awaited = max(self.awaited, *[self._sources.get(block, 0) for block in self._reused])
             self._reused.clear()
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """(dotted path, complaint) for options of a whole experiment that contradict each other."""
+        offload = config.get("offload") or {}
+        if config.get("tiers") is None:
+            for field in offload:
+                yield f"offload.{field}", "has no meaning without tiers: list one at least, for example host"
+        else:
+            if offload.get("policy", "write_through") != "selective" and "min_hits" in offload:
+                yield "offload.min_hits", "only the selective policy counts hits"
+            if "prefetch" in (config.get("transfers") or {}):
+                yield "transfers.prefetch", "what tiers have is loaded for the step that admits its request"
 
     def check_integrity(self) -> None:
         """Recount the tiers. Raises IntegrityError with the equation that failed."""
         placed = 0
         for tier in self.tiers:
             tier.check_integrity()
-            placed += len(tier.entries)
-            for entry in tier.entries.values():
-                if self.entries.get(entry.key) is not entry:
-                    raise IntegrityError(f"{tier.name}, slot {entry.slot}: {entry.key!r} is not found there")
-                if entry.pins:
-                    raise IntegrityError(f"{tier.name}, slot {entry.slot}: claimed({entry.pins}) != 0")
-        if placed != len(self.entries):
-            raise IntegrityError(f"blocks to be found({len(self.entries)}) != blocks in tiers({placed})")
+            for run in tier.runs:
+                placed += len(run.keys)
+                for key in run.keys:
+                    if self.index.get(key) is not run:
+                        raise IntegrityError(f"{tier.name}: {key!r} is not found where it is")
+        if placed != len(self.index):
+            raise IntegrityError(f"blocks to be found({len(self.index)}) != blocks in tiers({placed})")

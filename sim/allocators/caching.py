@@ -16,7 +16,6 @@ from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
 from sim.prefix_keys import prefix_keys
 from sim.request import Request, Sequence
-from sim.storage_tier import Entry
 from sim.tiered_store import TieredStore
 
 
@@ -118,10 +117,11 @@ class CachingAllocator(Allocator):
             hits += len(self._to_load(self.tiers, request, num_tokens, hits))
         return hits * self.block_size
 
-    def _to_load(self, tiers: TieredStore, request: Request, num_tokens: int, hits: int) -> list[Entry]:
-        """Blocks in tiers that go on behind the hits of the device; one token at least is left to compute."""
+    def _to_load(self, tiers: TieredStore, request: Request, num_tokens: int, hits: int) -> list[int]:
+        """Keys of blocks in tiers that go on behind the hits of the device; one token at least is left to compute."""
         keys = self._keys(request, num_tokens)[hits : (num_tokens - 1) // self.block_size]
-        return tiers.lookup(request, keys, hits * self.block_size)
+        del keys[tiers.lookup(request, keys, hits * self.block_size) :]
+        return keys
 
     def shared_tokens(self, request: Request, num_tokens: int) -> int:
         """Those in cached blocks that somebody references."""
@@ -133,11 +133,10 @@ class CachingAllocator(Allocator):
         if filled is None:
             filled = num_tokens
         size, pool, tiers = self.block_size, self.pool, self.tiers
-        loads: list[Entry] = []
+        loads: list[int] = []
         if tiers is not None:
             found = self.cached(sequence.request, num_tokens)[0]
             loads = self._to_load(tiers, sequence.request, num_tokens, found)
-            tiers.claim(loads)
         free = pool.num_free
         hits = self.hold(sequence, num_tokens)
         if hits:
@@ -162,7 +161,7 @@ class CachingAllocator(Allocator):
         return tokens
 
     def _load(
-        self, tiers: TieredStore, sequence: Sequence, table: list[int], cached: int, loads: list[Entry]
+        self, tiers: TieredStore, sequence: Sequence, table: list[int], cached: int, loads: list[int]
     ) -> int:
         """Count the hits of the device, and load what the tiers have behind them; the tokens of that."""
         request, hits = sequence.request, cached // self.block_size

@@ -85,14 +85,15 @@ class PrefixAllocator(CachingAllocator):
         self.tiers = tiers
         tiers.block_size = self.block_size
         self.pool = OffloadingPool(self.num_blocks, tiers, keyless_first=self.pool.keyless_first)
+        tiers.device_keys = self.pool.keys
 
     def _register(self, sequence: Sequence, keys: list[int], first: int = 0) -> None:
         """Let the sequence's blocks be found from the block `first` on, those that have no key yet."""
         table = sequence.block_table[first:] if first else sequence.block_table
         if self.tiers is not None:
             known = self.pool.keys
-            fresh = [pair for pair in zip(keys, table, strict=False) if known[pair[1]] is None]
-            self.tiers.found(sequence, fresh)
+            fresh = [(key, block) for key, block in zip(keys, table, strict=False) if known[block] is None]
+            self.tiers.found(sequence, [key for key, _ in fresh], [block for _, block in fresh])
         self.pool.register_table(table, keys)
 
     def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:

@@ -74,6 +74,7 @@ class RadixAllocator(CachingAllocator):
         self.tiers = tiers
         tiers.block_size = self.block_size
         self.pool = self._named = OffloadingPagePool(self.num_blocks, self.tree, tiers)
+        tiers.device_keys = self._named.keys
 
     def _keys(self, request: Request, num_tokens: int) -> list[int]:
         """Keys of the pages that may be found: not the last token's."""
@@ -124,9 +125,8 @@ class RadixAllocator(CachingAllocator):
         known, node = self.tree.insert(keys, table, sequence.request.priority)
         self.pool.keep(table[known:full])
         if self.tiers is not None and known < full:
-            fresh = list(zip(keys[known:], table[known:full], strict=True))
-            self._named.name(fresh, known)
-            self.tiers.found(sequence, fresh)
+            self._named.name(keys[known:], table[known:full], known)
+            self.tiers.found(sequence, keys[known:], table[known:full])
         self.tree.lock(node)
         self.tree.unlock(self._nodes[sequence])
         self._nodes[sequence], self._shared[sequence] = node, full

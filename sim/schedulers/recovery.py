@@ -46,7 +46,10 @@ class Recovery:
             allocator.quantization = transfers.quantization
             allocator.link = Link(transfers) if transfers.asynchronous else None
         if allocator.tiers is not None:
-            allocator.tiers.connect(self.prefill_seconds, transfers.asynchronous, transfers.overlapping_layers)
+            allocator.tiers.asynchronous = transfers.asynchronous
+            allocator.tiers.layers = transfers.overlapping_layers
+            if allocator.tiers.cost is not None:
+                allocator.tiers.cost.price = self.prefill_seconds
 
     def swaps(self, request: Request) -> bool:
         """Whether the request would be moved to the host if it gave way now; a tie is computed again."""

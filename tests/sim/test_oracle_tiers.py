@@ -64,7 +64,9 @@ def both(workload, built, clock: str, way: str):
     clock=st.sampled_from(list(TIMINGS)), tiers=st.sampled_from(list(TIERS)), way=st.sampled_from(list(WAYS)),
     offload=OFFLOAD, max_num_seqs=st.sampled_from([1, 3, 32]),
 )  # fmt: skip
-def test_sessions(scheduler_kind, allocator_name, seed, kind, slots, clock, tiers, way, offload, max_num_seqs):
+def test_sessions(
+    scheduler_kind, allocator_name, seed, kind, slots, clock, tiers, way, offload, max_num_seqs
+):
     def built():
         return tiered(allocator_name, scheduler_kind, slots, tiers, offload, max_num_seqs=max_num_seqs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sim import Transfers
 from sim.eviction import eviction
-from sim.storage_tier import tier
+from sim.tier_kinds import tier
 from sim.tiered_store import TieredStore
 from tests.sim.test_oracle import DEVICE, MODEL, build
 
@@ -29,7 +29,8 @@ def store(tiers: str, order: str = "lru", gb_per_s: float = 1.0, **fields) -> Ti
     speeds = {"bandwidth_gb_per_s": gb_per_s}
     writes = {"nvme": {"write_bandwidth_gb_per_s": gb_per_s}}
     return TieredStore(
-        [made(kind, blocks, order, **speeds, **writes.get(kind, {})) for kind, blocks in TIERS[tiers]], **fields
+        [made(kind, blocks, order, **speeds, **writes.get(kind, {})) for kind, blocks in TIERS[tiers]],
+        **fields,
     )
 
 
