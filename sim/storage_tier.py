@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable
-from collections.abc import Sequence as Ordered
 
 from sim.errors import IntegrityError, UserError
 from sim.eviction import Eviction, belady
@@ -87,9 +86,7 @@ class StorageTier:
         self.num_used = 0
         self.runs: set[Run] = set()
         self.reads: list[tuple[Run, int]] = []  # of the step that is planned, with the number of blocks
-        self.writes: list[
-            tuple[Run, int, list[int]]
-        ] = []  # likewise, and the blocks if they are the device's
+        self.writes: list[tuple[Run, int, list[int]]] = []  # likewise, and a place for its end
         self.read_blocks = self.written_blocks = self.hit_tokens = 0
         self._latency = latency_us / 1e6
         self._read_block = block_bytes / read_bytes_per_s

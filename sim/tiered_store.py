@@ -66,20 +66,21 @@ class TieredStore:
         self.device_hit_tokens = self.declined_tokens = self.dropped_blocks = 0
         self._clock = 0
         self._hits: dict[Hashable, int] = {}
-        self._pending: list[tuple[Sequence, Ordered[Hashable], Ordered[int]]] = []  # computed with this step
+        self._pending: list[tuple[Sequence, list[Hashable], list[int]]] = []  # computed with this step
         self._leaving: dict[Hashable, int] = {}  # evicted by the device, and not written yet
         self._reused: list[int] = []  # device blocks whose copies the step waits for
-        self._sources: dict[
-            int, int
-        ] = {}  # device blocks that are copied out, until when (ns); 0 while unknown
+        self._sources: dict[int, list[int]] = {}  # device blocks that are copied out, until when (ns)
         self._copied_by = 0  # all of them
+        self._step_end = 0  # of the last step that was planned (ns)
+        self._writing = self._reading = False  # whether the step that is planned does
         self._declined = 0  # blocks of the last prompt that are cheaper to compute
 
     # What the engine asks
 
     def begin(self, now: int) -> None:
         """A plan begins (ns): what the last step computed is there, and is written."""
-        self._submit()
+        if self._planned:
+            self._submit()
         self.now, self.awaited = now, 0
         for tier in self.tiers:
             tier.link.now = now
@@ -90,24 +91,34 @@ class TieredStore:
         pending, self._pending = self._pending, []
         if self.probe is not None:
             self.probe.offload([sequence for sequence, _, _ in pending])
-        index, known = self.index, self.device_keys
+        stored, held = self.index.keys(), self.device_keys.__getitem__
         for sequence, keys, blocks in pending:
-            pairs = zip(keys, blocks, strict=True)
-            there = [(key, block) for key, block in pairs if key not in index and known[block] == key]
-            if there:
-                self._store(there, sequence.request.priority)
+            if not stored.isdisjoint(keys) or list(map(held, blocks)) != keys:
+                pairs = [(key, block) for key, block in zip(keys, blocks, strict=True) if key not in stored]
+                pairs = [(key, block) for key, block in pairs if held(block) == key]  # it may be gone by now
+                keys, blocks = [key for key, _ in pairs], [block for _, block in pairs]
+            if keys:
+                self._store(keys, blocks, sequence.request.priority)
 
     def stall(self, start: int, duration: int) -> int:
         """Submit the transfers of a step; what it waits for them if it could begin at `start` (ns)."""
-        self._submit()
-        wait = max(0, self.awaited - start - duration * (self.layers - 1) // self.layers)
-        self.wait_time += wait
+        wait = 0
+        if self._planned:
+            self._submit()
+            wait = max(0, self.awaited - start - duration * (self.layers - 1) // self.layers)
+            self.wait_time += wait
+        self._step_end = start + duration + wait
         return wait
 
     @property
+    def _planned(self) -> bool:
+        """Whether the step may have transfers, or waits for some."""
+        return bool(self._writing or self._reading or self._leaving or self._reused or self.awaited)
+
+    @property
     def grows_quietly(self) -> bool:
-        """Whether no block that a growth takes has to be waited for."""
-        return self.policy != "write_back" and not self._sources
+        """Whether no block that a growth takes after the step has to be waited for."""
+        return self.policy != "write_back" and self._copied_by <= self._step_end
 
     @property
     def steady(self) -> bool:
@@ -136,7 +147,7 @@ class TieredStore:
         """Whether it does not matter which device blocks are handed out."""
         return self.policy != "write_back" and not (self._sources or self._hits)
 
-    def found(self, sequence: Sequence, keys: Ordered[Hashable], blocks: Ordered[int]) -> None:
+    def found(self, sequence: Sequence, keys: list[Hashable], blocks: list[int]) -> None:
         """These blocks of a sequence can be found on the device from now on; this step computes them."""
         if self.policy == "write_through" and keys:
             self._pending.append((sequence, keys, blocks))
@@ -197,6 +208,7 @@ class TieredStore:
             tier.use(run, self._clock, request.priority)
             tier.reads.append((run, count))
             tier.read_blocks += count
+            self._reading = True
             if not request.preemptions:
                 tier.hit_tokens += count * self.block_size
             at -= count
@@ -242,14 +254,12 @@ class TieredStore:
         """Write what the device has evicted since, the last of it first."""
         if self._leaving:
             leaving, self._leaving = self._leaving, {}
-            self._store(list(reversed(leaving.items())), 0, "lifted")
+            self._store([*reversed(leaving)], [*reversed(leaving.values())], 0, "lifted")
 
-    def _store(self, there: list[tuple[Hashable, int]], priority: int, source: str = "device") -> None:
+    def _store(self, keys: list[Hashable], blocks: list[int], priority: int, source: str = "device") -> None:
         """Write device blocks to the nearest tier."""
         self._clock += 1
-        run = self._named(Run([key for key, _ in there], (self._clock, 0), self._clock, priority))
-        blocks = [block for _, block in there]
-        self._sources.update(dict.fromkeys(blocks, 0))
+        run = self._named(Run(keys, (self._clock, 0), self._clock, priority))
         self._place(run, 0, source, blocks)
 
     def _place(
@@ -274,8 +284,12 @@ class TieredStore:
         tier.add(run)
         self._tell(source, blocks[:count], tier.name, run.slots)
         if written:
-            tier.writes.append((run, count, blocks[:count] if source in FROM_DEVICE else ()))
+            until = [0]
+            if source in FROM_DEVICE:
+                self._sources.update(dict.fromkeys(blocks[:count], until))
+            tier.writes.append((run, count, until))
             tier.written_blocks += count
+            self._writing = True
         if rest is not None:
             self._place(rest, place + 1, source, blocks[count:])
 
@@ -297,9 +311,8 @@ class TieredStore:
                 continue
             count = sum([count for _, count, _ in tier.writes])
             after = tier.link.copy_out(count, max(after, *[run.ready for run, _, _ in tier.writes]))
-            for run, _, blocks in tier.writes:
-                run.ready = after
-                self._sources.update(dict.fromkeys(blocks, after))
+            for run, _, until in tier.writes:
+                run.ready = until[0] = after
             self._copied_by = max(self._copied_by, after)
             tier.writes.clear()
             if not self.asynchronous:
@@ -311,8 +324,10 @@ class TieredStore:
                 self.awaited = max(self.awaited, end)
                 tier.reads.clear()
         if self._reused:
-            self.awaited = max(self.awaited, *[self._sources.get(block, 0) for block in self._reused])
+            ends = [until[0] for block in self._reused if (until := self._sources.get(block)) is not None]
+            self.awaited = max(self.awaited, *ends, 0)
             self._reused.clear()
+        self._writing = self._reading = False
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -92,8 +92,8 @@ class PrefixAllocator(CachingAllocator):
         table = sequence.block_table[first:] if first else sequence.block_table
         if self.tiers is not None:
             known = self.pool.keys
-            fresh = [(key, block) for key, block in zip(keys, table, strict=False) if known[block] is None]
-            self.tiers.found(sequence, [key for key, _ in fresh], [block for _, block in fresh])
+            named = next((at for at, block in enumerate(table) if known[block] is None), len(keys))
+            self.tiers.found(sequence, [*keys[named:]], table[named : len(keys)])
         self.pool.register_table(table, keys)
 
     def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:

@@ -126,7 +126,7 @@ class RadixAllocator(CachingAllocator):
         self.pool.keep(table[known:full])
         if self.tiers is not None and known < full:
             self._named.name(keys[known:], table[known:full], known)
-            self.tiers.found(sequence, keys[known:], table[known:full])
+            self.tiers.found(sequence, [*keys[known:]], table[known:full])
         self.tree.lock(node)
         self.tree.unlock(self._nodes[sequence])
         self._nodes[sequence], self._shared[sequence] = node, full
