@@ -280,7 +280,9 @@ class TieredStore:
         missing = tier.num_used + count - tier.num_blocks
         if missing > 0:
             for victim in tier.evict(missing):
-                self._place(self._named(victim), place + 1, tier.name, list(victim.slots))
+                if self.index[victim.keys[0]] is not victim:  # a part of a run
+                    self._named(victim)
+                self._place(victim, place + 1, tier.name, [*victim.slots])
         tier.add(run)
         self._tell(source, blocks[:count], tier.name, run.slots)
         if written:
@@ -324,8 +326,9 @@ class TieredStore:
                 self.awaited = max(self.awaited, end)
                 tier.reads.clear()
         if self._reused:
-            ends = [until[0] for block in self._reused if (until := self._sources.get(block)) is not None]
-            self.awaited = max(self.awaited, *ends, 0)
+            for block in self._reused:
+                if block in self._sources:
+                    self.awaited = max(self.awaited, *self._sources[block])
             self._reused.clear()
         self._writing = self._reading = False
 
