@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from itertools import islice
 from typing import TYPE_CHECKING
 
+from sim.free_queue import FreeQueue
 from sim.page_pool import PagePool
 from sim.prefix_pool import PrefixPool
 
@@ -14,20 +14,31 @@ if TYPE_CHECKING:
     from sim.tiered_store import TieredStore
 
 
-class OffloadingPool(PrefixPool):
-    """A pool found by keys whose evictions go to a tiered store."""
+class OffloadingQueue(FreeQueue):
+    """Free blocks that a tiered store hears of before they lose their content."""
 
     __slots__ = ("store",)
 
-    def __init__(self, num_blocks: int, store: TieredStore, *, keyless_first: bool) -> None:
-        super().__init__(num_blocks, keyless_first=keyless_first)
+    def __init__(self, blocks: Iterable[int], store: TieredStore) -> None:
+        super().__init__(blocks)
         self.store = store
 
-    def take(self, count: int = 1) -> list[int]:
-        """Hand out the blocks at the head of the queue; the store hears of them before they lose their content."""
-        if not self.store.idle and count <= len(self.free):
-            self.store.evict(list(islice(self.free, count)))
-        return super().take(count)
+    def take(self, count: int) -> list[int]:
+        """The first `count`, which have to be there."""
+        blocks = super().take(count)
+        if not self.store.idle:
+            self.store.evict(blocks)
+        return blocks
+
+
+class OffloadingPool(PrefixPool):
+    """A pool found by keys whose evictions go to a tiered store."""
+
+    __slots__ = ()
+
+    def __init__(self, num_blocks: int, store: TieredStore, *, keyless_first: bool) -> None:
+        super().__init__(num_blocks, keyless_first=keyless_first)
+        self.free = OffloadingQueue(range(num_blocks), store)
 
 
 class OffloadingPagePool(PagePool):

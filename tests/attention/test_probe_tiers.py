@@ -24,6 +24,11 @@ def run(probe, seed: int = 0, kind: str = "prefix 4", tiers: str = "three", poli
     )  # fmt: skip
 
 
+def run_all():
+    for seed in range(6):
+        run(AttentionProbe(every=1), seed)
+
+
 @pytest.mark.parametrize("kind", ["prefix 4", "radix 4 lfu", "radix 1"])
 @pytest.mark.parametrize("policy", ["write_through", "write_back", "selective"])
 def test_attention_runs_over_blocks_that_went_through_every_tier(kind, policy, monkeypatch):
@@ -114,8 +119,7 @@ def test_attention_alone_sees_a_slot_that_holds_another_block(monkeypatch):
     monkeypatch.setattr("tests.sim.tiers.TieredStore", NextSlot)
     monkeypatch.setattr(Audit, "_compare", lambda *_: None)
     with pytest.raises(ProbeError, match="paged attention differs from plain attention"):
-        for seed in range(6):
-            run(AttentionProbe(every=1), seed)
+        run_all()
 
 
 def test_a_block_that_took_the_wrong_way_shows_in_attention(monkeypatch):
@@ -131,5 +135,4 @@ def test_a_block_that_took_the_wrong_way_shows_in_attention(monkeypatch):
     real = comparison.swap_in
     monkeypatch.setattr(comparison, "swap_in", stale)
     with pytest.raises(ProbeError, match="paged attention differs from plain attention"):
-        for seed in range(6):
-            run(AttentionProbe(every=1), seed)
+        run_all()
