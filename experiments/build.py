@@ -14,7 +14,7 @@ from attention.probe import AttentionProbe
 from experiments import hardware, profiles
 from experiments.annotations import alternatives, fields_of, file_in, registry_in, section_in
 from experiments.experiment import Experiment
-from experiments.mistakes import Mistake, Mistakes, Path, shown
+from experiments.mistakes import Mistake, Mistakes, Path
 from sim.allocators import Allocator, Capacity, allocator
 from sim.errors import ProbeError, UserError
 from sim.hardware import Device, Model
@@ -209,7 +209,7 @@ def make_tiers(
         raise _wrong(
             "the allocator keeps no cached prefixes that tiers could go on with",
             "tiers",
-            shown(experiment.allocator),
+            str(experiment.allocator["kind"]),
             f"one that does: {those('can_offload')}, with prefix caching and one group of layers",
         )
     block_bytes = model.kv_bytes_per_token * over.block_size if model is not None else 0
