@@ -25,7 +25,7 @@ def run(probe, seed: int = 0, kind: str = "prefix 4", tiers: str = "three", poli
 
 
 def run_all():
-    for seed in range(6):
+    for seed in range(20):
         run(AttentionProbe(every=1), seed)
 
 

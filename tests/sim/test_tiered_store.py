@@ -146,7 +146,9 @@ def story(*rows, slots=24, tiers=(("host", 20),), transfers=None, clock=None, **
     """Requests over six device blocks of four slots; those of odd numbers share no content with the others."""
     owner = memory("prefix", slots=slots, block_size=4)
     speeds = {"bandwidth_gb_per_s": 1.0, "latency_us": 0.0}
-    owner.open_tiers(TieredStore([made(kind, blocks, **speeds) for kind, blocks in tiers], **fields))
+    owner.open_tiers(
+        TieredStore([made(kind, blocks, **speeds, **dict(more)) for kind, blocks, *more in tiers], **fields)
+    )
     asked = ask(*rows)
     for request in asked:
         if request.id % 2 == 0:
@@ -200,6 +202,24 @@ def test_a_block_is_loaded_when_it_is_in_its_tier_and_not_before():
     told = story((0, 16, 1), (5, 24, 1), (6, 17, 1), policy="write_back")
     # 10: four blocks leave until 14 and then 1 is computed until 24; 24: 1's leave until 29, 0's come until 28
     assert told.column("steps", "duration") == [10, 14, 15]
+
+
+SLOW = ("host", 10), ("nvme", 20, ("write_bandwidth_gb_per_s", 0.05))
+"""A drive that takes 20 ms for each block written: at 210 ms one goes there, so that another can be written."""
+FULL = (0, 16, 1), (100, 24, 1), (150, 1, 1), (200, 4, 1)
+
+
+def test_what_is_on_its_way_to_a_farther_tier_is_loaded_from_there_when_it_has_arrived():
+    told = story(*FULL, (215, 17, 1), tiers=SLOW)
+    assert told.summary["nvme_hit_tokens"] == 4
+    assert told.column("steps", "duration") == [10, 10, 10, 10, 26]  # written until 230, read until 231
+
+
+def test_a_full_tier_takes_nothing_before_it_has_room():
+    """The block of 200 is copied to the host when another has left it, and until then nobody gets its place."""
+    told = story(*FULL, (205, 1, 1), (215, 24, 1), tiers=SLOW)
+    assert told.column("steps", "duration")[-1] == 21  # from 220 on; the copies end at 230 and 231
+    assert story(*FULL, (205, 1, 1), (215, 24, 1)).column("steps", "duration")[-1] == 10
 
 
 def test_synchronous_transfers_are_waited_for_all():
