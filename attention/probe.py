@@ -184,7 +184,8 @@ class AttentionProbe:
         quantized = None
         if ledger.allocator.quantization is not None:
             quantized = ledger.device.quantized[blocks], ledger.live[sequence].quantized - begin
-        return Window(blocks, found, wanted, self._layer, None, quantized)
+        journeys = [ledger.journey(block) for block in blocks.tolist()] if ledger.loaded else []
+        return Window(blocks, found, wanted, self._layer, None, quantized, journeys)
 
     def _errors(self, windows: list[Window]) -> list[float]:
         if self._comparison is None:

@@ -22,6 +22,8 @@ from sim.recorder import Recorder, Sink
 from sim.registry import Registry
 from sim.schedulers import Scheduler, scheduler
 from sim.simulation import simulate
+from sim.tier_kinds import tier
+from sim.tiered_store import TieredStore
 from sim.timing import StepTime, Transfers, timing
 from workloads.streams import Streams
 from workloads.workload import workload
@@ -39,6 +41,9 @@ def run(
     scheduler = make_scheduler(experiment, make_allocator(experiment, capacity))
     workload = make_workload(experiment, capacity, replication)
     step_time = make_timing(experiment, model, device)
+    tiers = make_tiers(experiment, model, device, scheduler.allocator)
+    if tiers is not None:
+        scheduler.allocator.open_tiers(tiers)
     probe = make_probe(experiment, workload.num_requests, model, step_time)
     figures = _simulate(
         probe,
@@ -192,6 +197,33 @@ def make_transfers(
         Transfers, experiment.transfers, ("transfers",), model, device, over.block_size
     )
     return made
+
+
+def make_tiers(
+    experiment: Experiment, model: Model | None, device: Device | None, over: Allocator
+) -> TieredStore | None:
+    """The tiers behind the device; None without any. Raises Mistakes if the allocator caches nothing for them."""
+    if experiment.tiers is None:
+        return None
+    if not (over.can_offload and over.keeps_freed):
+        raise _wrong(
+            "the allocator keeps no cached prefixes that tiers could go on with",
+            "tiers",
+            str(experiment.allocator["kind"]),
+            f"one that does: {those('can_offload')}, with prefix caching and one group of layers",
+        )
+    block_bytes = model.kv_bytes_per_token * over.block_size if model is not None else 0
+    tiers = [
+        make(tier, settings, ("tiers", index), block_bytes, device)
+        for index, settings in enumerate(experiment.tiers)
+    ]
+    made: TieredStore = construct(TieredStore, experiment.offload, ("offload",), tiers)
+    return made
+
+
+def those(power: str) -> str:
+    """The allocators that can do something."""
+    return ", ".join(kind for kind in allocator if getattr(allocator[kind], power, False))
 
 
 def make_probe(

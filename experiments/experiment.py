@@ -13,6 +13,8 @@ from experiments.sizes import Size
 from sim.allocators import allocator
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
 from sim.schedulers import scheduler
+from sim.tier_kinds import tier
+from sim.tiered_store import TieredStore
 from sim.timing import Transfers, timing
 from workloads.workload import workload
 
@@ -55,6 +57,8 @@ class Experiment:
         scheduler: Who runs in the next step.
         timing: How long a step takes.
         transfers: How long moving blocks takes.
+        tiers: Memories behind the device where cached prefixes go on, from near to far.
+        offload: What is written to the tiers, and what is loaded from them.
         probe: Steps checked with real attention, or false for none.
         record: Tables that a run stores.
         sweep: Dotted paths, each with a list of values; those under zip vary together, the others cross them.
@@ -76,6 +80,8 @@ class Experiment:
     scheduler: Annotated[Settings, scheduler]
     timing: Annotated[Settings, timing]
     transfers: Annotated[Settings, Transfers] = field(default_factory=dict)
+    tiers: list[Annotated[Settings, tier]] | None = None
+    offload: Annotated[Settings, TieredStore] = field(default_factory=dict)
     probe: Annotated[Settings, AttentionProbe] | bool = field(default_factory=dict)
     record: Annotated[Settings, Record] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None

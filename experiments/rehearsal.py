@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments import build
+from experiments.build import those
 from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
 from sim.allocators import allocator
 from sim.registry import Registry
 from sim.schedulers import scheduler
+from sim.tiered_store import TieredStore
 from sim.timing import Transfers, timing
 from workloads.workload import workload
 
@@ -65,6 +67,8 @@ class Rehearsal:
             if owner is not None:
                 attempt(build.make_scheduler, owner, key=[memory, experiment.scheduler])
                 attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
+                offloading = [memory, experiment.tiers, experiment.offload]
+                attempt(build.make_tiers, model, device, owner, key=offloading)
         attempt(build.make_timing, model, device, key=[memory[:3], experiment.timing])
         attempt(build.make_probe, None, model, None, key=[memory[0], experiment.probe])
         return found
@@ -101,13 +105,13 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             complaints = [(section, f"{policy.__name__}.check raises {type(error).__name__}: {error}")]
         for field, complaint in complaints:
             yield Mistake(complaint, tuple(field.split(".")))
-    for field, complaint in Transfers.check(settings):
+    for field, complaint in [*Transfers.check(settings), *TieredStore.check(settings)]:
         yield Mistake(complaint, tuple(field.split(".")))
     owner, name = allocator[settings["allocator"]["kind"]], settings["allocator"]["kind"]
     sampling = settings["workload"].get("sampling") or {}
     for field in ("n", "best_of", "beam_width"):
         if (sampling.get(field) or 1) > 1 and not getattr(owner, "can_fork", True):
-            expected = f"1, or an allocator that shares slots ({_those('can_fork')})"
+            expected = f"1, or an allocator that shares slots ({those('can_fork')})"
             yield Mistake(
                 f"allocator {name} cannot fork",
                 ("workload", "sampling", field),
@@ -119,8 +123,10 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
         ("quantization", "at another precision", "null"),
     ):
         value = (settings.get("transfers") or {}).get(field)
+        if field == "asynchronous" and settings.get("tiers") is not None:
+            continue  # so are those from and to tiers
         if value and not getattr(owner, "can_fly", True):
-            expected = f"{without}, or an allocator that does ({_those('can_fly')})"
+            expected = f"{without}, or an allocator that does ({those('can_fly')})"
             what = f"allocator {name} cannot swap {how}"
             yield Mistake(what, ("transfers", field), str(value).lower(), expected)
     if not getattr(owner, "can_grow", True):
@@ -129,17 +135,13 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
                 what = f"has no meaning with allocator {name}: nobody outgrows a reservation"
                 yield Mistake(what, ("scheduler", field))
         return
-    for modes, power, what, those in (
+    for modes, power, what, others in (
         (("swap", "hybrid"), "can_swap", "swap", "that swaps"),
         (("partial",), "can_stop", "take a part of what a sequence holds", "that does"),
     ):
         mode = settings["scheduler"].get("preemption")
         if mode in modes and not getattr(owner, power, True):
-            expected = f"recompute, or an allocator {those} ({_those(power)})"
+            expected = f"recompute, or an allocator {others} ({those(power)})"
             yield Mistake(
                 f"allocator {name} cannot {what}", ("scheduler", "preemption"), f"'{mode}'", expected
             )
-
-
-def _those(power: str) -> str:
-    return ", ".join(kind for kind in allocator if getattr(allocator[kind], power, False))

@@ -33,18 +33,27 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     """One line a run: what was swept, then the figures that tell most; all figures are in runs.csv."""
     several = any(row["replication"] for row in rows)
     settings = [*swept, *(["replication"] if several else [])]
-    figures = [name for name in _FIGURES if name in rows[0]]
+    titles = dict(_FIGURES) | {f"{tier}_hit_rate": f"{tier} hits %" for tier in ("device", *tiers_of(rows))}
+    figures = [name for name in titles if any(name in row for row in rows)]
     if not any(row.get("requests_rejected") for row in rows):
         figures = [name for name in figures if name != "requests_rejected"]
-    head = [*settings, *(_FIGURES[name] for name in figures)]
+    head = [*settings, *(titles[name] for name in figures)]
     body = [
-        [*(_brief(row[name]) for name in settings), *(_figure(name, row[name]) for name in figures)]
+        [*(_brief(row[name]) for name in settings), *(_figure(name, row.get(name)) for name in figures)]
         for row in rows
     ]
     numbers = [all(_is_number(row[name]) for row in rows) for name in settings] + [True] * len(figures)
     lines = aligned([head, *body[:MOST_ROWS]], numbers)
     more = [f"… {len(rows) - MOST_ROWS} more in runs.csv"] if len(rows) > MOST_ROWS else []
     return "\n".join([*lines, *more])
+
+
+def tiers_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tiers behind the device that runs had, by what their figures are called."""
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith("_hit_rate"))
+    return [
+        name.removesuffix("_hit_rate") for name in names if name not in ("prefix_hit_rate", "device_hit_rate")
+    ]
 
 
 def tell(rows: Sequence[Row]) -> list[str]:
@@ -105,13 +114,15 @@ def _brief(value: Any) -> str:
         return " ".join(
             _brief(inner) if key == "kind" else f"{key}={_brief(inner)}" for key, inner in value.items()
         )
+    if isinstance(value, list):
+        return " + ".join(map(_brief, value))
     return str(value)
 
 
 def _figure(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if name.endswith("_share"):
+    if name.endswith(("_share", "_rate")):
         return f"{100 * value:.1f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -96,6 +96,18 @@ class GroupedLedger:
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]], sequences: Ordered[Sequence] = ()) -> None:
         """Nor swaps."""
         raise self.error(f"{len(pairs)} pages are moved to {tier}")
+
+    def offload(self, sequences: Iterable[Sequence]) -> None:
+        """Nor tiers."""
+        raise self.error("blocks are copied away")
+
+    def lift(self, block: int) -> None:
+        """Nor tiers."""
+        raise self.error(f"block {block} is copied away")
+
+    def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
+        """Nor tiers."""
+        raise self.error(f"{source} block {block} is copied to {tier}")
 
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence; what it leaves behind may be found."""

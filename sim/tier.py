@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.block_pool import BlockPool
 from sim.identity import UNWRITTEN, Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """A block that went through tiers: its identities [block_size], and where it was, (tier, block) in order."""
+
+    row: Ints
+    places: tuple[tuple[str, int], ...]
+
+
+NOWHERE = Journey(np.empty(0, np.int64), ())
+"""In the place of a journey: nothing was ever written there."""
 
 
 class Tier:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,11 @@ from sim.link import Link
 from sim.probe import Witness
 from sim.registry import Registry
 from sim.request import Request, Sequence
+from sim.tiered_store import TieredStore
 from sim.units import FOREVER
+
+if TYPE_CHECKING:
+    from sim.timing.transfers import Transfers
 
 allocator: Registry[type[Allocator]] = Registry("allocator")
 
@@ -112,6 +116,8 @@ class Allocator(ABC):
     block_size: int = 1
     slots_per_token: int = 1
     """Token states that a further token adds, before any slides out of a window."""
+    can_offload: ClassVar[bool] = False
+    """Whether the cached prefixes can go on to tiers behind the device."""
     keeps_freed: bool = False
     """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
     foresees: bool = False
@@ -119,7 +125,9 @@ class Allocator(ABC):
     probe: Witness | None = None
     quantization: str | None = None
     """Precision of what is swapped out, where that is not the cache's own."""
-    link: Link | None = None
+    tiers: TieredStore | None = None
+    """Where cached prefixes go on, behind the device."""
+    link: Link[Transfers] | None = None
     """Where swaps take their time beside the computation; without one they are over at once."""
 
     def __init__(self, capacity: Capacity) -> None:
@@ -308,6 +316,8 @@ class Allocator(ABC):
     def watch(self, probe: Witness) -> None:
         """Tell a probe of everything that happens to slots."""
         self.probe = probe
+        if self.tiers is not None:
+            self.tiers.probe = probe
 
     def held_slots(self, sequence: Sequence) -> NDArray[np.int64]:
         """Slots of all tokens that the sequence has room for, shape [capacity]."""
@@ -322,7 +332,11 @@ class Allocator(ABC):
         """Whether its next token needs a copy of its last block, which a cache gave to another request too."""
         return False
 
-    # Optional powers, refused unless `can_fork`, `can_stop`, `can_swap` or `can_fly` says otherwise
+    # Optional powers, refused unless `can_fork`, `can_stop`, `can_swap`, `can_fly` or `can_offload` says otherwise
+
+    def open_tiers(self, tiers: TieredStore) -> None:
+        """Keep cached prefixes in these tiers too; to be called before the first request."""
+        raise TypeError(f"{type(self).__name__} has no cached prefixes to offload")
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share everything that the parent holds."""

@@ -22,6 +22,8 @@ class NanoAllocator(PrefixAllocator):
         block_size: KV slots per block; nano-vllm's own is 256.
     """
 
+    can_offload = False
+
     def __init__(self, capacity: Capacity, *, block_size: PositiveInt = 16) -> None:
         super().__init__(capacity, block_size=block_size, keyless_first=False)
         self.pool = PrefixPool(self.num_blocks, keyless_first=False, newest_found=True)

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
+from sim.offloading_pools import OffloadingPool
 from sim.prefix_keys import prefix_keys
 from sim.prefix_pool import PrefixPool
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
+from sim.tiered_store import TieredStore
 
 
 @allocator("prefix")
@@ -36,6 +38,7 @@ class PrefixAllocator(CachingAllocator):
     """
 
     groups_layers = True
+    can_offload = True
     pool: PrefixPool
 
     def __new__(cls, capacity: Capacity, **fields: Any) -> Any:
@@ -62,7 +65,7 @@ class PrefixAllocator(CachingAllocator):
 
     def _keys(self, request: Request, num_tokens: int) -> list[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
-        if not self.prefix_caching or (not request.content and not request.preemptions):
+        if not self.prefix_caching or not (request.content or request.preemptions or self.tiers):
             return []
         blocks = num_tokens // self.block_size
         known, keys = self._head
@@ -77,6 +80,22 @@ class PrefixAllocator(CachingAllocator):
             keys = keys[:-1]
         return self.pool.find_leading(keys)
 
+    def open_tiers(self, tiers: TieredStore) -> None:
+        """Tell the tiers of every full block that can be found, and of what is evicted."""
+        self.tiers = tiers
+        tiers.block_size = self.block_size
+        self.pool = OffloadingPool(self.num_blocks, tiers, keyless_first=self.pool.keyless_first)
+        tiers.device_keys = self.pool.keys
+
+    def _register(self, sequence: Sequence, keys: list[int], first: int = 0) -> None:
+        """Let the sequence's blocks be found from the block `first` on, those that have no key yet."""
+        table = sequence.block_table[first:] if first else sequence.block_table
+        if self.tiers is not None:
+            known = self.pool.keys
+            named = next((at for at, block in enumerate(table) if known[block] is None), len(keys))
+            self.tiers.found(sequence, [*keys[named:]], table[named : len(keys)])
+        self.pool.register_table(table, keys)
+
     def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:
         """The leading blocks that are found."""
         hits = self._hits(request, num_tokens)
@@ -90,7 +109,7 @@ class PrefixAllocator(CachingAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found."""
-        self.pool.register_table(sequence.block_table, self._keys(sequence.request, num_tokens))
+        self._register(sequence, self._keys(sequence.request, num_tokens))
         self._head = None, []
 
     def finished(self, sequence: Sequence) -> None:
@@ -98,17 +117,17 @@ class PrefixAllocator(CachingAllocator):
         if self.prefix_caching:
             full = sequence.num_tokens // self.block_size
             request = sequence.request
-            if request.output_content is None:
+            if request.output_content is None and self.tiers is None:
                 self.pool.mark_full(sequence.block_table[:full])
             else:
                 known = request.prefill_tokens // self.block_size
                 keys = prefix_keys(request, full, self.block_size, known)
-                self.pool.register_table(sequence.block_table[known:], keys)
+                self._register(sequence, keys, known)
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
         if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
             full = sequence.num_tokens // self.block_size
             keys = prefix_keys(sequence.request, full, self.block_size)
-            self.pool.register_table(sequence.block_table, keys)
+            self._register(sequence, keys)
         self.pool.release(sequence.block_table[::-1])
