@@ -149,7 +149,7 @@ class ChunkedScheduler(Scheduler):
         growing = decodes.growths.get(decodes.clock + 1, [])
         needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
         needing.update(others)
-        return [request for request in self.running if request in needing]
+        return sorted(needing, key=self.running.__getitem__)
 
     def has_room(self, request: Request, tokens: int) -> bool:
         """Whether a running request can have its next tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Annotated
 
 from sim.allocators.base import Admission, Allocator
@@ -55,6 +56,24 @@ class NanoVLLM(ChunkedScheduler):
             victim=victim,
             order=order,
         )
+        # Requests of one sequence that rest from step to step, in order of admission: the last ones that decode.
+        self._rested: deque[Request] = deque()
+        self._last_rest = (
+            self._choose_victim is latest
+            and self.ranking is None
+            and preemption in ("auto", "recompute", "partial")
+        )
+
+    def begin(self) -> None:
+        """Start a plan; the last ones rest on, where all are single sequences and only the last gives way."""
+        if self._widest > 1 and self._last_rest:
+            self._last_rest = False
+            self.resting = [request.sequences[0] for request in self._rested]
+            self._rested.clear()
+        if self._last_rest:
+            self.head_refused = False
+        else:
+            super().begin()
 
     def plan(self, now: int) -> Step:
         """Prompts if any can be scheduled, else one token for the sequences that run."""
@@ -93,6 +112,13 @@ class NanoVLLM(ChunkedScheduler):
                 return
 
     def _decode(self, step: Step) -> None:
+        if self._last_rest:
+            self._take_turns()
+            if self.ample(0) and not (self._rested and self.allocator.slides):  # else in order of admission
+                self.grow(step)
+            else:
+                self._grow_who_needs(step)
+            return
         if self.decodes.size <= self.max_num_seqs and self.ample(0):
             self.grow(step)
             return
@@ -117,6 +143,33 @@ class NanoVLLM(ChunkedScheduler):
                 left -= len(request.sequences)
         self.rest(queue[index:])
         self.decode_walked(step)
+
+    def _take_turns(self) -> None:
+        """Let the last ones rest, as many as exceed a step: who came since, and not who has got a place."""
+        decodes, rested, most = self.decodes, self._rested, self.max_num_seqs
+        if not rested and decodes.size <= most:
+            return
+        last = rested[-1] if rested else None
+        fresh: list[Request] = []
+        for request in reversed(self.running):
+            if request is last or (last is None and len(fresh) == decodes.size - most):
+                break
+            if request not in self.partial:
+                fresh.append(request)
+        for request in reversed(fresh):
+            decodes.leave(request.sequences[0])
+            rested.append(request)
+        while rested and decodes.size < most:
+            (sequence,) = rested.popleft().sequences
+            decodes.join(sequence)
+            if self.allocator.shares_tail(sequence):
+                decodes.copy_pending.append(sequence)
+
+    def preempt(self, request: Request, step: Step) -> None:
+        """Take a running request's memory; where some rest, the last one that runs is the last of them."""
+        if self._rested:
+            self._rested.pop()
+        super().preempt(request, step)
 
     def _grow_who_needs(self, step: Step) -> None:
         """Where every decode has its turn and the last gives way: who has a slot already is not looked at."""
