@@ -174,7 +174,13 @@ class NanoVLLM(ChunkedScheduler):
     def _grow_who_needs(self, step: Step) -> None:
         """Where every decode has its turn and the last gives way: who has a slot already is not looked at."""
         running, partial = self.running, self.partial
-        for request in self.who_need_slots():
+        needing = self.who_need_slots()
+        served = 0
+        for index, request in enumerate(needing):
+            if index >= served:
+                served = index + self.grow_first(needing, index)
+            if index < served:
+                continue
             while request in running and self.demanded([request]) > self.allocator.headroom:
                 self.preempt(next(each for each in reversed(running) if each not in partial), step)
             if request in running:
