@@ -244,7 +244,8 @@ class Scheduler(Queues, ABC):
                 if link is not None:
                     link.awaited = max(link.awaited, link.in_free_at)
             request.status = "running"
-            self.running[request] = None
+            self.num_admitted += 1
+            self.running[request] = self.num_admitted
             self.num_seqs += count
             budget -= tokens
             if first.origin < request.prefill_tokens:

@@ -119,7 +119,10 @@ class NanoVLLM(ChunkedScheduler):
             new.append(request)
         self.rest(reversed(new))
         while resting and decodes.size < self.max_num_seqs:
-            decodes.join(resting.pop(0))
+            sequence = resting.pop(0)
+            decodes.join(sequence)
+            if self.allocator.shares_tail(sequence):
+                decodes.copy_pending.append(sequence)
         self.resting_seqs = len(resting)
 
     def _walk(self, step: Step) -> None:
@@ -146,7 +149,13 @@ class NanoVLLM(ChunkedScheduler):
     def _grow_who_needs(self, step: Step) -> None:
         """Where the last gives way, one that rests first: who has a slot already is not looked at."""
         running, partial = self.running, self.partial
-        for request in self.who_need_slots():
+        needing = self.who_need_slots()
+        served = 0
+        for index, request in enumerate(needing):
+            if index >= served:
+                served = index + self.grow_first(needing, index)
+            if index < served:
+                continue
             while request in running and self.demanded([request]) > self.allocator.headroom:
                 last = next(each for each in reversed(running) if each not in partial)
                 if self.resting and last.sequences[0] is self.resting[-1]:
