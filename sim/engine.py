@@ -275,7 +275,9 @@ class Engine:
             if limit < 1:
                 return 0
         if self.beams is not None:
-            limit = min(limit, self.beams.next_turnover - decodes.clock)
+            limit = self.beams.quiet_for(decodes, limit)
+            if limit < 1:
+                return 0
         if self.probe is not None:
             limit = min(limit, self.probe.next_sample - self.num_steps - 1)
         if scheduler.ranking is not None:
@@ -371,6 +373,9 @@ class Engine:
         """The prompt is computed: go on with one branch for each sample or beam."""
         request = parent.request
         decodes = self.scheduler.decodes
+        beams = self.beams if request.beam_width > 1 else None
+        if beams is not None and parent.origin < parent.final_tokens and beams.count(parent, self.scheduler):
+            return
         for _ in range(1, request.width):
             request.sequences.append(fork(self.allocator, parent))
         if parent.origin == parent.final_tokens:
@@ -380,8 +385,8 @@ class Engine:
         for sequence in request.sequences:
             decodes.join(sequence)
         decodes.copy_pending += request.sequences
-        if self.beams is not None and request.beam_width > 1:
-            self.beams.start(request, decodes)
+        if beams is not None:
+            beams.start(request, decodes)
 
     def _complete(self, sequence: Sequence, end: int) -> None:
         if self.scheduler.complete(sequence):

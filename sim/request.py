@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from sim.allocators.counted_beams import CountedGroup
     from sim.decode_set import DecodeSet
     from sim.source import Session
 
@@ -64,7 +65,7 @@ class Request:
     """
 
     __slots__ = (
-        "arrival_time", "beam_width", "cached_tokens", "content", "content_ends", "content_grain",
+        "arrival_time", "beam_width", "cached_tokens", "content", "content_ends", "content_grain", "counted",
         "finish_time", "first_scheduled_time", "first_token_time", "id", "n", "next_branch",
         "output_content", "output_tokens", "preemptions", "prefill_tokens", "prefills", "priority",
         "prompt_tokens", "reason", "reused_tokens", "sequences", "session", "status", "tenant", "width",
@@ -106,6 +107,7 @@ class Request:
         self.reason = ""
         self.sequences: list[Sequence] = []
         self.next_branch = 1
+        self.counted: CountedGroup | None = None  # a beam group without block tables; kept by the allocator
         self.first_scheduled_time = NEVER
         self.first_token_time = NEVER
         self.finish_time = NEVER

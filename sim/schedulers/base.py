@@ -85,7 +85,16 @@ class Scheduler(Queues, ABC):
         tick = decodes.clock + 1
         growing = decodes.growths.get(tick, ())
         pending = decodes.copy_pending
-        self.tight = allocator.headroom - len(growing) - len(pending) < self._widest
+        counted = allocator.counted
+        lacking = len(growing) + len(pending)
+        if counted is not None:
+            lacking += counted.demand
+        self.tight = allocator.headroom - lacking < self._widest
+        if counted is not None:
+            if self.tight:
+                counted.list_all()
+            else:
+                step.copied_blocks += counted.grow()
         if self.tight:
             self._grow_one_by_one(step)
         elif pending:
