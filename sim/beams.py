@@ -11,6 +11,7 @@ from sim.allocators.base import Allocator
 from sim.decode_set import DecodeSet
 from sim.genealogy import Ints, draw_parents
 from sim.request import Request, Sequence
+from sim.units import FOREVER
 
 if TYPE_CHECKING:
     from sim.allocators.counted_beams import CountedBeams
@@ -49,13 +50,10 @@ class BeamSearch:
         self._away: list[Request] = []
         self._counted: CountedBeams | None = None
 
-    def quiet_for(self, decodes: DecodeSet, limit: int) -> int:
-        """Decode steps after the one planned, at most so many, in which no group changes by itself."""
-        if self._ticks:
-            limit = min(limit, self._ticks[0] - decodes.clock)
-        if self._counted is not None and limit > 0:
-            limit = self._counted.quiet_for(limit)
-        return limit
+    @property
+    def next_turnover(self) -> int:
+        """The next decode tick at which a group that is followed beam by beam turns over; FOREVER if none does."""
+        return self._ticks[0] if self._ticks else FOREVER
 
     def _draw(self, request: Request, tokens: int, final: int) -> Ints:
         return draw_parents(self.turnover, request.width, final - tokens - 1, self.seed, request.id)

@@ -20,7 +20,7 @@ from sim.request import NEVER, Request, Sequence
 from sim.schedulers.base import Scheduler
 from sim.step import Step
 from sim.step_clock import StepClock
-from sim.stretch import commit_ahead
+from sim.stretch import commit_ahead, commit_through
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 from sim.units import FOREVER
@@ -71,6 +71,7 @@ class Engine:
         self.num_live = 0
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
+        self._recorded = False  # the steps in flight are in the recorder already
         self._num_prefills = 0  # computed to their ends, with a token each
         self._counts_entries = self.allocator.num_entries is not None
         self._joined = 0  # blocks less entries of block tables in the step in flight
@@ -123,7 +124,9 @@ class Engine:
             if env.peek() <= end:
                 yield self._until(end)
             self.now = end
-            self._record(step, start, steps, tokens)
+            if not self._recorded:
+                self._record(step, start, steps, tokens)
+            self._recorded = False
             self._commit(step, end)
             self.num_steps += steps
 
@@ -251,6 +254,15 @@ class Engine:
         limit = self._foreseen()
         if limit < 1:
             return end, 1
+        counted = allocator.counted
+        if counted is not None and counted.groups:
+            through = commit_through(scheduler, self.clock, recorder, start, end, limit, horizon)
+            if through is not None:
+                self._recorded = True
+                return through
+            limit = counted.quiet_for(limit)
+            if not limit:
+                return end, 1
         return commit_ahead(scheduler, self.timing, recorder, end, limit, horizon)
 
     def _foreseen(self) -> int:
@@ -275,9 +287,7 @@ class Engine:
             if limit < 1:
                 return 0
         if self.beams is not None:
-            limit = self.beams.quiet_for(decodes, limit)
-            if limit < 1:
-                return 0
+            limit = min(limit, self.beams.next_turnover - decodes.clock)
         if self.probe is not None:
             limit = min(limit, self.probe.next_sample - self.num_steps - 1)
         if scheduler.ranking is not None:

@@ -101,7 +101,7 @@ def _full_blocks(parents: Ints, prompt: int, ticks: int, size: int) -> Ints:
         ends = ends + 1
         if len(ends) and ends[-1] == ticks:
             ends, ancestors = ends[:-1], ancestors[:-1]
-        ancestors = np.take_along_axis(ancestors, parents[ends - 1], 1)
+        ancestors = ancestors[np.arange(len(ends))[:, None], parents[ends - 1]]
     if joined:
         added += np.bincount(np.concatenate(joined), minlength=ticks).cumsum()
     return added

@@ -41,6 +41,15 @@ class CountedGroup:
         """A beam has its last token."""
         self._owner.free(self, sequence)
 
+    def line(self, tokens: int, turned: bool) -> list[int]:
+        """Of each beam the one that it was a step ago, with so many tokens; all are one behind the prompt."""
+        if tokens == self.prompt:
+            return [0] * self.parents.shape[1]
+        if turned:
+            line: list[int] = self.parents[tokens - self.prompt - 1].tolist()
+            return line
+        return list(range(self.parents.shape[1]))
+
     def ancestors(self, tokens: int, turned: bool, size: int) -> list[list[int]]:
         """Of each block behind the prefix the beam that filled it, for each beam; shape [blocks, beams].
 
@@ -48,9 +57,7 @@ class CountedGroup:
         """
         prompt = self.prompt
         found: list[list[int]] = []
-        line = list(range(self.parents.shape[1]))
-        if turned and tokens > prompt:
-            line = self.parents[tokens - prompt - 1].tolist()
+        line = self.line(tokens, turned)
         for length in range(tokens, prompt, -1):
             if length == tokens or length % size == 0:
                 found.append(line)
@@ -58,7 +65,7 @@ class CountedGroup:
                 before = self.parents[length - prompt - 2].tolist()
                 line = [before[beam] for beam in line]
         if tokens == prompt and prompt % size:
-            found.append([0] * len(line))
+            found.append(line)
         return found[::-1]
 
 
@@ -162,6 +169,60 @@ class CountedBeams:
         busy[1:] |= self._coming[ahead[:-1], LEFT] > 0
         return int(busy.argmax()) if busy.any() else limit
 
+    def _ahead(self, ticks: int) -> Ints:
+        """Changes of this tick and of so many after it."""
+        first = self._decodes.clock
+        return self._coming[np.arange(first, first + ticks + 1) & self._mask]
+
+    def bounded(self, limit: int, spare: int) -> int:
+        """Ticks after this one, at most so many, in which all may grow and leave `spare` free blocks each time."""
+        limit = min(limit, self._mask)
+        if limit < 1:
+            return 0
+        rows = self._ahead(limit)
+        taken = rows[1:, TAKEN].cumsum()
+        free = self._owner.pool.num_free + rows[:-1, LEFT].cumsum() - taken
+        short = free < spare
+        return int(short.argmax()) if short.any() else limit
+
+    def copies(self, ticks: int) -> list[int]:
+        """Blocks copied in each of the next ticks."""
+        copied: list[int] = self._ahead(ticks)[1:, COPIES].tolist()
+        return copied
+
+    def advance(self, ticks: int) -> tuple[Ints, Ints, Ints, Ints]:
+        """Turn this tick over, and go through so many more up to the turnover of the last.
+
+        Slots held and wasted in each of these; tokens and blocks saved from this tick on, so one entry more.
+        """
+        owner, pool, decodes = self._owner, self._owner.pool, self._decodes
+        rows = self._ahead(ticks)
+        first, last = rows[0], rows[-1]
+        first[:LEFT] = 0
+        last[LEFT:] = 0
+        for tick, row in ((decodes.clock, first), (decodes.clock + ticks, last)):
+            self._coming[tick & self._mask] -= row
+        inner = np.arange(decodes.clock + 1, decodes.clock + ticks) & self._mask
+        self._coming[inner] = 0
+        copied, taken, written, wasted = rows[1:, :LEFT].T
+        left, lost, spared = rows[:-1, LEFT:].T
+        held = owner.num_held + owner.block_size * (taken - left).cumsum()
+        internal = owner.num_internal + (wasted - spared).cumsum()
+        tokens = np.full(ticks + 1, owner.num_tokens)
+        tokens[1:] += (written - lost + decodes.size).cumsum()
+        saved = np.full(ticks + 1, pool.extra_references)
+        saved[1:] += (left - copied).cumsum()
+        blocks = int((taken - left).sum())
+        if blocks > 0:
+            self._heap += pool.take(blocks)
+        elif blocks:
+            pool.release(self._heap[blocks:])
+            del self._heap[blocks:]
+        owner.num_held, owner.num_internal = int(held[-1]), int(internal[-1])
+        owner.num_tokens, pool.extra_references = int(tokens[-1]), int(saved[-1])
+        self._grown, self._turned = decodes.clock + ticks, decodes.clock + ticks - 1
+        return held, internal, tokens, saved
+
     def free(self, group: CountedGroup, sequence: Sequence) -> None:
         """A beam has its last token; the blocks of its group are free with the last beam."""
         owner = self._owner
@@ -224,7 +285,10 @@ class CountedBeams:
             for sequence in sequences:
                 if sequence.capacity < sequence.final_tokens:
                     decodes.await_growth(sequence)
-            decodes.copy_pending += sequences
+            line = group.line(tokens, turned)
+            decodes.copy_pending += [
+                sequence for sequence, beam in zip(sequences, line, strict=True) if line.count(beam) > 1
+            ]
             self._search.follow(request, group.parents, tokens + turned)
 
     def tables(self, group: CountedGroup, heap: list[int]) -> list[list[int]]:

@@ -89,7 +89,7 @@ class Scheduler(Queues, ABC):
         lacking = len(growing) + len(pending)
         if counted is not None:
             lacking += counted.demand
-        self.tight = allocator.headroom - lacking < self._widest
+        self.tight = allocator.headroom - lacking < self.widest
         if counted is not None:
             if self.tight:
                 counted.list_all()
@@ -122,7 +122,7 @@ class Scheduler(Queues, ABC):
 
     def grow_ahead(self, ticks: int) -> tuple[int, list[tuple[int, int, int]]]:
         """Grow the decode set through further ticks while nobody could be refused (see `DecodeSet.grow`)."""
-        spare = self._widest + self.allocator.yielding
+        spare = self.widest + self.allocator.yielding
         return self.decodes.grow(self.allocator, ticks, spare, self.head_refused)
 
     def _grow_one_by_one(self, step: Step) -> None:

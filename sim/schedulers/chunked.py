@@ -77,7 +77,7 @@ class ChunkedScheduler(Scheduler):
         counted = self.allocator.counted
         if counted is not None:
             growing += counted.demand
-        ample = self.allocator.headroom - growing - demand >= self._widest
+        ample = self.allocator.headroom - growing - demand >= self.widest
         if counted is not None and not ample:
             counted.list_all()  # who gets what is decided one by one
         return ample

@@ -59,13 +59,13 @@ class Queues:
         self.recovery = Recovery(self)
         self._choose_victim = bound(victim, self.recovery)
         self._order = None if order is fcfs else order
-        self._widest = 1
+        self.widest = 1  # branches of the widest request so far
 
     def add(self, request: Request) -> None:
         """Take a request in that arrived."""
         self.enqueue(request)
-        if request.width > self._widest:
-            self._widest = request.width
+        if request.width > self.widest:
+            self.widest = request.width
 
     def enqueue(self, request: Request) -> None:
         """Queue a request behind all that go before it."""

@@ -116,7 +116,7 @@ def run_naively(
     """Serve the requests (in order of arrival), checking the allocator's books before every step."""
     scheduler.decodes = NaiveDecodeSet()
     scheduler.recovery.price(timing, transfers)
-    scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
+    scheduler.widest = FOREVER + 1  # every growth one by one, in order of arrival
     scheduler.add = scheduler.enqueue
     allocator = scheduler.allocator
     allocator.asks_exactly = False  # everybody is asked
