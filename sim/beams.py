@@ -10,7 +10,7 @@ import numpy as np
 from sim.allocators.base import Allocator
 from sim.decode_set import DecodeSet
 from sim.genealogy import Ints, draw_parents
-from sim.request import Request, Sequence
+from sim.request import Lineage, Request, Sequence
 from sim.units import FOREVER
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def fork(allocator: Allocator, parent: Sequence) -> Sequence:
     """A new branch of the parent's request that shares all that the parent holds."""
     request = parent.request
     child = Sequence(request, request.next_branch, parent.num_tokens, parent.final_tokens)
+    child.lineage = Lineage(parent.num_tokens, child.branch, parent.lineage)
     request.next_branch += 1
     if allocator.probe is not None:
         allocator.probe.write(parent)
@@ -107,7 +108,7 @@ class BeamSearch:
             elif request.status != "running" or request.sequences[0].decodes is None:
                 self._away.append(request)
                 continue
-            elif request.sequences[0].num_tokens == lengths[-1]:
+            while lengths and lengths[-1] <= request.sequences[0].num_tokens:
                 self._turn_over(request, lengths.pop(), scheduler)
             if lengths:
                 self._schedule(request)

@@ -16,6 +16,8 @@ COPIES, TAKEN, WRITTEN, WASTED, LEFT, LOST, SPARED = range(7)
 """Columns of `changes`. With a growth: blocks copied, blocks taken, slots filled beside one a beam, slots of them that
 are never used. With a turnover: blocks given back, slots emptied, slots that are not wasted any more."""
 
+_BITS = 1 << np.arange(62, dtype=np.int64)
+
 
 def draw_parents(turnover: float, width: int, steps: int, *names: int) -> Ints:
     """Of each beam after each step the beam that it is a copy of, itself if it lives on; shape [steps, width].
@@ -78,6 +80,9 @@ def changes(parents: Ints, prompt: int, final: int, size: int) -> Ints:
 
 def _distinct(ancestors: Ints) -> Ints:
     """How many different ones each row has."""
+    if ancestors.shape[1] <= len(_BITS):
+        sets = np.bitwise_or.reduce(_BITS[ancestors], axis=1)
+        return np.bitwise_count(sets).astype(np.int64)
     ordered = np.sort(ancestors, axis=1)
     different: Ints = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
     return different

@@ -15,6 +15,19 @@ NEVER = -1
 """A time or tick that has not come."""
 
 
+class Lineage:
+    """The forks behind a branch: from `start` on it is `branch`, and before that what its parent was."""
+
+    __slots__ = ("branch", "parent", "start")
+
+    def __init__(self, start: int, branch: int, parent: Lineage | None) -> None:
+        while parent is not None and parent.start == start:
+            parent = parent.parent
+        self.start = start
+        self.branch = branch
+        self.parent = parent
+
+
 class Sequence:
     """One branch of a request while it lives.
 
@@ -23,13 +36,14 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "order", "origin",
-        "request", "sliding",
+        "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "lineage", "order",
+        "origin", "request", "sliding",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
         self.request = request
         self.branch = branch
+        self.lineage: Lineage | None = None  # where it parted from others, if it did
         self.order = request.id << 32 | branch  # first come, first served, parents before their forks
         self.final_tokens = final_tokens
         self.capacity = 0  # slots held; kept by the allocator

@@ -93,6 +93,8 @@ class Allocator(ABC):
     """
 
     can_fork: ClassVar[bool] = False
+    recomputes_groups: ClassVar[bool] = False
+    """Whether a group of branches that gives way can be computed again, each branch on its own."""
     can_swap: ClassVar[bool] = False
     can_grow: ClassVar[bool] = True
     """Whether a running sequence may need more slots, and others may have to give way for it."""

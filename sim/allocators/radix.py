@@ -11,7 +11,7 @@ from sim.eviction import Eviction, belady, lru
 from sim.eviction import eviction as evictions
 from sim.foresight import Foresight
 from sim.page_pool import PagePool
-from sim.prefix_keys import prefix_keys
+from sim.prefix_keys import prefix_keys, sequence_keys
 from sim.radix_tree import Node, RadixTree
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
@@ -87,7 +87,10 @@ class RadixAllocator(CachingAllocator):
         foresight = self.tree.foresight
         if foresight is not None and request.id > foresight.now:
             foresight.now = request.id
-        pages, node = self.tree.match(self._keys(request, num_tokens), request.priority)
+        keys = self._keys(request, num_tokens)
+        if sequence.lineage is not None:
+            keys = sequence_keys(sequence, len(keys), self.block_size)
+        pages, node = self.tree.match(keys, request.priority)
         self.tree.lock(node)
         self.pool.touch(pages)
         self._nodes[sequence] = node
@@ -111,7 +114,7 @@ class RadixAllocator(CachingAllocator):
         """Enter the full pages; those that are there already take the place of the sequence's own."""
         shared, table = self._shared[sequence], sequence.block_table
         full = sequence.num_tokens // self.block_size
-        keys = prefix_keys(sequence.request, full, self.block_size)
+        keys = sequence_keys(sequence, full, self.block_size)
         known, node = self.tree.insert(keys, table, sequence.request.priority)
         self.pool.keep(table[known:full])
         self.tree.lock(node)
@@ -129,6 +132,17 @@ class RadixAllocator(CachingAllocator):
             table[shared:known] = theirs
             self.num_held -= joined * self.block_size
             self.num_tokens -= joined * self.block_size
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Share every page of the parent, and lock its part of the tree once more."""
+        super().fork(parent, child)
+        self._nodes[child] = node = self._nodes[parent]
+        self._shared[child] = self._shared[parent]
+        self.tree.lock(node)
+
+    def _shared_blocks(self, request: Request) -> int:
+        """Those that are in the tree: the others enter it when they are computed."""
+        return self.cached(request, request.prompt_tokens)[0]
 
     def release(self, sequence: Sequence) -> None:
         """Unlock; what is not in the tree is free."""

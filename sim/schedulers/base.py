@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sim.allocators.base import Admission
+from sim.allocators.base import allocator as allocators
 from sim.decode_set import arrival_order
 from sim.registry import Registry
 from sim.request import Request, Sequence
@@ -187,6 +188,14 @@ class Scheduler(Queues, ABC):
                 self.release(sequence)
             request.status = "waiting"
             self.requeue(request)
+        elif allocator.recomputes_groups:
+            tokens = request.sequences[0].origin
+            request.prefill_tokens = tokens + 1
+            self.lost[request] = tokens
+            request.status = "waiting"
+            for sequence in request.sequences:
+                self.release(sequence)
+            self.requeue(request)
         else:
             for sequence in request.sequences:
                 self.release(sequence)
@@ -292,7 +301,8 @@ class Scheduler(Queues, ABC):
         if config["allocator"].get("num_host_blocks") == 0 and (moves or group):
             who = "groups of sequences are" if group else f"preemption is set to {preemption}: requests are"
             yield "allocator.num_host_blocks", f"{who} swapped when memory runs out, which needs a host pool"
-        if group and preemption == "recompute":
+        recomputes = getattr(allocators[config["allocator"]["kind"]], "recomputes_groups", False)
+        if group and preemption == "recompute" and not recomputes:
             yield (
                 "scheduler.preemption",
                 "a group of samples or beams cannot be recomputed, it is swapped (auto)",

@@ -145,7 +145,7 @@ class Queues:
         only for what is filled with this step.
         """
         known = filled = request.prefill_tokens
-        if budget < known:
+        if budget < known and len(request.sequences) < 2:
             filled = min(known, self.allocator.cached_tokens(request, known) + budget)
         self.num_seqs += branches(request)
         request.prefills += 1
@@ -169,9 +169,17 @@ class Queues:
         if self.ranking is not None:
             self.ranking.admitted(self, request)
         tokens = filled - cached
-        if request in self.lost:
+        lost = self.lost.get(request)
+        if lost is not None:
             self._note_recomputed(request, cached, tokens, step)
         step.chunks.append((sequence, cached, tokens))
+        for branch in request.sequences[1:]:  # a group that gave way is computed again as a whole
+            assert lost is not None
+            cached = self.allocator.admit(branch, known)
+            self.lost[request] = lost
+            self._note_recomputed(request, cached, known - cached, step)
+            step.chunks.append((branch, cached, known - cached))
+            tokens += known - cached
         step.num_prefill_tokens += tokens
         return tokens
 
