@@ -376,8 +376,8 @@ class Engine:
         if step.num_decodes:
             for sequence in decodes.take_finished():
                 self._complete(sequence, end)
-            if self.beams is not None:
-                self.beams.turn_over(self.scheduler)
+        if self.beams is not None:
+            self.beams.turn_over(self.scheduler)
 
     def _fork(self, parent: Sequence, end: int) -> None:
         """The prompt is computed: go on with one branch for each sample or beam."""

@@ -111,6 +111,10 @@ class PrefixAllocator(CachingAllocator):
             return []
         return sequence_keys(sequence, num_tokens // self.block_size, self.block_size)
 
+    def _shared_blocks(self, request: Request) -> int:
+        """Those of the prompt, which the first branch registers."""
+        return super()._shared_blocks(request) if self.prefix_caching else 0
+
     def finished(self, sequence: Sequence) -> None:
         """What was generated is found by those who know its name; else its blocks only queue up with the others."""
         if self.prefix_caching:

@@ -125,13 +125,15 @@ class RadixAllocator(CachingAllocator):
                 self.probe.write(sequence)
             theirs = [page for each in reversed([*self.tree.path(node)]) for page in each.pages][shared:known]
             references = self.pool.references
-            joined = sum([references[page] > 0 for page in theirs])
+            # A page that nobody else has is given up; what a branch of its own has entered is the same page.
+            pairs = [(own, other) for own, other in zip(table[shared:known], theirs, strict=True) if own != other]
+            spared = sum([(references[own] == 1) - (references[other] == 0) for own, other in pairs])
             self.pool.touch(theirs)
             self.revive(theirs)
             self.pool.release(table[shared:known])
             table[shared:known] = theirs
-            self.num_held -= joined * self.block_size
-            self.num_tokens -= joined * self.block_size
+            self.num_held -= spared * self.block_size
+            self.num_tokens -= spared * self.block_size
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Share every page of the parent, and lock its part of the tree once more."""

@@ -276,8 +276,8 @@ def run_naively(
         if step.num_decodes:
             for sequence in scheduler.decodes.take_finished():
                 complete(sequence)
-            if search is not None:
-                search.turn_over(scheduler)
+        if search is not None:
+            search.turn_over(scheduler)
     outcome.counters = {**counters, "recomputed_tokens": scheduler.recomputed_tokens}
     saved = outcome.saved * allocator.block_slots
     outcome.counters["swap_stall_s"] = waited / 1e9
