@@ -118,14 +118,18 @@ class BeamSearch:
     def _turn_over(self, request: Request, tokens: int, scheduler: Scheduler) -> None:
         decodes, allocator, beams = scheduler.decodes, scheduler.allocator, request.sequences
         parents = self._parents[request][tokens - request.prompt_tokens - 1].tolist()
-        dying = [beam for beam, parent in enumerate(parents) if parent != beam]
-        for beam in dying:
-            decodes.leave(beams[beam])
-            scheduler.release(beams[beam])
+        before, lives = list(beams), 1
+        while parents[lives] > parents[lives - 1]:
+            lives += 1
+        for sequence in [each for beam, each in enumerate(before) if beam not in parents[:lives]]:
+            decodes.leave(sequence)
+            scheduler.release(sequence)
+            beams.remove(sequence)
         pending = dict.fromkeys(decodes.copy_pending)
-        for beam in dying:
-            parent = beams[parents[beam]]
-            beams[beam] = child = fork(allocator, parent)
+        for beam in parents[lives:]:
+            parent = before[beam]
+            child = fork(allocator, parent)
+            beams.append(child)
             decodes.join(child)
             pending[parent] = pending[child] = None
         decodes.copy_pending = list(pending)

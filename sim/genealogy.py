@@ -20,7 +20,9 @@ _BITS = 1 << np.arange(62, dtype=np.int64)
 
 
 def draw_parents(turnover: float, width: int, steps: int, *names: int) -> Ints:
-    """Of each beam after each step the beam that it is a copy of, itself if it lives on; shape [steps, width].
+    """Of each beam after each step the one that it was before it, or is a copy of; shape [steps, width].
+
+    Those that live on come first, in their order, then the copies.
 
     In every step each beam dies with probability `turnover`, independently, and a survivor picked at random is copied
     in its place; one beam always survives. The draws are those of a SplitMix64 stream that whole numbers name, and
@@ -43,7 +45,8 @@ def draw_parents(turnover: float, width: int, steps: int, *names: int) -> Ints:
         survivors[step] = 1
     living_first = dying.argsort(axis=1, kind="stable")
     picked = (picks * survivors[:, None]).astype(np.int64)
-    return np.where(dying, np.take_along_axis(living_first, picked, 1), np.arange(width))
+    copies = np.take_along_axis(living_first, picked, 1)
+    return np.where(np.arange(width) < survivors[:, None], living_first, copies)
 
 
 def changes(parents: Ints, prompt: int, final: int, size: int) -> Ints:

@@ -91,10 +91,14 @@ class RadixAllocator(CachingAllocator):
         if sequence.lineage is not None:
             keys = sequence_keys(sequence, len(keys), self.block_size)
         pages, node = self.tree.match(keys, request.priority)
+        shared = len(pages)
+        first, whole = request.sequences[0], request.prompt_tokens // self.block_size
+        if first in self.sequences and shared < whole:  # a branch of a group that comes back: not in the tree yet
+            pages, node, shared = first.block_table[:whole], self._nodes[first], self._shared[first]
         self.tree.lock(node)
         self.pool.touch(pages)
         self._nodes[sequence] = node
-        self._shared[sequence] = len(pages)
+        self._shared[sequence] = min(shared, len(pages))
         self._head = None, []
         return pages
 
@@ -141,10 +145,6 @@ class RadixAllocator(CachingAllocator):
         self._nodes[child] = node = self._nodes[parent]
         self._shared[child] = self._shared[parent]
         self.tree.lock(node)
-
-    def _shared_blocks(self, request: Request) -> int:
-        """Those that are in the tree: the others enter it when they are computed."""
-        return self.cached(request, request.prompt_tokens)[0]
 
     def release(self, sequence: Sequence) -> None:
         """Unlock; what is not in the tree is free."""

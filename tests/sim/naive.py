@@ -251,7 +251,8 @@ def run_naively(
         now += duration
         for sequence, begin, tokens in step.chunks:
             request = sequence.request
-            assert begin + tokens == sequence.num_tokens <= request.prefill_tokens
+            retired = not sequence.final_tokens  # with the first of its group, whose last tokens these are
+            assert retired or begin + tokens == sequence.num_tokens <= request.prefill_tokens
             if begin + tokens < request.prefill_tokens:
                 continue
             if allocator.keeps_freed:
