@@ -199,6 +199,8 @@ class CachingAllocator(Allocator):
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Share every block of the parent; needs no memory."""
+        if not self.can_fork:
+            super().fork(parent, child)
         self.pool.share(parent.block_table)
         child.block_table = parent.block_table.copy()
         child.capacity = parent.capacity

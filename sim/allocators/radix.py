@@ -138,6 +138,22 @@ class RadixAllocator(CachingAllocator):
             table[shared:known] = theirs
             self.num_held -= spared * self.block_size
             self.num_tokens -= spared * self.block_size
+        for branch in sequence.request.sequences if len(sequence.request.sequences) > 1 else ():
+            if branch is not sequence and branch in self._nodes:
+                self._lock_common(branch, table, keys)
+
+    def _lock_common(self, branch: Sequence, table: list[int], keys: list[int]) -> None:
+        """Let a branch hold what is in the tree now of the pages that it shares with another branch's table."""
+        common = self._shared[branch]
+        for own, other in zip(branch.block_table[common:], table[common : len(keys)], strict=False):
+            if own != other:
+                break
+            common += 1
+        if common > self._shared[branch]:
+            _, node = self.tree.match(keys[:common])
+            self.tree.lock(node)
+            self.tree.unlock(self._nodes[branch])
+            self._nodes[branch], self._shared[branch] = node, common
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Share every page of the parent, and lock its part of the tree once more."""
