@@ -10,7 +10,7 @@ from experiments import build
 from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
-from sim.allocators import allocator
+from sim.allocators import Allocator, allocator
 from sim.registry import Registry
 from sim.schedulers import scheduler
 from sim.timing import Transfers, timing
@@ -56,6 +56,7 @@ class Rehearsal:
             owner = attempt(build.make_allocator, capacity, key=memory)
             attempt(build.make_workload, capacity, 0, key=[experiment.workload, capacity.max_model_len])
             if owner is not None:
+                found += _without_branches(experiment, owner)
                 attempt(build.make_scheduler, owner, key=[memory, experiment.scheduler])
                 attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
         attempt(build.make_timing, model, device, key=[memory[:3], experiment.timing])
@@ -72,6 +73,24 @@ class Rehearsal:
             except Mistakes as error:
                 self._built[name] = None, error.mistakes
         return self._built[name]
+
+
+def _without_branches(experiment: Experiment, owner: Allocator) -> Iterator[Mistake]:
+    """Branches of requests where the allocator's kind has them, but not for this model or these windows."""
+    name = experiment.allocator["kind"]
+    sampling = experiment.workload.get("sampling") or {}
+    for field in ("n", "best_of", "beam_width"):
+        if (
+            (sampling.get(field) or 1) > 1
+            and getattr(allocator[name], "can_fork", False)
+            and not owner.can_fork
+        ):
+            yield Mistake(
+                f"allocator {name} cannot fork where each group of layers has a table of its own",
+                ("workload", "sampling", field),
+                str(sampling[field]),
+                "1, or layers of one kind",
+            )
 
 
 def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:

@@ -85,7 +85,8 @@ def _distinct(ancestors: Ints) -> Ints:
     """How many different ones each row has."""
     if ancestors.shape[1] <= len(_BITS):
         sets = np.bitwise_or.reduce(_BITS[ancestors], axis=1)
-        return np.bitwise_count(sets).astype(np.int64)
+        count: Ints = np.bitwise_count(sets).astype(np.int64)
+        return count
     ordered = np.sort(ancestors, axis=1)
     different: Ints = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
     return different

@@ -21,11 +21,9 @@ class Lineage:
     __slots__ = ("branch", "parent", "start")
 
     def __init__(self, start: int, branch: int, parent: Lineage | None) -> None:
-        while parent is not None and parent.start == start:
-            parent = parent.parent
         self.start = start
         self.branch = branch
-        self.parent = parent
+        self.parent: Lineage | None = parent
 
 
 class Sequence:

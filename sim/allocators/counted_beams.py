@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sim.decode_set import DecodeSet
 from sim.errors import IntegrityError
-from sim.genealogy import COPIES, LEFT, LOST, SPARED, TAKEN, WASTED, WRITTEN, Ints, changes
+from sim.genealogy import COPIES, LEFT, LOST, SPARED, TAKEN, Ints, changes
 from sim.request import NEVER, Request, Sequence
 
 if TYPE_CHECKING:
@@ -122,13 +125,15 @@ class CountedBeams:
     @property
     def demand(self) -> int:
         """Blocks that the growth of the next tick takes."""
-        return int(self._coming[self._decodes.clock + 1 & self._mask, TAKEN])
+        tick = self._decodes.clock + 1 & self._mask
+        return int(self._coming[tick, TAKEN])
 
     def grow(self) -> int:
         """Give all beams the slot of their next token; the number of blocks copied."""
         owner = self._owner
         self._grown = tick = self._decodes.clock + 1
         row = self._coming[tick & self._mask]
+        copies: int
         copies, taken, written, wasted, *_ = row.tolist()
         if taken:
             row[:LEFT] = 0
@@ -172,7 +177,8 @@ class CountedBeams:
     def _ahead(self, ticks: int) -> Ints:
         """Changes of this tick and of so many after it."""
         first = self._decodes.clock
-        return self._coming[np.arange(first, first + ticks + 1) & self._mask]
+        rows: Ints = self._coming[np.arange(first, first + ticks + 1) & self._mask]
+        return rows
 
     def bounded(self, limit: int, spare: int) -> int:
         """Ticks after this one, at most so many, in which all may grow and leave `spare` free blocks each time."""
@@ -239,7 +245,9 @@ class CountedBeams:
         unused = -final % size * (group.prompt > final + -final % size - size)
         self._forget(group)
         pool, prefix = owner.pool, group.prefix
-        pool.extra_references -= (width - 1) * len(prefix) + width * (-(-final // size) - len(prefix)) - blocks
+        pool.extra_references -= (
+            (width - 1) * len(prefix) + width * (-(-final // size) - len(prefix)) - blocks
+        )
         for block in prefix:
             pool.references[block] = 1
         pool.release(prefix + self._heap[len(self._heap) - blocks :])
@@ -265,22 +273,17 @@ class CountedBeams:
         at = tokens - group.prompt
         turned = self._turned == decodes.clock
         rest = group.changes[at:].copy()
-        rest[0, : LEFT] = 0
+        rest[0, :LEFT] = 0
         if turned or not at:
             rest[0] = 0
         self._add(rest, group.start + at, -1)
         self._forget(group)
         tables = self.tables(group, self._heap)
-        references = owner.pool.references
-        del self._heap[len(self._heap) - len({block for table in tables for block in table} - {*group.prefix}) :]
+        blocks = self._refer(tables, len(group.prefix))
+        del self._heap[len(self._heap) - blocks :]
         for sequence, table in zip(sequences, tables, strict=True):
             sequence.block_table = table
             sequence.capacity = len(table) * owner.block_size
-            for block in table[len(group.prefix) :]:
-                references[block] = 0
-        for table in tables:
-            for block in table[len(group.prefix) :]:
-                references[block] += 1
         if sequences[0].decodes is not None:
             for sequence in sequences:
                 if sequence.capacity < sequence.final_tokens:
@@ -290,6 +293,13 @@ class CountedBeams:
                 sequence for sequence, beam in zip(sequences, line, strict=True) if line.count(beam) > 1
             ]
             self._search.follow(request, group.parents, tokens + turned)
+
+    def _refer(self, tables: list[list[int]], whole: int) -> int:
+        """Set the references of the blocks in these tables from an index on; the number of blocks."""
+        counts = Counter(block for table in tables for block in table[whole:])
+        for block, count in counts.items():
+            self._owner.pool.references[block] = count
+        return len(counts)
 
     def tables(self, group: CountedGroup, heap: list[int]) -> list[list[int]]:
         """Block tables of the group's beams, dealt from the end of the heap, which stays as it is."""
@@ -303,14 +313,29 @@ class CountedBeams:
                 table.append(blocks[beam])
         return tables
 
-    def check_integrity(self) -> list[list[int]]:
-        """Tables of all groups, dealt out for the moment. Raises IntegrityError if the heap is not used up."""
-        heap, tables = self._heap.copy(), []
+    @contextmanager
+    def all_listed(self) -> Iterator[None]:
+        """For the time being every beam has its block table, and every block its references.
+
+        Raises IntegrityError unless that uses up the blocks that there are.
+        """
+        owner, heap = self._owner, self._heap.copy()
+        members: list[tuple[Sequence, int]] = []
         for group in self.groups.values():
-            dealt = self.tables(group, heap)
-            blocks = {block for table in dealt for block in table} - {*group.prefix}
-            del heap[len(heap) - len(blocks) :]
-            tables += dealt
-        if heap:
-            raise IntegrityError(f"blocks of counted groups({len(self._heap)}) != dealt out({len(self._heap) - len(heap)})")
-        return tables
+            tables = self.tables(group, heap)
+            whole = len(group.prefix)
+            del heap[len(heap) - self._refer(tables, whole) :]
+            for sequence, table in zip(group.request.sequences, tables, strict=True):
+                members.append((sequence, sequence.capacity))
+                sequence.block_table, sequence.capacity = table, len(table) * owner.block_size
+        try:
+            if heap:
+                raise IntegrityError(
+                    f"blocks of counted groups({len(self._heap)}) != dealt out, {len(heap)} less"
+                )
+            yield
+        finally:
+            for sequence, capacity in members:
+                sequence.block_table, sequence.capacity = [], capacity
+            for block in self._heap:
+                owner.pool.references[block] = 1

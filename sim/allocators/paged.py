@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -354,6 +355,11 @@ class PagedAllocator(Allocator):
     def blocks_saved(self) -> int:
         """References beyond the first of every device block."""
         return self.pool.extra_references
+
+    def check_integrity(self) -> None:
+        """Recount everything, with the block tables that counted beams would have. Raises IntegrityError."""
+        with self.counted.all_listed() if self.counted is not None else nullcontext():
+            super().check_integrity()
 
     def check_books(self) -> None:
         """Reference counts against tables, and the counters against a recount of the blocks."""

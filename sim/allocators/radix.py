@@ -93,7 +93,9 @@ class RadixAllocator(CachingAllocator):
         pages, node = self.tree.match(keys, request.priority)
         shared = len(pages)
         first, whole = request.sequences[0], request.prompt_tokens // self.block_size
-        if first in self.sequences and shared < whole:  # a branch of a group that comes back: not in the tree yet
+        if (
+            first in self.sequences and shared < whole
+        ):  # a branch of a group that comes back: not in the tree yet
             pages, node, shared = first.block_table[:whole], self._nodes[first], self._shared[first]
         self.tree.lock(node)
         self.pool.touch(pages)
@@ -130,7 +132,9 @@ class RadixAllocator(CachingAllocator):
             theirs = [page for each in reversed([*self.tree.path(node)]) for page in each.pages][shared:known]
             references = self.pool.references
             # A page that nobody else has is given up; what a branch of its own has entered is the same page.
-            pairs = [(own, other) for own, other in zip(table[shared:known], theirs, strict=True) if own != other]
+            pairs = [
+                (own, other) for own, other in zip(table[shared:known], theirs, strict=True) if own != other
+            ]
             spared = sum([(references[own] == 1) - (references[other] == 0) for own, other in pairs])
             self.pool.touch(theirs)
             self.revive(theirs)

@@ -216,12 +216,13 @@ class Queues:
 
     def reject(self, request: Request, reason: str, step: Step) -> None:
         """Give a request up for good; one that waits may still hold what a partial preemption left it."""
-        if request.status == "waiting":
-            for sequence in request.sequences:
-                if sequence.capacity:
-                    self.release(sequence)
+        waited, request.status = request.status == "waiting", "rejected"
+        for sequence in request.sequences if waited else ():
+            if sequence.capacity:
+                self.release(sequence)
+            elif self.allocator.probe is not None:
+                self.allocator.probe.end(sequence)
         self.lost.pop(request, None)
-        request.status = "rejected"
         request.reason = reason
         step.rejected.append(request)
 

@@ -108,7 +108,9 @@ class VllmV1(ChunkedScheduler):
             tokens = len(request.sequences)
             if request in partial:
                 tokens = min(self.left(request), self.longest_chunk, left)
-            elif exact and tokens == 1 and sequence.origin + clock < sequence.capacity:  # most have their slot
+            elif (
+                exact and tokens == 1 and sequence.origin + clock < sequence.capacity
+            ):  # most have their slot
                 served[request] = tokens
                 left -= tokens
                 index += 1
