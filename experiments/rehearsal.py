@@ -11,7 +11,7 @@ from experiments.build import those
 from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
-from sim.allocators import allocator
+from sim.allocators import Allocator, allocator
 from sim.registry import Registry
 from sim.schedulers import scheduler
 from sim.tiered_store import TieredStore
@@ -65,6 +65,7 @@ class Rehearsal:
             owner = attempt(build.make_allocator, capacity, key=memory)
             attempt(build.make_workload, capacity, 0, key=[experiment.workload, capacity.max_model_len])
             if owner is not None:
+                found += _without_branches(experiment, owner)
                 attempt(build.make_scheduler, owner, key=[memory, experiment.scheduler])
                 attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
                 offloading = [memory, experiment.tiers, experiment.offload]
@@ -90,6 +91,24 @@ def at(settings: Any, path: Path) -> Any:
     for part in path:
         settings = settings[part]
     return settings
+
+
+def _without_branches(experiment: Experiment, owner: Allocator) -> Iterator[Mistake]:
+    """Branches of requests where the allocator's kind has them, but not for this model or these windows."""
+    name = experiment.allocator["kind"]
+    sampling = experiment.workload.get("sampling") or {}
+    for field in ("n", "best_of", "beam_width"):
+        if (
+            (sampling.get(field) or 1) > 1
+            and getattr(allocator[name], "can_fork", False)
+            and not owner.can_fork
+        ):
+            yield Mistake(
+                f"allocator {name} cannot fork where each group of layers has a table of its own",
+                ("workload", "sampling", field),
+                str(sampling[field]),
+                "1, or layers of one kind",
+            )
 
 
 def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:

@@ -72,6 +72,8 @@ class DecodeSet:
 
     def leave(self, sequence: Sequence) -> None:
         """Take a member out before it is done."""
+        if sequence.request.counted is not None:
+            sequence.request.counted.list_blocks()
         tokens = sequence.origin + self.clock
         self.finishes[sequence.finish_tick].remove(sequence)
         if sequence.capacity < sequence.final_tokens:

@@ -20,7 +20,7 @@ from sim.request import NEVER, Request, Sequence
 from sim.schedulers.base import Scheduler
 from sim.step import Step
 from sim.step_clock import StepClock
-from sim.stretch import commit_ahead
+from sim.stretch import commit_ahead, commit_through
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 from sim.units import FOREVER
@@ -72,6 +72,7 @@ class Engine:
         self.num_live = 0
         self._idle: simpy.Event | None = None
         self._arrived: list[int] = []  # arrival times since the last plan
+        self._recorded = False  # the steps in flight are in the recorder already
         self._num_prefills = 0  # computed to their ends, with a token each
         self._counts_entries = self.allocator.num_entries is not None
         self._joined = 0  # blocks less entries of block tables in the step in flight
@@ -124,7 +125,9 @@ class Engine:
             if env.peek() <= end:
                 yield self._until(end)
             self.now = end
-            self._record(step, start, steps, tokens)
+            if not self._recorded:
+                self._record(step, start, steps, tokens)
+            self._recorded = False
             self._commit(step, end)
             self.num_steps += steps
 
@@ -254,6 +257,15 @@ class Engine:
         limit = self._foreseen()
         if limit < 1:
             return end, 1
+        counted = allocator.counted
+        if counted is not None and counted.groups:
+            through = commit_through(scheduler, self.clock, recorder, start, end, limit, horizon)
+            if through is not None:
+                self._recorded = True
+                return through
+            limit = counted.quiet_for(limit)
+            if not limit:
+                return end, 1
         return commit_ahead(scheduler, self.timing, recorder, end, limit, horizon)
 
     def _foreseen(self) -> int:
@@ -372,13 +384,16 @@ class Engine:
         if step.num_decodes:
             for sequence in decodes.take_finished():
                 self._complete(sequence, end)
-            if self.beams is not None:
-                self.beams.turn_over(self.scheduler)
+        if self.beams is not None:
+            self.beams.turn_over(self.scheduler)
 
     def _fork(self, parent: Sequence, end: int) -> None:
         """The prompt is computed: go on with one branch for each sample or beam."""
         request = parent.request
         decodes = self.scheduler.decodes
+        beams = self.beams if request.beam_width > 1 else None
+        if beams is not None and parent.origin < parent.final_tokens and beams.count(parent, self.scheduler):
+            return
         for _ in range(1, request.width):
             request.sequences.append(fork(self.allocator, parent))
         if parent.origin == parent.final_tokens:
@@ -388,8 +403,8 @@ class Engine:
         for sequence in request.sequences:
             decodes.join(sequence)
         decodes.copy_pending += request.sequences
-        if self.beams is not None and request.beam_width > 1:
-            self.beams.start(request, decodes)
+        if beams is not None:
+            beams.start(request, decodes)
 
     def _complete(self, sequence: Sequence, end: int) -> None:
         if self.scheduler.complete(sequence):

@@ -222,7 +222,8 @@ class Ledger:
                 self.enter(self.layout([sequence]))
         self.live.pop(sequence, None)
         if self._forked and (
-            sequence.num_tokens >= sequence.final_tokens or len(sequence.request.sequences) > 1
+            sequence.num_tokens >= sequence.final_tokens
+            or (len(sequence.request.sequences) > 1 and sequence.request.status != "waiting")
         ):
             self._forked.pop(sequence, None)  # it will not start again
 

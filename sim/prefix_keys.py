@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sim.identity import mixed, mixed_words
-from sim.request import Request
+from sim.request import Request, Sequence
 
 _CONTENT = 0xD6E8FEB86659FD93
 _INSIDE = np.uint64(0xA0761D6478BD642F)
@@ -29,6 +29,33 @@ def prefix_keys(request: Request, num_blocks: int, block_size: int, first: int =
     else:
         keys = _keys_of_grains(request, num_blocks, block_size, first)
     return [*keys, *own_keys(request, first + len(keys), num_blocks)]
+
+
+def sequence_keys(sequence: Sequence, num_blocks: int, block_size: int, first: int = 0) -> list[int]:
+    """`prefix_keys` for any branch: blocks from before a fork have the same keys for all who come from it.
+
+    What is named of the output is what branch 0 generates; another branch has keys of its own from its fork on.
+    """
+    request, forks = sequence.request, []
+    link = sequence.lineage
+    while link is not None:
+        if link.branch:
+            forks.append(link)
+        link = link.parent
+    if not forks:
+        return prefix_keys(request, num_blocks, block_size, first)
+    keys: list[int] = []
+    begin, branch = first, 0
+    for fork in [*reversed(forks), None]:
+        stop = num_blocks if fork is None else min(num_blocks, fork.start // block_size)
+        if stop > begin:
+            if branch:
+                keys += own_keys(request, begin, stop, branch)
+            else:
+                keys += prefix_keys(request, stop, block_size, begin)
+            begin = stop
+        branch = fork.branch if fork is not None else 0
+    return keys
 
 
 def _keys_of_runs(request: Request, num_blocks: int, block_size: int, first: int) -> list[int]:
@@ -80,9 +107,11 @@ def _keys_of_grains(request: Request, num_blocks: int, block_size: int, first: i
     return whole
 
 
-def own_keys(request: Request, first: int, stop: int) -> list[int]:
+def own_keys(request: Request, first: int, stop: int, branch: int = 0) -> list[int]:
     """Keys of blocks that nobody else has: negative, so that they are none of named content."""
     base = own_key(request, 0)
+    if branch:  # far below those of all branches 0
+        base -= mixed(mixed(request.id) + branch & _MASK) + 1 << 64
     return list(range(base + first, base + stop))
 
 

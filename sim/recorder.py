@@ -108,6 +108,13 @@ class Recorder:
         if self._covered >= CHUNK and self._covered == len(self.durations):
             self._flush_stretches()
 
+    def steps(self, rows: Ints) -> None:
+        """`stretch` for many steps that are stretches of one each; its arguments as rows, shape [steps, 10]."""
+        self._stretches.frombytes(rows.tobytes())
+        self._covered += len(rows)
+        if self._covered >= CHUNK and self._covered == len(self.durations):
+            self._flush_stretches()
+
     def slide(self, entry: int, slots: int) -> None:
         """From the step after this entry on, so many slots' tokens leave their windows in every step."""
         self.sliding = slots

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from sim.allocators.counted_beams import CountedGroup
     from sim.decode_set import DecodeSet
     from sim.source import Session
 
@@ -12,6 +13,17 @@ Status = Literal["waiting", "running", "swapped", "finished", "rejected"]
 
 NEVER = -1
 """A time or tick that has not come."""
+
+
+class Lineage:
+    """The forks behind a branch: from `start` on it is `branch`, and before that what its parent was."""
+
+    __slots__ = ("branch", "parent", "start")
+
+    def __init__(self, start: int, branch: int, parent: Lineage | None) -> None:
+        self.start = start
+        self.branch = branch
+        self.parent: Lineage | None = parent
 
 
 class Sequence:
@@ -22,13 +34,14 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "order", "origin",
-        "request", "sliding",
+        "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "lineage", "order",
+        "origin", "request", "sliding",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
         self.request = request
         self.branch = branch
+        self.lineage: Lineage | None = None  # where it parted from others, if it did
         self.order = request.id << 32 | branch  # first come, first served, parents before their forks
         self.final_tokens = final_tokens
         self.capacity = 0  # slots held; kept by the allocator
@@ -65,7 +78,7 @@ class Request:
     """
 
     __slots__ = (
-        "arrival_time", "beam_width", "cached_tokens", "content", "content_ends", "content_grain",
+        "arrival_time", "beam_width", "cached_tokens", "content", "content_ends", "content_grain", "counted",
         "finish_time", "first_scheduled_time", "first_token_time", "id", "n", "next_branch",
         "output_content", "output_tokens", "preemptions", "prefill_tokens", "prefills", "priority",
         "prompt_tokens", "reason", "reused_tokens", "sequences", "session", "status", "tenant", "width",
@@ -107,6 +120,7 @@ class Request:
         self.reason = ""
         self.sequences: list[Sequence] = []
         self.next_branch = 1
+        self.counted: CountedGroup | None = None  # a beam group without block tables; kept by the allocator
         self.first_scheduled_time = NEVER
         self.first_token_time = NEVER
         self.finish_time = NEVER

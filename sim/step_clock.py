@@ -34,6 +34,16 @@ class StepClock:
         self.recompute_time = 0
         self.stall_time = 0
         self.transfer_time = 0
+        self._copying: dict[int, float] = {}
+
+    def copy_seconds(self, blocks: int) -> float:
+        """Seconds that copying so many blocks on the device adds to a step."""
+        seconds = self._copying.get(blocks)
+        if seconds is None:
+            step = Step()
+            step.copied_blocks = blocks
+            seconds = self._copying[blocks] = self.transfers.seconds(step) if blocks else 0.0
+        return seconds
 
     def duration(self, step: Step, start: int) -> int:
         """Time (ns) of a step that could begin at `start`."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from sim.decode_set import DecodeSet
 from sim.recorder import Recorder
 from sim.schedulers.base import Scheduler
+from sim.step_clock import StepClock
 from sim.timing.base import StepTime
 
 LONGEST_STRETCH = 4096
@@ -47,6 +50,63 @@ def commit_ahead(
     if decodes.sliding:
         allocator.slide(count * decodes.sliding)
     return end + sum(durations), count + 1
+
+
+SHORTEST = 4
+"""Steps that are worth it to go through the turnovers of beams at once."""
+
+
+def commit_through(
+    scheduler: Scheduler, clock: StepClock, recorder: Recorder, start: int, end: int, limit: int, horizon: int
+) -> tuple[int, int] | None:
+    """`commit_ahead` through turnovers of beam groups whose blocks are counted, after a step from `start` to `end`.
+
+    Only while nobody waits, whom the memory that they give back could serve, and nobody else grows. The recorder gets
+    every step here. None, and nothing is done, where that is not so or not worth it.
+    """
+    allocator, decodes = scheduler.allocator, scheduler.decodes
+    counted = allocator.counted
+    assert counted is not None
+    if scheduler.num_waiting or clock.link is not None or not scheduler.open_to_arrivals:
+        return None
+    limit = min(limit, (horizon - end) // (end - start) + SHORTEST, LONGEST_STRETCH)
+    limit = counted.bounded(min(limit, decodes.next_growth - decodes.clock - 1), scheduler.widest)
+    if limit < SHORTEST:
+        return None
+    copies = counted.copies(limit)
+    durations = []
+    seconds, size, context = clock.timing.decode_seconds, decodes.size, decodes.context
+    now = end
+    for blocks in copies:
+        context += size
+        time = seconds(size, context)
+        if blocks:
+            time += clock.copy_seconds(blocks)
+        duration = round(time * 1e9) or 1
+        durations.append(duration)
+        now += duration
+        if now >= horizon:
+            break
+    count = len(durations)
+    held, internal, tokens, saved = counted.advance(count)
+    clock.copied_blocks += sum(copies[:count])
+    steps = np.zeros((count + 1, 10), np.int64)
+    steps[:, 0] = np.cumsum([start, end - start, *durations[:-1]])
+    steps[:, 1] = 1
+    steps[:, 3] = size
+    steps[:, 4] = len(scheduler.running)
+    steps[:, 6] = tokens
+    steps[:, 8] = saved
+    usage = np.empty((count, 4), np.int64)
+    usage[:, 0] = np.arange(len(recorder.durations), len(recorder.durations) + count)
+    usage[:, 1], usage[:, 2] = held, internal
+    usage[:, 3] = allocator.num_external(scheduler.head_refused)
+    recorder.usage.frombytes(usage.tobytes())
+    recorder.durations.extend(durations)
+    recorder.steps(steps)
+    decodes.advance(count)
+    allocator.num_ticks += count
+    return now, count + 1
 
 
 def decode_durations(timing: StepTime, decodes: DecodeSet, end: int, limit: int, horizon: int) -> list[int]:

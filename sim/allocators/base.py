@@ -23,6 +23,9 @@ from sim.tiered_store import TieredStore
 from sim.units import FOREVER
 
 if TYPE_CHECKING:
+    from sim.allocators.counted_beams import CountedBeams
+    from sim.beams import BeamSearch
+    from sim.decode_set import DecodeSet
     from sim.timing.transfers import Transfers
 
 allocator: Registry[type[Allocator]] = Registry("allocator")
@@ -92,6 +95,8 @@ class Allocator(ABC):
     """
 
     can_fork: ClassVar[bool] = False
+    recomputes_groups: ClassVar[bool] = False
+    """Whether a group of branches that gives way can be computed again, each branch on its own."""
     can_swap: ClassVar[bool] = False
     can_grow: ClassVar[bool] = True
     """Whether a running sequence may need more slots, and others may have to give way for it."""
@@ -113,6 +118,10 @@ class Allocator(ABC):
     """Whether running sequences give slots back, as windows slide past them."""
     gave_back: bool = False
     """Whether a running sequence gave slots back since somebody last looked (and cleared it)."""
+    counts_beams: bool = False
+    """Whether the blocks of a beam group can be counted without a table for each beam (`count_beams`)."""
+    counted: CountedBeams | None = None
+    """Groups that are counted now."""
     block_size: int = 1
     slots_per_token: int = 1
     """Token states that a further token adds, before any slides out of a window."""
@@ -341,6 +350,10 @@ class Allocator(ABC):
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share everything that the parent holds."""
         raise TypeError(f"{type(self).__name__} cannot share slots between sequences")
+
+    def count_beams(self, decodes: DecodeSet, search: BeamSearch) -> CountedBeams:
+        """What counts the blocks of beam groups in this decode set."""
+        raise TypeError(f"{type(self).__name__} has no count of the blocks of beams")
 
     def stop(self, sequence: Sequence) -> None:
         """Leave a sequence that does not decode what it holds until others need it: its last blocks go first.

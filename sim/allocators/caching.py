@@ -23,11 +23,14 @@ class CachingAllocator(Allocator):
     """Blocks that keep their content when they are freed, and are shared by requests that begin alike.
 
     A policy says which leading blocks of a request are cached (`cached`), hands them out (`hold`), keeps what
-    a sequence leaves behind (`finished`) and takes its table back (`release`). Only full blocks are shared, and
-    the last block of a sequence never is before it is full; so what a sequence wastes is its own. Cached blocks
-    that nobody references count as free.
+    a sequence leaves behind (`finished`) and takes its table back (`release`). Requests share full blocks only.
+    Branches of one request share a last block that is filled in part too, until one of them writes on and copies it;
+    as they are equally long, it is counted once as any of them has it. Cached blocks that nobody references count as
+    free. Nothing is swapped: a group that gives way is computed again, each branch behind what is found of it.
     """
 
+    can_fork = True
+    recomputes_groups = True
     keeps_freed = True
     asks_exactly = True
     pool: BlockPool
@@ -66,6 +69,10 @@ class CachingAllocator(Allocator):
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """The sequence's table is filled for so many tokens."""
 
+    def _shared_blocks(self, request: Request) -> int:
+        """Leading blocks that the branches of a group share which are admitted together."""
+        return request.prompt_tokens // self.block_size
+
     @abstractmethod
     def finished(self, sequence: Sequence) -> None:
         """The sequence has all its tokens: its full blocks are worth keeping."""
@@ -82,6 +89,8 @@ class CachingAllocator(Allocator):
         The watermark stays free unless nobody else runs.
         """
         needed = -(-num_tokens // self.block_size)
+        if len(request.sequences) > 1:
+            return self._group_admission(request, num_tokens)
         if needed > self.num_blocks:
             return Admission.NEVER
         hits, unreferenced = self.cached(request, num_tokens)
@@ -92,6 +101,17 @@ class CachingAllocator(Allocator):
     def kept_free(self) -> int:
         """Blocks that an admission leaves free: the watermark, unless nobody else runs."""
         return self.watermark_blocks if self.sequences else 0
+
+    def _group_admission(self, request: Request, num_tokens: int) -> Admission:
+        """`admission` of a group that gave way: room for all branches, as if only what is cached now were shared."""
+        needed = -(-num_tokens // self.block_size)
+        hits, unreferenced = self.cached(request, num_tokens)
+        shared = min(self._shared_blocks(request), needed)
+        needed = shared + len(request.sequences) * (needed - shared)
+        if needed > self.num_blocks:
+            return Admission.NEVER
+        spare = self.pool.num_free - self.kept_free
+        return Admission.OK if needed - hits + unreferenced <= spare else Admission.LATER
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Blocks needed against blocks there."""
@@ -111,7 +131,11 @@ class CachingAllocator(Allocator):
         free = self.pool.num_free
         if free >= len(request.sequences):
             return True
-        return sum([sequence.num_tokens >= sequence.capacity for sequence in request.sequences]) <= free
+        first = request.sequences[0]
+        if first.num_tokens >= first.capacity:  # branches are equally long
+            return len(request.sequences) <= free
+        tails = {sequence.block_table[-1] for sequence in request.sequences}
+        return len(request.sequences) - len(tails) <= free
 
     # The life of a sequence
 
@@ -192,6 +216,35 @@ class CachingAllocator(Allocator):
         """One more block for each sequence of each batch."""
         return grow_by_block(self, self.pool, batches)
 
+    def append(self, sequence: Sequence) -> int:
+        """A new block if the last is full, a copy of the last if another branch has it too, else nothing."""
+        tokens = sequence.num_tokens
+        if tokens >= sequence.capacity:
+            self._grow_to(sequence, sequence.capacity + 1)
+            return 0
+        shared, pool = sequence.block_table[-1], self.pool
+        if pool.references[shared] == 1:
+            return 0
+        (own,) = pool.take()
+        if self.probe is not None:
+            self.probe.copy(shared, own)
+        sequence.block_table[-1] = own
+        pool.release((shared,))
+        self.num_held += self.block_size
+        self.num_tokens += tokens % self.block_size
+        self.num_internal += max(0, sequence.capacity - sequence.final_tokens)
+        return 1
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Share every block of the parent; needs no memory."""
+        if not self.can_fork:
+            super().fork(parent, child)
+        self.pool.share(parent.block_table)
+        child.block_table = parent.block_table.copy()
+        child.capacity = parent.capacity
+        child.origin = parent.num_tokens
+        self.sequences.add(child)
+
     def free(self, sequence: Sequence) -> None:
         """Take back the sequence's references; only blocks that nobody else holds leave the books."""
         done = sequence in self._done
@@ -200,17 +253,20 @@ class CachingAllocator(Allocator):
         size, table = self.block_size, sequence.block_table
         if self._retired:
             self._bury(sequence)
-        shared = 0
+        shared = unfilled = 0
         if self.pool.extra_references:
             references = self.pool.references
-            shared = sum([references[block] > 1 for block in table])
-        self.num_held -= sequence.capacity - shared * size
+            shared = size * sum([references[block] > 1 for block in table])
+            if references[table[-1]] > 1:  # another branch has it too
+                unfilled = sequence.capacity - sequence.origin
+        self.num_held -= sequence.capacity - shared
         if done:
             self._done.discard(sequence)
-            self.num_internal -= sequence.capacity - shared * size
+            self.num_internal -= sequence.capacity - shared
         else:
-            self.num_tokens -= sequence.origin - shared * size
-            self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
+            self.num_tokens -= sequence.origin - (shared - unfilled)
+            if not unfilled:
+                self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
         self.sequences.discard(sequence)
         self.release(sequence)
         sequence.block_table = []
@@ -224,10 +280,14 @@ class CachingAllocator(Allocator):
         for sequence in request.sequences:
             self.finished(sequence)
             retired.update(sequence.block_table)
-            used = sum([references[block] > retired[block] for block in sequence.block_table])
-            self.num_tokens -= sequence.num_tokens - used * size
-            self.num_internal += sequence.capacity - used * size
-            self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
+            used = size * sum([references[block] > retired[block] for block in sequence.block_table])
+            tail, unfilled = sequence.block_table[-1], 0
+            if references[tail] > retired[tail]:  # a branch has it whose turn is yet to come
+                unfilled = sequence.capacity - sequence.num_tokens
+            self.num_tokens -= sequence.num_tokens - (used - unfilled)
+            self.num_internal += sequence.capacity - used
+            if not unfilled:
+                self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
             sequence.origin = sequence.final_tokens = 0
             self._done.add(sequence)
 
@@ -269,18 +329,18 @@ class CachingAllocator(Allocator):
             self.tiers.check_integrity()
         self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
         filled: dict[int, int] = {}
-        internal = 0
+        wasted: dict[int, int] = {}  # by last blocks, which branches may share
         for sequence in self.sequences:
             if sequence.capacity != len(sequence.block_table) * size:
                 slots = len(sequence.block_table) * size
                 raise IntegrityError(f"{sequence}: held({sequence.capacity}) != slots of its table({slots})")
             if sequence not in self._done:
-                internal += max(0, sequence.capacity - sequence.final_tokens)
+                wasted[sequence.block_table[-1]] = max(0, sequence.capacity - sequence.final_tokens)
                 for index, block in enumerate(sequence.block_table):
                     tokens = min(size, max(0, sequence.num_tokens - index * size))
                     filled[block] = max(tokens, filled.get(block, 0))
         held = {block for sequence in self.sequences for block in sequence.block_table}
-        internal += size * len(held - filled.keys())
+        internal = sum(wasted.values()) + size * len(held - filled.keys())
         for name, kept, counted in (
             ("tokens", self.num_tokens, sum(filled.values())),
             ("held", self.num_held, size * len(held)),

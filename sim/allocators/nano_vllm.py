@@ -16,13 +16,14 @@ class NanoAllocator(PrefixAllocator):
 
     It differs from `prefix` in three ways: blocks can be found after the step that computes them, so that equal
     prompts of one step share nothing; of equal blocks only the one computed last is found, and none once that
-    is reused; freed blocks queue up behind all others whether they are full or not. There is no watermark.
+    is reused; freed blocks queue up behind all others whether they are full or not. There is no watermark, and
+    no branches: a request of nano-vllm is one sequence.
 
     Fields:
         block_size: KV slots per block; nano-vllm's own is 256.
     """
 
-    can_offload = False
+    can_fork = can_offload = recomputes_groups = False
 
     def __init__(self, capacity: Capacity, *, block_size: PositiveInt = 16) -> None:
         super().__init__(capacity, block_size=block_size, keyless_first=False)

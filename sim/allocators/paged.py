@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Annotated, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.allocators.base import Admission, Allocator, Capacity, allocator
 from sim.allocators.blocks import block_slots, grow_by_block
+from sim.allocators.counted_beams import CountedBeams
 from sim.allocators.yielding import InFlight, Stopped
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
 from sim.request import Request, Sequence
+
+if TYPE_CHECKING:
+    from sim.beams import BeamSearch
+    from sim.decode_set import DecodeSet
 
 
 @allocator("paged")
@@ -38,6 +44,12 @@ class PagedAllocator(Allocator):
     can_stop = True
     can_swap = True
     can_fly = True
+    counts_beams = True
+
+    def __init_subclass__(cls) -> None:
+        """Other rules for blocks are not counted for beams."""
+        super().__init_subclass__()
+        cls.counts_beams = False
 
     def __new__(cls, *arguments: Any, prefix_caching: bool = False, **fields: Any) -> PagedAllocator:
         """With prefix caching another class, so that nothing of it is asked for without."""
@@ -104,7 +116,7 @@ class PagedAllocator(Allocator):
         table = sequence.block_table
         needed = -(-num_tokens // self.block_size) - len(table)
         if self.yielding:
-            self._make_room(needed)
+            self.make_room(needed)
         table += self.pool.take(needed)
         return len(table) * self.block_size
 
@@ -132,7 +144,7 @@ class PagedAllocator(Allocator):
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """One more block for each sequence of each batch."""
         if self.yielding:
-            self._make_room(sum([len(sequences) for _, sequences in batches]))
+            self.make_room(sum([len(sequences) for _, sequences in batches]))
         return grow_by_block(self, self.pool, batches)
 
     @property
@@ -146,6 +158,8 @@ class PagedAllocator(Allocator):
 
     def append(self, sequence: Sequence) -> int:
         """A new block if the last is full, a copy of the last if others share it, else nothing."""
+        if sequence.request.counted is not None:
+            sequence.request.counted.list_blocks()
         tokens = sequence.num_tokens
         if tokens >= sequence.capacity:
             self._grow_to(sequence, sequence.capacity + 1)
@@ -155,7 +169,7 @@ class PagedAllocator(Allocator):
             return 0
         size = self.block_size
         if self.yielding:
-            self._make_room(1)
+            self.make_room(1)
         (own,) = self.pool.take()
         if self.probe is not None:
             self.probe.copy(shared, own)
@@ -176,6 +190,9 @@ class PagedAllocator(Allocator):
 
     def free(self, sequence: Sequence) -> None:
         """Drop the sequence's references; only blocks that nobody else holds leave the books."""
+        if sequence.request.counted is not None:
+            sequence.request.counted.free(sequence)
+            return
         if sequence in self._hosted:  # the books count the device only
             self.host_pool.release(sequence.block_table)
             sequence.block_table = []
@@ -202,8 +219,15 @@ class PagedAllocator(Allocator):
         self.sequences.discard(sequence)
         sequence.capacity = 0
 
+    def count_beams(self, decodes: DecodeSet, search: BeamSearch) -> CountedBeams:
+        """Beam groups of equal blocks, which are copied on write."""
+        self.counted = CountedBeams(self, decodes, search)
+        return self.counted
+
     def retire(self, request: Request) -> None:
         """The branches are done: every slot that they hold is internal waste from now on."""
+        if request.counted is not None:
+            request.counted.list_blocks()
         self._book(request.sequences, -1)
         for sequence in request.sequences:
             sequence.origin = sequence.final_tokens = 0
@@ -233,7 +257,7 @@ class PagedAllocator(Allocator):
             super().stop(sequence)
         self._stopped.add(sequence)
 
-    def _make_room(self, needed: int) -> None:
+    def make_room(self, needed: int) -> None:
         """See that so many blocks are free: first by waiting for those that leave, then at the cost of who stopped."""
         if len(self.pool.free) < needed:
             self._flying.make_room(needed)
@@ -286,13 +310,15 @@ class PagedAllocator(Allocator):
 
     @staticmethod
     def _distinct(request: Request) -> list[int]:
+        if request.counted is not None:
+            request.counted.list_blocks()
         return list(dict.fromkeys(block for sequence in request.sequences for block in sequence.block_table))
 
     def _move(self, request: Request, source: BlockPool, target: BlockPool) -> list[int]:
         """Give a request places in the target; the blocks it had, free now, or held until they are copied."""
         distinct = self._distinct(request)
         if target is self.pool and self.yielding:
-            self._make_room(len(distinct))
+            self.make_room(len(distinct))
         places = dict(zip(distinct, target.take(len(distinct)), strict=True))
         if self.probe is not None:
             self.probe.swap(target.tier, list(places.items()), request.sequences)
@@ -334,6 +360,11 @@ class PagedAllocator(Allocator):
     def blocks_saved(self) -> int:
         """References beyond the first of every device block."""
         return self.pool.extra_references
+
+    def check_integrity(self) -> None:
+        """Recount everything, with the block tables that counted beams would have. Raises IntegrityError."""
+        with self.counted.all_listed() if self.counted is not None else nullcontext():
+            super().check_integrity()
 
     def check_books(self) -> None:
         """Reference counts against tables, and the counters against a recount of the blocks."""

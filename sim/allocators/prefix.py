@@ -8,7 +8,7 @@ from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
 from sim.offloading_pools import OffloadingPool
-from sim.prefix_keys import prefix_keys
+from sim.prefix_keys import prefix_keys, sequence_keys
 from sim.prefix_pool import PrefixPool
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
@@ -22,8 +22,11 @@ class PrefixAllocator(CachingAllocator):
     Full blocks can be found from the moment their slots are granted, by requests of the same step too; a
     request that is preempted finds its own again. Freed blocks queue up for reuse, the tail of a request
     first, and lose their content only when they are handed out (`vllm/v1/core/block_pool.py`; the rules stand
-    in `sim/prefix_pool.py`). The same content computed twice stays in two blocks. There are no forks and no
-    swapping: parallel samples are requests of their own in V1.
+    in `sim/prefix_pool.py`). The same content computed twice stays in two blocks. There is no swapping.
+
+    In V1 parallel samples are requests of their own, which meet through the cache: each computes the end of the
+    prompt that fills no block, and V1 knows no beams. Here samples and beams are branches of one request. They share
+    the prompt's last block too until they write on, copy it then, and each finds its own blocks again.
 
     Of a model whose layers are of several kinds, or with `windows`, each group of layers has a block table of its
     own over one pool of equal pages; see `GroupedPrefixAllocator`, which is made in its place.
@@ -103,14 +106,33 @@ class PrefixAllocator(CachingAllocator):
 
     def hold(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Touch the hits, so that they are not handed out to somebody else."""
-        hits = self._hits(sequence.request, num_tokens)
+        if sequence.lineage is None:
+            hits = self._hits(sequence.request, num_tokens)
+        else:
+            blocks = (num_tokens - 1) // self.block_size
+            keys = sequence_keys(sequence, blocks, self.block_size) if self.prefix_caching else []
+            hits = self.pool.find_leading(keys)
         self.pool.touch(hits)
         return hits
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found."""
-        self._register(sequence, self._keys(sequence.request, num_tokens))
+        if sequence.lineage is None:
+            keys = self._keys(sequence.request, num_tokens)
+        else:
+            keys = self._own_keys(sequence, num_tokens)
+        self._register(sequence, keys)
         self._head = None, []
+
+    def _own_keys(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Keys of the full blocks of any branch."""
+        if not self.prefix_caching:
+            return []
+        return sequence_keys(sequence, num_tokens // self.block_size, self.block_size)
+
+    def _shared_blocks(self, request: Request) -> int:
+        """Those of the prompt, which the first branch registers."""
+        return super()._shared_blocks(request) if self.prefix_caching else 0
 
     def finished(self, sequence: Sequence) -> None:
         """What was generated is found by those who know its name; else its blocks only queue up with the others."""
@@ -121,13 +143,11 @@ class PrefixAllocator(CachingAllocator):
                 self.pool.mark_full(sequence.block_table[:full])
             else:
                 known = request.prefill_tokens // self.block_size
-                keys = prefix_keys(request, full, self.block_size, known)
+                keys = sequence_keys(sequence, full, self.block_size, known)
                 self._register(sequence, keys, known)
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
         if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
-            full = sequence.num_tokens // self.block_size
-            keys = prefix_keys(sequence.request, full, self.block_size)
-            self._register(sequence, keys)
+            self._register(sequence, self._own_keys(sequence, sequence.num_tokens))
         self.pool.release(sequence.block_table[::-1])

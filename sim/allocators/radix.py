@@ -12,7 +12,7 @@ from sim.eviction import eviction as evictions
 from sim.foresight import Foresight
 from sim.offloading_pools import OffloadingPagePool
 from sim.page_pool import PagePool
-from sim.prefix_keys import prefix_keys
+from sim.prefix_keys import prefix_keys, sequence_keys
 from sim.radix_tree import Node, RadixTree
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
@@ -98,11 +98,20 @@ class RadixAllocator(CachingAllocator):
         foresight = self.tree.foresight
         if foresight is not None and request.id > foresight.now:
             foresight.now = request.id
-        pages, node = self.tree.match(self._keys(request, num_tokens), request.priority)
+        keys = self._keys(request, num_tokens)
+        if sequence.lineage is not None:
+            keys = sequence_keys(sequence, len(keys), self.block_size)
+        pages, node = self.tree.match(keys, request.priority)
+        shared = len(pages)
+        first, whole = request.sequences[0], request.prompt_tokens // self.block_size
+        if (
+            first in self.sequences and shared < whole
+        ):  # a branch of a group that comes back: not in the tree yet
+            pages, node, shared = first.block_table[:whole], self._nodes[first], self._shared[first]
         self.tree.lock(node)
         self.pool.touch(pages)
         self._nodes[sequence] = node
-        self._shared[sequence] = len(pages)
+        self._shared[sequence] = min(shared, len(pages))
         self._head = None, []
         return pages
 
@@ -122,7 +131,7 @@ class RadixAllocator(CachingAllocator):
         """Enter the full pages; those that are there already take the place of the sequence's own."""
         shared, table = self._shared[sequence], sequence.block_table
         full = sequence.num_tokens // self.block_size
-        keys = prefix_keys(sequence.request, full, self.block_size)
+        keys = sequence_keys(sequence, full, self.block_size)
         known, node = self.tree.insert(keys, table, sequence.request.priority)
         self.pool.keep(table[known:full])
         if self.tiers is not None and known < full:
@@ -136,13 +145,40 @@ class RadixAllocator(CachingAllocator):
                 self.probe.write(sequence)
             theirs = [page for each in reversed([*self.tree.path(node)]) for page in each.pages][shared:known]
             references = self.pool.references
-            joined = sum([references[page] > 0 for page in theirs])
+            # A page that nobody else has is given up; what a branch of its own has entered is the same page.
+            pairs = [
+                (own, other) for own, other in zip(table[shared:known], theirs, strict=True) if own != other
+            ]
+            spared = sum([(references[own] == 1) - (references[other] == 0) for own, other in pairs])
             self.pool.touch(theirs)
             self.revive(theirs)
             self.pool.release(table[shared:known])
             table[shared:known] = theirs
-            self.num_held -= joined * self.block_size
-            self.num_tokens -= joined * self.block_size
+            self.num_held -= spared * self.block_size
+            self.num_tokens -= spared * self.block_size
+        for branch in sequence.request.sequences if len(sequence.request.sequences) > 1 else ():
+            if branch is not sequence and branch in self._nodes:
+                self._lock_common(branch, table, keys)
+
+    def _lock_common(self, branch: Sequence, table: list[int], keys: list[int]) -> None:
+        """Let a branch hold what is in the tree now of the pages that it shares with another branch's table."""
+        common = self._shared[branch]
+        for own, other in zip(branch.block_table[common:], table[common : len(keys)], strict=False):
+            if own != other:
+                break
+            common += 1
+        if common > self._shared[branch]:
+            _, node = self.tree.match(keys[:common])
+            self.tree.lock(node)
+            self.tree.unlock(self._nodes[branch])
+            self._nodes[branch], self._shared[branch] = node, common
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Share every page of the parent, and lock its part of the tree once more."""
+        super().fork(parent, child)
+        self._nodes[child] = node = self._nodes[parent]
+        self._shared[child] = self._shared[parent]
+        self.tree.lock(node)
 
     def release(self, sequence: Sequence) -> None:
         """Unlock; what is not in the tree is free."""

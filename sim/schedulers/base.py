@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sim.allocators.base import Admission
+from sim.allocators.base import allocator as allocators
 from sim.decode_set import arrival_order
 from sim.registry import Registry
 from sim.request import Request, Sequence
@@ -86,7 +87,16 @@ class Scheduler(Queues, ABC):
         tick = decodes.clock + 1
         growing = decodes.growths.get(tick, ())
         pending = decodes.copy_pending
-        self.tight = allocator.headroom - len(growing) - len(pending) < self._widest
+        counted = allocator.counted
+        lacking = len(growing) + len(pending)
+        if counted is not None:
+            lacking += counted.demand
+        self.tight = allocator.headroom - lacking < self.widest
+        if counted is not None:
+            if self.tight:
+                counted.list_all()
+            else:
+                step.copied_blocks += counted.grow()
         if self.tight:
             self._grow_one_by_one(step)
         elif pending:
@@ -114,7 +124,7 @@ class Scheduler(Queues, ABC):
 
     def grow_ahead(self, ticks: int) -> tuple[int, list[tuple[int, int, int]]]:
         """Grow the decode set through further ticks while nobody could be refused (see `DecodeSet.grow`)."""
-        spare = self._widest + self.allocator.yielding
+        spare = self.widest + self.allocator.yielding
         return self.decodes.grow(self.allocator, ticks, spare, self.head_refused)
 
     def _grow_one_by_one(self, step: Step) -> None:
@@ -178,6 +188,14 @@ class Scheduler(Queues, ABC):
             else:
                 self.release(sequence)
             request.status = "waiting"
+            self.requeue(request)
+        elif allocator.recomputes_groups:
+            tokens = request.sequences[0].origin
+            request.prefill_tokens = tokens + 1
+            self.lost[request] = tokens
+            request.status = "waiting"
+            for sequence in request.sequences:
+                self.release(sequence)
             self.requeue(request)
         else:
             for sequence in request.sequences:
@@ -285,7 +303,8 @@ class Scheduler(Queues, ABC):
         if config["allocator"].get("num_host_blocks") == 0 and (moves or group):
             who = "groups of sequences are" if group else f"preemption is set to {preemption}: requests are"
             yield "allocator.num_host_blocks", f"{who} swapped when memory runs out, which needs a host pool"
-        if group and preemption == "recompute":
+        recomputes = getattr(allocators[config["allocator"]["kind"]], "recomputes_groups", False)
+        if group and preemption == "recompute" and not recomputes:
             yield (
                 "scheduler.preemption",
                 "a group of samples or beams cannot be recomputed, it is swapped (auto)",

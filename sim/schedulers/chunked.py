@@ -78,7 +78,13 @@ class ChunkedScheduler(Scheduler):
         """Whether nobody can be refused: all decodes grow, and prompts take `demand` of the headroom."""
         decodes = self.decodes
         growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending)
-        return self.allocator.headroom - growing - demand >= self._widest
+        counted = self.allocator.counted
+        if counted is not None:
+            growing += counted.demand
+        ample = self.allocator.headroom - growing - demand >= self.widest
+        if counted is not None and not ample:
+            counted.list_all()  # who gets what is decided one by one
+        return ample
 
     def serve_all(self, step: Step, longest: int = FOREVER) -> int | None:
         """Give all that run their tokens in order of admission, prompts at most `longest`; what is left of the budget.
@@ -157,7 +163,7 @@ class ChunkedScheduler(Scheduler):
     def grow_first(self, needing: list[Request], first: int) -> int:
         """Give those of a list from an index on that decode their slots, until some run out; how many have them."""
         allocator, decodes, partial = self.allocator, self.decodes, self.partial
-        single = self._widest == 1 and not decodes.copy_pending
+        single = self.widest == 1 and not decodes.copy_pending
         if not single or allocator.growth is None or allocator.slides or allocator.yielding:
             return 0  # not all growths take one of the headroom, in any order
         growing: list[Sequence] = []
@@ -194,8 +200,11 @@ class ChunkedScheduler(Scheduler):
                 if sequence.capacity < sequence.final_tokens:
                     decodes.await_growth(sequence)
 
-    def demanded(self, requests: Iterable[Request]) -> int:
+    def demanded(self, requests: Collection[Request]) -> int:
         """What the next tokens of decoding requests take of the headroom."""
+        for request in requests:
+            if request.counted is not None:
+                request.counted.list_blocks()
         pending = set(self.decodes.copy_pending)
         return sum(
             sequence.num_tokens >= sequence.capacity or sequence in pending

@@ -60,13 +60,13 @@ class Queues:
         self.recovery = Recovery(self)
         self._choose_victim = bound(victim, self.recovery)
         self._order = None if order is fcfs else order
-        self._widest = 1
+        self.widest = 1  # branches of the widest request so far
 
     def add(self, request: Request) -> None:
         """Take a request in that arrived."""
         self.enqueue(request)
-        if request.width > self._widest:
-            self._widest = request.width
+        if request.width > self.widest:
+            self.widest = request.width
 
     def enqueue(self, request: Request) -> None:
         """Queue a request behind all that go before it."""
@@ -146,7 +146,7 @@ class Queues:
         only for what is filled with this step.
         """
         known = filled = request.prefill_tokens
-        if budget < known:
+        if budget < known and len(request.sequences) < 2:
             filled = min(known, self.allocator.cached_tokens(request, known) + budget)
         self.num_seqs += branches(request)
         request.prefills += 1
@@ -171,9 +171,17 @@ class Queues:
         if self.ranking is not None:
             self.ranking.admitted(self, request)
         tokens = filled - cached
-        if request in self.lost:
+        lost = self.lost.get(request)
+        if lost is not None:
             self._note_recomputed(request, cached, tokens, step)
         step.chunks.append((sequence, cached, tokens))
+        for branch in request.sequences[1:]:  # a group that gave way is computed again as a whole
+            assert lost is not None
+            cached = self.allocator.admit(branch, known)
+            self.lost[request] = lost
+            self._note_recomputed(request, cached, known - cached, step)
+            step.chunks.append((branch, cached, known - cached))
+            tokens += known - cached
         step.num_prefill_tokens += tokens
         return tokens
 
@@ -210,12 +218,13 @@ class Queues:
 
     def reject(self, request: Request, reason: str, step: Step) -> None:
         """Give a request up for good; one that waits may still hold what a partial preemption left it."""
-        if request.status == "waiting":
-            for sequence in request.sequences:
-                if sequence.capacity:
-                    self.release(sequence)
+        waited, request.status = request.status == "waiting", "rejected"
+        for sequence in request.sequences if waited else ():
+            if sequence.capacity:
+                self.release(sequence)
+            elif self.allocator.probe is not None:
+                self.allocator.probe.end(sequence)
         self.lost.pop(request, None)
-        request.status = "rejected"
         request.reason = reason
         step.rejected.append(request)
 

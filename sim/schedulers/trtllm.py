@@ -122,8 +122,10 @@ class TensorRTLLM(PromisingScheduler):
             return True
         size = allocator.growth
         held = allocator.num_held // size  # shared blocks count for each who holds them, within a group once
-        if not allocator.can_fork:
+        if allocator.recomputes_groups or not allocator.can_fork:
             held += allocator.blocks_saved
+            if self.widest > 1:
+                held -= sum([_shared_within(each) for each in self.running])
         shared = allocator.shared_tokens(request, request.prefill_tokens) // size
         return self.promise(request) - shared <= allocator.headroom - (self.promised - held)
 
@@ -148,3 +150,9 @@ class TensorRTLLM(PromisingScheduler):
                 "scheduler.capacity",
                 f"has no meaning with allocator {owner}: nobody outgrows a reservation",
             )
+
+
+def _shared_within(request: Request) -> int:
+    """Blocks that branches of one request share, each but for its first holder."""
+    tables = [sequence.block_table for sequence in request.sequences]
+    return sum(map(len, tables)) - len(set().union(*tables)) if len(tables) > 1 else 0

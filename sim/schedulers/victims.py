@@ -74,6 +74,8 @@ def _with(choose: Victim, recovery: Recovery, candidates: Sequence[Request]) -> 
 
 def _held(request: Request) -> int:
     """Slots of the request, a shared block once."""
+    if request.counted is not None:
+        request.counted.list_blocks()
     sequences = request.sequences
     if len(sequences) == 1 or not sequences[0].block_table:
         return sum([sequence.capacity for sequence in sequences])

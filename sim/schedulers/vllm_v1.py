@@ -97,7 +97,7 @@ class VllmV1(ChunkedScheduler):
     def _walk(self, step: Step) -> int:
         """One by one, with victims; what is left of the budget. Behind one that gives way itself nobody is served."""
         allocator, partial, clock = self.allocator, self.partial, self.decodes.clock
-        exact = allocator.growth is not None and not allocator.can_fork
+        exact = allocator.growth is not None and (allocator.asks_exactly or not allocator.can_fork)
         queue = list(self.running)
         served: dict[Request, int] = {}
         left = self.max_num_batched_tokens
@@ -109,7 +109,9 @@ class VllmV1(ChunkedScheduler):
             if request in partial:
                 tokens = min(self.left(request), self.longest_chunk, left)
                 allocator.pass_windows(sequence)  # whether the chunk then fits or not
-            elif exact and sequence.origin + clock < sequence.capacity:  # most have their slot
+            elif (
+                exact and tokens == 1 and sequence.origin + clock < sequence.capacity
+            ):  # most have their slot
                 served[request] = tokens
                 left -= tokens
                 index += 1
@@ -221,7 +223,7 @@ class VllmV1(ChunkedScheduler):
 
     def _chunk_fits(self, request: Request, tokens: int) -> bool:
         """Whether a request may go ahead with its first chunk, though all of it does not fit."""
-        if self.reserve_full_prompt:
+        if self.reserve_full_prompt or len(request.sequences) > 1:
             return False
         first = request.prefill_tokens - max(0, self._uncached(request) - tokens)
         return self.allocator.admission(request, first) is Admission.OK

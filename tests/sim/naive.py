@@ -116,7 +116,7 @@ def run_naively(
     """Serve the requests (in order of arrival), checking the allocator's books before every step."""
     scheduler.decodes = NaiveDecodeSet()
     scheduler.recovery.price(timing, transfers)
-    scheduler._widest = FOREVER + 1  # every growth one by one, in order of arrival
+    scheduler.widest = FOREVER + 1  # every growth one by one, in order of arrival
     scheduler.add = scheduler.enqueue
     allocator = scheduler.allocator
     allocator.asks_exactly = False  # everybody is asked
@@ -255,7 +255,8 @@ def run_naively(
         now += duration
         for sequence, begin, tokens in step.chunks:
             request = sequence.request
-            assert begin + tokens == sequence.num_tokens <= request.prefill_tokens
+            retired = not sequence.final_tokens  # with the first of its group, whose last tokens these are
+            assert retired or begin + tokens == sequence.num_tokens <= request.prefill_tokens
             if begin + tokens < request.prefill_tokens:
                 continue
             if allocator.keeps_freed:
@@ -280,8 +281,8 @@ def run_naively(
         if step.num_decodes:
             for sequence in scheduler.decodes.take_finished():
                 complete(sequence)
-            if search is not None:
-                search.turn_over(scheduler)
+        if search is not None:
+            search.turn_over(scheduler)
     outcome.counters = {**counters, "recomputed_tokens": scheduler.recomputed_tokens}
     saved = outcome.saved * allocator.block_slots
     if allocator.tiers is not None:

@@ -271,6 +271,10 @@ class Ownership(RuleBasedStateMachine):
     def fork(self, data):
         request = self._pick(data, self.live)
         parent = data.draw(st.sampled_from(request.sequences), label="parent")
+        if self.memory.can_fork and parent in self.uncomputed:
+            self.uncomputed.remove(parent)  # a prompt is computed before anybody forks from it
+            self.memory.computed(parent)
+            self.places[parent] = self.memory.slots(parent).tolist()
         if not self.memory.can_fork:
             with pytest.raises(TypeError, match="cannot share"):
                 self.memory.fork(parent, Sequence(request, 9, 0, 0))

@@ -260,6 +260,13 @@ def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_n
         "token",
         "paged 4 cached",
         "paged 5 cached little host",
+        "multi size",
+        "adaptive",
+        "prefix 4",
+        "prefix 16 of 0.10.0",
+        "prefix 8 without caching",
+        "radix 1",
+        "radix 4 lfu",
     ],
 )
 @settings(max_examples=40)
@@ -312,6 +319,10 @@ def test_prompts_in_chunks(
         "multi size",
         "multi size little host",
         "adaptive",
+        "prefix 4",
+        "prefix 16 of 0.10.0",
+        "radix 1",
+        "radix 4 lfu",
     ],
 )
 @settings(max_examples=25)

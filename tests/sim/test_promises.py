@@ -297,7 +297,7 @@ def test_longest_outputs_and_chance():
 )
 def test_a_queue_in_which_new_ones_are_inserted_is_sorted(moves):
     """By a plain, stable sort of the whole queue before each admission."""
-    sorter = PrefixOrder("lof", scheduled("sglang").allocator, 0)
+    sorter = PrefixOrder("lof", sglang(400).allocator, 0)
     queue, plain, left = deque(), [], []
     for number, move in enumerate(moves):
         if isinstance(move, int):

@@ -1,0 +1,116 @@
+"""Genealogies of beam groups: whose copy each beam is after every step, and how many blocks that leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.identity import mixed, mixed_words
+
+Ints = NDArray[np.int64]
+
+_MASK = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
+
+COPIES, TAKEN, WRITTEN, WASTED, LEFT, LOST, SPARED = range(7)
+"""Columns of `changes`. With a growth: blocks copied, blocks taken, slots filled beside one a beam, slots of them that
+are never used. With a turnover: blocks given back, slots emptied, slots that are not wasted any more."""
+
+_BITS = 1 << np.arange(62, dtype=np.int64)
+
+
+def draw_parents(turnover: float, width: int, steps: int, *names: int) -> Ints:
+    """Of each beam after each step the one that it was before it, or is a copy of; shape [steps, width].
+
+    Those that live on come first, in their order, then the copies.
+
+    In every step each beam dies with probability `turnover`, independently, and a survivor picked at random is copied
+    in its place; one beam always survives. The draws are those of a SplitMix64 stream that whole numbers name, and
+    those of a step do not depend on the number of steps.
+    """
+    state = 0
+    for name in names:
+        state = mixed(state + name + 1 & _MASK)
+    words = np.arange(1, 2 * steps * width + 1, dtype=np.uint64)
+    words *= np.uint64(_STEP)
+    words += np.uint64(state)
+    mixed_words(words)
+    words >>= np.uint64(11)
+    draws = (words * 2.0**-53).reshape(steps, 2, width)
+    fates, picks = draws[:, 0], draws[:, 1]
+    dying = fates < turnover
+    survivors = width - dying.sum(axis=1)
+    for step in np.flatnonzero(survivors == 0).tolist():
+        dying[step, fates[step].argmax()] = False
+        survivors[step] = 1
+    living_first = dying.argsort(axis=1, kind="stable")
+    picked = (picks * survivors[:, None]).astype(np.int64)
+    copies = np.take_along_axis(living_first, picked, 1)
+    return np.where(np.arange(width) < survivors[:, None], living_first, copies)
+
+
+def changes(parents: Ints, prompt: int, final: int, size: int) -> Ints:
+    """What becomes of a group's blocks of `size` slots, from `prompt` tokens a beam to `final`.
+
+    Copy-on-write: beams with a common ancestor share the blocks that were full when they parted, and the last one
+    until one of them writes on. Returns changes by tick, shape [final - prompt + 1, 7]; those of entry t come with the
+    growth to prompt + t tokens, and with the turnover behind it.
+    """
+    width = parents.shape[1]
+    ticks = final - prompt
+    tails = np.ones(ticks, np.int64)  # distinct last blocks after each turnover; one behind the prompt
+    tails[1:] = _distinct(parents[: ticks - 1])
+    full = _full_blocks(parents, prompt, ticks, size)
+    before = np.arange(prompt, final)  # tokens before each growth
+    offset = before % size
+    tails[offset == 0] = 0  # they are among the full ones
+    blocks = full + tails
+    slots = full * size + tails * offset
+    taken = width - tails
+    written = full * size + width * (offset + 1) - slots
+    waste = -final % size
+    wasted = waste * (before >= final + waste - size)  # in each last block
+    found = np.zeros((ticks + 1, 7), np.int64)
+    found[1:, COPIES] = np.where(offset, taken, 0)
+    found[1:, TAKEN] = taken
+    found[1:, WRITTEN] = written - width
+    found[1:, WASTED] = wasted * taken
+    found[1:-1, LEFT] = blocks[:-1] + taken[:-1] - blocks[1:]
+    found[1:-1, LOST] = slots[:-1] + written[:-1] - slots[1:]
+    found[1:-1, SPARED] = wasted[:-1] * (width - tails[1:])
+    return found
+
+
+def _distinct(ancestors: Ints) -> Ints:
+    """How many different ones each row has."""
+    if ancestors.shape[1] <= len(_BITS):
+        sets = np.bitwise_or.reduce(_BITS[ancestors], axis=1)
+        count: Ints = np.bitwise_count(sets).astype(np.int64)
+        return count
+    ordered = np.sort(ancestors, axis=1)
+    different: Ints = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
+    return different
+
+
+def _full_blocks(parents: Ints, prompt: int, ticks: int, size: int) -> Ints:
+    """Full blocks behind the prompt's after each turnover, shape [ticks]: of each the ancestors at its end."""
+    ends = np.arange(size - prompt % size, ticks, size)  # in ticks from the prompt on
+    added = np.zeros(ticks, np.int64)
+    if not len(ends):
+        return added
+    ancestors = parents[ends - 1]
+    joined = []  # when all beams have one ancestor at the end
+    while len(ends):
+        distinct = _distinct(ancestors)
+        apart = distinct > 1
+        if not apart.all():
+            joined.append(ends[~apart])
+            ends, ancestors, distinct = ends[apart], ancestors[apart], distinct[apart]
+        added[ends] += distinct
+        ends = ends + 1
+        if len(ends) and ends[-1] == ticks:
+            ends, ancestors = ends[:-1], ancestors[:-1]
+        ancestors = ancestors[np.arange(len(ends))[:, None], parents[ends - 1]]
+    if joined:
+        added += np.bincount(np.concatenate(joined), minlength=ticks).cumsum()
+    return added

@@ -1,0 +1,132 @@
+"""Beam groups whose blocks are counted: the same runs, books and tables as with a block table for each beam."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sim import Capacity, Recorder, Transfers, allocator, scheduler, simulate, timing
+from sim.errors import IntegrityError
+from sim.genealogy import COPIES, LEFT, LOST, SPARED, TAKEN, WASTED, WRITTEN, changes, draw_parents
+from sim.request import Request
+from tests.sim.story import MS, Asked
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 8, 70])
+@pytest.mark.parametrize("turnover", [0.0, 0.1, 0.5, 1.0])
+def test_survivors_come_first_and_copies_behind_them(width, turnover):
+    parents = draw_parents(turnover, width, 400, 3, 5)
+    dead = 0
+    for row in parents.tolist():
+        lives = 1
+        while lives < width and row[lives] > row[lives - 1]:
+            lives += 1
+        assert set(row[lives:]) <= set(row[:lives])
+        dead += width - lives
+    expected = min(turnover, (width - 1) / width) if turnover in (0.0, 1.0) else turnover
+    assert dead / 400 / width == pytest.approx(expected, abs=0.05 if width > 2 else 0.15)
+    assert np.array_equal(parents[:100], draw_parents(turnover, width, 100, 3, 5)), (
+        "however many steps are asked for"
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("prompt", [1, 15, 16, 31])
+@pytest.mark.parametrize("width", [2, 5, 70])
+def test_changes_are_those_of_tables_that_are_forked_and_copied(width, prompt, size):
+    final = prompt + 40
+    parents = draw_parents(0.3, width, 39, width, prompt)
+    found = changes(parents, prompt, final, size)
+    numbers = iter(range(10**6))
+    tables = [[next(numbers) for _ in range(-(-prompt // size))]] * width
+
+    def state(tokens):
+        blocks = {block: index for table in tables for index, block in enumerate(table)}
+        filled = sum(min(size, tokens - index * size) for index in blocks.values())
+        unused = sum(max(0, (index + 1) * size - final) for index in blocks.values())
+        return np.array([len(blocks), filled, unused if len(tables[0]) * size >= final else 0])
+
+    for tick in range(1, final - prompt + 1):
+        before, copies = state(prompt + tick - 1), 0
+        tables = [table.copy() for table in tables]
+        for beam, table in enumerate(tables):
+            if (prompt + tick - 1) % size == 0:
+                table.append(next(numbers))
+            elif any(other[-1] == table[-1] for other in tables[beam + 1 :]):
+                table[-1] = next(numbers)
+                copies += 1
+        after = state(prompt + tick)
+        assert found[tick, COPIES] == copies
+        assert found[tick, [TAKEN, WRITTEN, WASTED]].tolist() == (after - before - [0, width, 0]).tolist()
+        if tick < final - prompt:
+            tables = [tables[parent] for parent in parents[tick - 1]]
+            left = after - state(prompt + tick)
+            assert found[tick, [LEFT, LOST, SPARED]].tolist() == left.tolist()
+
+
+def run(blocks: int, *, counts: bool, policy: str = "vllm_v0", every=None, **fields):
+    """Beams, samples and single sequences at a rate that fills half of 600 blocks."""
+    draw = np.random.default_rng(1)
+    asked = [
+        Request(
+            name,
+            name * 60 * MS,
+            *draw.integers(1, 120, 2).tolist(),
+            **[{}, {"n": 3}, {"beam_width": 4}][name % 3],
+        )
+        for name in range(90)
+    ]
+    memory = allocator["paged"](Capacity(blocks * 16, 256, blocks))
+    memory.counts_beams = counts
+    tables = []
+    listed = []
+    served = scheduler[policy](memory, **fields)
+    plan = served.plan
+
+    def looked_at(now):
+        every(memory)
+        listed.append(bool(memory.counted and memory.counted.groups))
+        return plan(now)
+
+    if every is not None:
+        served.plan = looked_at
+    summary = simulate(
+        Asked(asked, beams=(0.35, 2)),
+        scheduler=served,
+        timing=timing["fixed"](prefill_ms=7.0, decode_ms=3.0),
+        transfers=Transfers(None, None, 16),
+        recorder=Recorder(lambda table, columns: tables.append((table, columns))),
+        max_model_len=256,
+    )
+    memory.check_integrity()
+    assert memory.usage().free == blocks * 16
+    return summary, tables, listed
+
+
+@pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "orca", "static", "lightllm"])
+@pytest.mark.parametrize("blocks", [120, 200, 600])
+def test_a_run_is_the_same_with_a_table_for_each_beam(blocks, policy):
+    (one, mine, _), (other, theirs, _) = (
+        run(blocks, counts=counts, policy=policy) for counts in (True, False)
+    )
+    assert one == pytest.approx(other, rel=0, abs=0, nan_ok=True)
+    for (name, columns), (same, others) in zip(mine, theirs, strict=True):
+        assert name == same
+        for column in columns:
+            np.testing.assert_array_equal(columns[column], others[column], err_msg=f"{name}.{column}")
+
+
+def test_the_books_agree_with_the_tables_that_beams_would_have_before_every_plan():
+    *_, listed = run(600, counts=True, every=lambda memory: memory.check_integrity())
+    assert sum(listed) > 500, "most plans find groups that are counted"
+
+
+def test_a_block_too_few_is_noticed():
+    def steal(memory):
+        if memory.counted is not None and len(memory.counted.groups) > 1:
+            memory.counted._heap.append(memory.pool.take()[0])
+            with pytest.raises(IntegrityError, match="blocks of counted groups"):
+                memory.check_integrity()
+            memory.pool.release([memory.counted._heap.pop()])
+
+    run(600, counts=True, every=steal)
