@@ -26,7 +26,8 @@ NAME = re.compile(r"\w[\w.+-]*")
 MEMORY = {
     (name,)
     for name in (
-        "model", "device", "tensor_parallel", "num_blocks", "kv_memory", "memory_utilization", "max_model_len"
+        "model", "device", "tensor_parallel", "num_blocks", "kv_memory", "memory_utilization", "kv_cache_dtype",
+        "max_model_len",
     )
 }  # fmt: skip
 """Sections without which nothing can be said of the fit."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from sim.errors import UserError
 from sim.hardware import Device, Model
@@ -118,3 +119,9 @@ class Calibrated(StepTime):
     def _dense(self, tokens: int) -> float:
         read = self.read_weight * min(self.weights, self.active_weights * tokens)
         return self.dense_base + max(read, self.curve(tokens) * self.active_weights)
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """A profile has no figures of kernels that dequantise."""
+        if config.get("kv_cache_dtype"):
+            yield "kv_cache_dtype", "profiles were not measured with quantised caches: take timing roofline"
