@@ -154,7 +154,10 @@ def _check_precision(experiment: Experiment, model: Model | None) -> None:
     if model.kv_bytes_per_token >= model.full_kv_bytes_per_token:
         got = f"{precision}, which takes {model.kv_bytes_per_token:,} bytes a token with its scales"
         raise _wrong(
-            "saves nothing", "kv_cache_dtype", got, f"less than the {model.full_kv_bytes_per_token:,} of {model.name}"
+            "saves nothing",
+            "kv_cache_dtype",
+            got,
+            f"less than the {model.full_kv_bytes_per_token:,} of {model.name}",
         )
 
 

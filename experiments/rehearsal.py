@@ -69,7 +69,9 @@ class Rehearsal:
                 attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
                 offloading = [memory, experiment.tiers, experiment.offload]
                 attempt(build.make_tiers, model, device, owner, key=offloading)
-        attempt(build.make_timing, model, device, key=[memory[:3], experiment.kv_cache_dtype, experiment.timing])
+        attempt(
+            build.make_timing, model, device, key=[memory[:3], experiment.kv_cache_dtype, experiment.timing]
+        )
         attempt(build.make_probe, None, model, None, key=[memory[0], experiment.probe])
         return found
 

@@ -28,8 +28,8 @@ class Roofline(StepTime):
     follow from the mean context, which is an upper bound where some contexts are shorter and others longer than
     the window. Tensor parallel devices share both evenly. Each layer ends in two all-reduces of its tokens'
     activations (Shoeybi et al., Megatron-LM, 2019), as rings of 2 (n - 1) sends of a part in n; without a link's
-    bandwidth they are part of the step overhead. Of a quantised cache (`kv_cache_dtype`) attention reads fewer bytes, and
-    makes every value that it reads or writes usable on the vector units, before the matrix units have it.
+    bandwidth they are part of the step overhead. Of a quantised cache (`kv_cache_dtype`) attention reads fewer bytes,
+    and every value that it reads or writes passes through the vector units before the matrix units have it.
 
     Fields:
         step_overhead_ms: Time per step beside the operators: scheduling, launches, sampling, communication.

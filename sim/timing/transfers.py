@@ -113,7 +113,10 @@ class Transfers:
         transfers = config.get("transfers") or {}
         if transfers.get("quantization") and config.get("kv_cache_dtype"):
             kept = f"kv_cache_dtype: {config['kv_cache_dtype']}"
-            yield "transfers.quantization", f"swapped blocks have the precision of the cache ({kept}), and keep it"
+            yield (
+                "transfers.quantization",
+                f"swapped blocks have the precision of the cache ({kept}), and keep it",
+            )
         if not transfers.get("asynchronous"):
             for field in ("prefetch", "layer_wise"):
                 if field in transfers:
