@@ -22,7 +22,7 @@ class NanoAllocator(PrefixAllocator):
         block_size: KV slots per block; nano-vllm's own is 256.
     """
 
-    can_offload = False
+    can_offload = groups_layers = False
 
     def __init__(self, capacity: Capacity, *, block_size: PositiveInt = 16) -> None:
         super().__init__(capacity, block_size=block_size, keyless_first=False)

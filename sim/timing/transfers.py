@@ -130,10 +130,10 @@ def _quantized(precision: Precision, model: Model | None, block_size: int) -> in
     if model is None:
         raise UserError("transfers.quantization needs a model: name one, for example opt-13b")
     swapped = quantized_bytes(model.kv_values, model.head_dim, precision)
-    if swapped >= model.kv_bytes_per_token:
+    if swapped >= model.full_kv_bytes_per_token:
         raise UserError(
             f"transfers.quantization: {precision} takes {swapped:,} bytes a token, expected less than the "
-            f"{model.kv_bytes_per_token:,} of the cache"
+            f"{model.full_kv_bytes_per_token:,} of the cache"
         )
     return swapped * block_size
 
