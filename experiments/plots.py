@@ -26,6 +26,7 @@ _ORDER = (
     "recovery",
     "hits_by_tier",
     "precision",
+    "block_tables",
     "sweep_",
     "latency",
 )
@@ -101,6 +102,7 @@ def _drawings(experiment: Experiment) -> Iterator[tuple[str, Drawing]]:
         plots_requests,
         plots_shares,
         plots_sweep,
+        plots_tables,
         plots_tiers,
         plots_time,
     )
@@ -115,6 +117,7 @@ def _drawings(experiment: Experiment) -> Iterator[tuple[str, Drawing]]:
         ("recovery", lambda: plots_recovery.recovery(experiment)),
         ("hits_by_tier", lambda: plots_tiers.hits_by_tier(experiment)),
         ("precision", lambda: plots_precision.precision(experiment)),
+        ("block_tables", lambda: plots_tables.block_tables(experiment)),
         *(
             (f"sweep_{_file_name(axis)}", lambda axis=axis: plots_sweep.sweep(experiment, axis))
             for axis in others
