@@ -39,10 +39,10 @@ def test_attention_equals_attention_over_quantised_rows_in_every_allocator(kind)
 
 @pytest.mark.parametrize("kind", ["prefix", "jenga"])
 def test_windows_of_layer_groups_are_compared_with_what_is_in_them(kind):
-    _, probe = probed(kind, "int4", layers=LAYERS, kv_bytes=400 * 256)
+    _, probe = probed(kind, "int8", layers=LAYERS, kv_bytes=400 * 256)
     assert isinstance(probe.audit.ledger, GroupedLedger)
     assert probe.max_error < 2e-6
-    assert 1e-2 < probe.figures["quantization_max_error"] < 1
+    assert 1e-4 < probe.figures["quantization_max_error"] < 0.05  # attention beyond the window would be farther off
 
 
 def test_coarser_codes_are_farther_off_and_each_element_is_within_its_bound():
@@ -54,15 +54,17 @@ def test_coarser_codes_are_farther_off_and_each_element_is_within_its_bound():
     assert figures[0]["quantization_value_error"] < 5 / 254 * 1.001  # nothing of the table is beyond 5
 
 
-def test_swaps_keep_the_precision():
-    memory = allocator["paged"](
-        Capacity(num_slots=100, max_model_len=64, kv_cache_dtype="int8"), block_size=4
-    )
-    probe = AttentionProbe(every=1)
-    summary = run(memory, requests(1, groups=True), probe, preemption="swap")
-    assert summary["swapped_in_blocks"] > 0
-    assert summary["copied_blocks"] > 0
-    assert probe.max_error < 2e-6
+@pytest.mark.parametrize("every", [1, 9])
+def test_swaps_and_forks_keep_the_precision(every):
+    """Samples far apart leave it to forks and swaps to enter what was written, token by token if it is little."""
+    for seed in (1, 2):
+        shape = Capacity(num_slots=100, max_model_len=64, kv_cache_dtype="int8")
+        probe = AttentionProbe(every=every)
+        asked = requests(seed, groups=True, longest=40)
+        summary = run(allocator["paged"](shape, block_size=4), asked, probe, preemption="swap")
+        assert summary["swapped_in_blocks"] > 0
+        assert summary["copied_blocks"] > 0
+        assert probe.max_error < 2e-6
 
 
 class Fresh(Ledger):
