@@ -42,7 +42,9 @@ def test_windows_of_layer_groups_are_compared_with_what_is_in_them(kind):
     _, probe = probed(kind, "int8", layers=LAYERS, kv_bytes=400 * 256)
     assert isinstance(probe.audit.ledger, GroupedLedger)
     assert probe.max_error < 2e-6
-    assert 1e-4 < probe.figures["quantization_max_error"] < 0.05  # attention beyond the window would be farther off
+    assert (
+        1e-4 < probe.figures["quantization_max_error"] < 0.05
+    )  # attention beyond the window would be farther off
 
 
 def test_coarser_codes_are_farther_off_and_each_element_is_within_its_bound():
