@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention.functional import paged_attention, write
 from attention.plain import plain_attention
-from attention.swap.quantization import Quantization
+from attention.swap.quantization import Quantization, QuantizationError
 from attention.swap.swapping import swap_in, swap_out
 from sim.errors import UserError
 from sim.identity import UNWRITTEN, Ints
@@ -32,8 +32,8 @@ class Window:
 
     `blocks` [num_blocks] are entries of the block table, `found` [num_blocks, block_size] the identities that
     the ledger has in them, `wanted` [num_tokens] those of the sequence's history. Windows that were seen at the
-    same time have the same `layer`. With `sliding` the last token sees so many of them only. Where swaps are
-    quantised, `quantized` says of which slots the ledger knows that they hold less precise K and V,
+    same time have the same `layer`. With `sliding` the last token sees so many of them only. Where the cache or swaps
+    are quantised, `quantized` says of which slots the ledger knows that they hold less precise K and V,
     [num_blocks, block_size], and how many of the tokens at the beginning are expected to be so. Blocks that came from
     tiers behind the device have their `journeys`, [num_blocks] if there are any: their K and V go the same way.
     """
@@ -65,9 +65,9 @@ class Comparison:
     The K and V of a token are rows of a fixed random table, looked up by the token's identity; a slot that is
     unwritten holds no numbers. Attention runs in float32, what it is compared with in float64.
 
-    Where swaps are quantised, tokens that were swapped have the K and V that a round trip leaves of theirs, on both
-    sides of the comparison; `distance` is the largest difference from attention over what they were before, None
-    where no window has such tokens.
+    Where the cache or swaps are quantised, quantised tokens have the K and V that a round trip leaves of theirs, on
+    both sides of the comparison; `distance` is the largest difference from attention over what they were before, None
+    where no window has such tokens. `elements` is the error of single K and V, with its bound.
     """
 
     def __init__(
@@ -94,8 +94,10 @@ class Comparison:
             ) from None
         self._q, self._k, self._v = random_rows()
         self.distance: float | None = None
+        self.elements: QuantizationError | None = None
         if quantization is not None:  # rows as they are, then rows after a round trip
             trip = Quantization.named(quantization)
+            self.elements = trip.measure(torch.cat([self._k, self._v]))
             self._k, self._v = (
                 torch.cat([row, trip.dequantize(trip.quantize(row), HEAD_DIM, row.dtype)])
                 for row in (self._k, self._v)
@@ -146,6 +148,7 @@ class Comparison:
             errors.append(float((got - plain[0]).abs().max()))
         for window, got, query, row in zip(windows, out, queries, whole, strict=True):
             if window.quantized is not None and window.quantized[1] > 0:
+                row = row[-(window.sliding or len(row)) :]
                 plain, _ = plain_attention(
                     query[None].double(), self._k[row].double(), self._v[row].double(), scale
                 )

@@ -26,7 +26,8 @@ NAME = re.compile(r"\w[\w.+-]*")
 MEMORY = {
     (name,)
     for name in (
-        "model", "device", "tensor_parallel", "num_blocks", "kv_memory", "memory_utilization", "max_model_len"
+        "model", "device", "tensor_parallel", "num_blocks", "kv_memory", "memory_utilization", "kv_cache_dtype",
+        "max_model_len",
     )
 }  # fmt: skip
 """Sections without which nothing can be said of the fit."""
@@ -76,15 +77,22 @@ def _purpose(file: File) -> str:
 def load(file: File, sets: Sequence[str] = (), *, probe: bool = True) -> Plan:
     """Read and check an experiment. Raises Mistakes with everything that is wrong with it."""
     root, mistakes = document.read(file)
+    return planned(file, root, mistakes, [*sets, *([] if probe else ["probe=false"])])
+
+
+def planned(
+    file: File, root: Node, mistakes: list[Mistake], sets: Sequence[str], schema: Schema | None = None
+) -> Plan:
+    """The same for a document that is read; `schema` where many are that load no plug-ins."""
     overrides: list[tuple[Path, Node]] = []
-    for number, argument in enumerate([*sets, *([] if probe else ["probe=false"])], 1):
+    for number, argument in enumerate(sets, 1):
         try:
             overrides.append(document.parse_set(argument, number))
         except Mistakes as error:
             mistakes += error.mistakes
     for path, node in overrides:
         root = root.put(path, node)
-    reading = _Reading(file, root, overrides, mistakes)
+    reading = _Reading(file, root, overrides, mistakes, schema)
     plan = reading.plan()
     if reading.mistakes:
         raise Mistakes(reading.mistakes)
@@ -95,8 +103,14 @@ class _Reading:
     """The way from a document to a plan, with the mistakes found on it."""
 
     def __init__(
-        self, file: File, root: Node, overrides: list[tuple[Path, Node]], mistakes: list[Mistake]
+        self,
+        file: File,
+        root: Node,
+        overrides: list[tuple[Path, Node]],
+        mistakes: list[Mistake],
+        schema: Schema | None,
     ) -> None:
+        self.schema = schema
         self.file = file
         self.root = root
         self.overrides = [(path, node) for path, node in overrides if path[0] != "sweep"]
@@ -105,7 +119,7 @@ class _Reading:
 
     def plan(self) -> Plan:
         loaded = self._load_plugins()
-        schema = experiment_schema()
+        schema = self.schema or experiment_schema()
         groups, wrong = axes.read_axes(self.root.get("sweep"))
         self._note(wrong, self.root)
         malformed = {mistake.path[-1] for mistake in wrong}

@@ -11,6 +11,7 @@ from experiments.annotations import DefaultKind
 from experiments.hardware import device, model
 from experiments.sizes import Size
 from sim.allocators import allocator
+from sim.kv_precision import Precision
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
 from sim.schedulers import scheduler
 from sim.tier_kinds import tier
@@ -50,6 +51,7 @@ class Experiment:
         num_blocks: Blocks of KV memory, of the allocator's block size (16 if it has none).
         kv_memory: KV memory, where num_blocks is not given.
         memory_utilization: Share of the device's memory for weights and KV, where neither is given.
+        kv_cache_dtype: Precision of the KV cache, with a scale for each token and head; by default the model's own.
         max_model_len: Longest sequence; by default the model's own. An output is cut to what fits, a longer
             prompt is refused.
         workload: Where requests come from.
@@ -74,6 +76,7 @@ class Experiment:
     num_blocks: PositiveInt | None = None
     kv_memory: Size | None = None
     memory_utilization: Annotated[float, Bounds(gt=0, le=1)] = 0.9
+    kv_cache_dtype: Precision | None = None
     max_model_len: PositiveInt | None = None
     workload: Annotated[Settings, workload, DefaultKind("synthetic")]
     allocator: Annotated[Settings, allocator]

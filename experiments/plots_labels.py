@@ -187,6 +187,8 @@ def _say(path: str, leaf: dict[str, Any], words: dict[str, list[str]]) -> None:
 def _word(field: str, value: Any) -> str:
     if isinstance(value, bool):
         return field.replace("_", " ") if value else f"no {field.replace('_', ' ')}"
+    if field == "kv_cache_dtype":
+        return str(value or "full")
     if value is None:
         return f"no {field.replace('_', ' ')}"
     if field == "tiers":

@@ -57,7 +57,7 @@ class Rehearsal:
         memory = [
             experiment.model, experiment.device, experiment.tensor_parallel, experiment.num_blocks,
             experiment.kv_memory, experiment.memory_utilization, experiment.max_model_len,
-            experiment.allocator,
+            experiment.allocator, experiment.kv_cache_dtype,
         ]  # fmt: skip
         model, device = build.make_hardware(experiment)
         capacity = attempt(build.make_capacity, model, device, key=memory)
@@ -70,7 +70,9 @@ class Rehearsal:
                 attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
                 offloading = [memory, experiment.tiers, experiment.offload]
                 attempt(build.make_tiers, model, device, owner, key=offloading)
-        attempt(build.make_timing, model, device, key=[memory[:3], experiment.timing])
+        attempt(
+            build.make_timing, model, device, key=[memory[:3], experiment.kv_cache_dtype, experiment.timing]
+        )
         attempt(build.make_probe, None, model, None, key=[memory[0], experiment.probe])
         return found
 

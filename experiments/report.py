@@ -43,6 +43,10 @@ _OPTIONAL = (
     ("requests_thrashed", "Thrashed", "requests", 1.0),
     ("blocks_saved_share", "Saved by sharing", "%", 100.0),
     ("prefix_hit_rate", "Prefix hits", "%", 100.0),
+    ("mean_table_length", "Block table", "entries", 1.0),
+    ("decode_attention_ms", "Attention of a token", "ms", 1.0),
+    ("kv_bytes_saved_share", "Saved by precision", "%", 100.0),
+    ("quantization_max_error", "Error of attention", "absolute", 1.0),
 )
 _Column = tuple[str, str, str, float]
 

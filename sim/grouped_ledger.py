@@ -8,6 +8,7 @@ from collections.abc import Sequence as Ordered
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sim.allocators.grouped import GroupedAllocator
 from sim.errors import ProbeError
@@ -117,6 +118,15 @@ class GroupedLedger:
 
     # What it knows
 
+    @property
+    def precision(self) -> str | None:
+        """That of all K and V, where it is not the model's own."""
+        return self.allocator.kv_cache_dtype
+
+    def quantized(self, layout: GroupLayout) -> NDArray[np.bool_]:
+        """Which of the layout's tokens have lost precision: all or none."""
+        return np.full(len(layout.slots), self.precision is not None)
+
     def contents(self, sequence: Sequence, group: int = 0) -> Ints:
         """Identities of the sequence's tokens in a group, shape [num_tokens]."""
         found = self._state(sequence)[0].identities(0, sequence.num_tokens)[0]
@@ -176,6 +186,8 @@ class GroupedLedger:
                 )
                 raise self.error(f"{told} is written over {self.told(int(found[at]))}")
         self.device.slots[places] = values
+        if self.precision is not None:
+            self.device.quantized.reshape(-1)[places] = True
         entered[group] = max(entered[group], stop)
         return wanted
 

@@ -60,6 +60,7 @@ class Ledger:
         self._forked: dict[Sequence, History] = {}  # of branches, which may have to start again
         self._touched: set[int] = set()
         self._keeps_freed = allocator.keeps_freed
+        self._stores_quantized = allocator.kv_cache_dtype is not None
         self.changed: set[int] = (
             set()
         )  # device blocks that were copied or moved to, until somebody clears them
@@ -229,12 +230,19 @@ class Ledger:
 
     # What it knows
 
+    @property
+    def precision(self) -> str | None:
+        """That of all K and V, or of those that were swapped, where it is not the model's own."""
+        return self.allocator.kv_cache_dtype or self.allocator.quantization
+
     def contents(self, sequence: Sequence) -> Ints:
         """Identities of the sequence's tokens by its history, shape [num_tokens]."""
         return self._state(sequence).history.identities(0, sequence.num_tokens)[0]
 
     def quantized(self, layout: Layout) -> NDArray[np.bool_]:
-        """Which of the layout's tokens have lost precision by a swap, by what became of their sequences."""
+        """Which of the layout's tokens have lost precision, all or by a swap of their sequences."""
+        if self._stores_quantized:
+            return np.ones(len(layout.positions), np.bool_)
         lengths = [self._state(sequence).quantized for sequence in layout.sequences]
         return layout.positions < np.repeat(lengths, layout.lengths)
 
@@ -270,8 +278,8 @@ class Ledger:
                 at = int(clashes[0])
                 raise self._clash(told(at), int(found[at]))
         self.device.slots[slots] = contents
-        if self.allocator.quantization is not None:
-            self.device.quantized.reshape(-1)[slots] = False
+        if self.precision is not None:
+            self.device.quantized.reshape(-1)[slots] = self._stores_quantized
 
     def _clash(self, what: str, found: int) -> ProbeError:
         return self.error(f"{what} is written over {self.told(found)}")
@@ -309,8 +317,8 @@ class Ledger:
                     slot = blocks[index - first] * size + offset
                     raise self._clash(f"{sequence}, token {position}, device slot {slot}", found)
                 row[offset] = wanted
-                if self.allocator.quantization is not None:
-                    self.device.quantized[blocks[index - first], offset] = False
+                if self.precision is not None:
+                    self.device.quantized[blocks[index - first], offset] = self._stores_quantized
         written.tokens = end
 
     def _state(self, sequence: Sequence) -> Written:

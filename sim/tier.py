@@ -27,7 +27,7 @@ class Tier:
     """What every slot of a memory holds, as the identity of the last write.
 
     `slots` [num_slots] and `rows` [num_blocks, block_size] are views of the same identities; `quantized`, of the
-    same shape as `rows`, says what has lost precision by a swap. The pool flags in
+    same shape as `rows`, says what has lost precision. The pool flags in
     `fresh` what it hands out; those blocks become UNWRITTEN together.
     """
 

@@ -46,7 +46,7 @@ class Capacity:
     `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`. `token_bytes` is what
     a token's K, or its V, takes in one of `num_layers` layers on one device; both are 0 where no model is known.
     A model whose layers are of several kinds says so in `layers`, with the bytes that there are for all of them;
-    `num_slots` are then tokens without any window.
+    `num_slots` are then tokens without any window. A quantised cache has its precision in `kv_cache_dtype`.
     """
 
     num_slots: int
@@ -56,6 +56,7 @@ class Capacity:
     num_layers: int = 0
     layers: tuple[LayerKind, ...] = ()
     kv_bytes: int = 0
+    kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_model_len"):
@@ -142,6 +143,7 @@ class Allocator(ABC):
     def __init__(self, capacity: Capacity) -> None:
         self.entry_log: list[tuple[int, int]] = []
         self.num_slots = capacity.num_slots
+        self.kv_cache_dtype = capacity.kv_cache_dtype
         self.max_model_len = capacity.max_model_len
         self.num_tokens = 0
         self.num_ticks = 0

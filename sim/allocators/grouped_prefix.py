@@ -20,7 +20,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
 
     The rules are those of `sim/prefix_cache.py`: a hit has to be one in every group, a window's from its right
     end; a request is refused on the sum over the groups; a window gives its blocks back before it takes others.
-    States are not cached, so that with them nothing is.
+    No checkpoints of states are kept, so that with states nothing is cached.
     """
 
     pool: PrefixPool

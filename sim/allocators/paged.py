@@ -346,9 +346,13 @@ class PagedAllocator(Allocator):
         transfers = config.get("transfers") or {}
         if config["scheduler"].get("preemption") == "partial":
             yield "scheduler.preemption", "partial preemption is not there for cached blocks (prefix_caching)"
-        for field in ("asynchronous", "quantization"):
-            if transfers.get(field):
-                yield f"transfers.{field}", "is not there for cached blocks (prefix_caching)"
+        if transfers.get("asynchronous"):
+            yield "transfers.asynchronous", "is not there for cached blocks (prefix_caching)"
+        if transfers.get("quantization"):
+            yield (
+                "transfers.quantization",
+                "blocks come back less precise, and two precisions would be under one prefix key (prefix_caching)",
+            )
 
     # Where tokens live
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from sim.allocators.base import Capacity, allocator
@@ -46,7 +47,7 @@ class PrefixAllocator(CachingAllocator):
 
     def __new__(cls, capacity: Capacity, **fields: Any) -> Any:
         """The allocator of one group that sees all tokens, or that of several."""
-        if fields.get("windows") is None and not capacity.layers:
+        if not cls.groups_layers or (fields.get("windows") is None and not capacity.layers):
             return super().__new__(cls)
         return GroupedPrefixAllocator(capacity, **fields)
 
@@ -65,6 +66,16 @@ class PrefixAllocator(CachingAllocator):
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
         self.prefix_caching = self.keeps_freed = prefix_caching
         self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """What states of a model rule out."""
+        states = cls.groups_layers and (config["model"] or {}).get("num_state_layers")
+        if states and config["allocator"].get("prefix_caching"):
+            yield (
+                "allocator.prefix_caching",
+                "no checkpoints of states are kept, and without a state nobody can go on from a cached prefix",
+            )
 
     def _keys(self, request: Request, num_tokens: int) -> list[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""

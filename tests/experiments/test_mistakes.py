@@ -236,7 +236,32 @@ SWAPS = {
     (
         "allocator.prefix_caching=true",
         "transfers.quantization=int8",
-    ): "--set:2:24: transfers.quantization: is not there for cached blocks (prefix_caching)",
+    ): "--set:2:24: transfers.quantization: blocks come back less precise, and two precisions would be under one "
+    "prefix key (prefix_caching)",
+    (
+        "kv_cache_dtype=int8",
+        "transfers.quantization=int4",
+    ): "--set:2:24: transfers.quantization: swapped blocks have the precision of the cache (kv_cache_dtype: int8), "
+    "and keep it",
+    (
+        "kv_cache_dtype=int8",
+        "model={kind: opt-13b, kv_bytes_per_value: 1}",
+    ): "--set:1:16: kv_cache_dtype: saves nothing, got int8, which takes 422,400 bytes a token with its scales, "
+    "expected less than the 409,600 of opt-13b",
+    (
+        "kv_cache_dtype=fp8",
+        "model=null",
+        "num_blocks=9",
+        "kv_memory=null",
+        "max_model_len=99",
+    ): "--set:1:16: kv_cache_dtype: a precision of nobody's K and V, got fp8, expected a model that has them",
+    (
+        "kv_cache_dtype=int8",
+        "timing={kind: calibrated, profile: cpu-xeon}",
+    ): "--set:1:16: kv_cache_dtype: profiles were not measured with quantised caches: take timing roofline",
+    (
+        "timing={kind: roofline, dequantize_ops: 1}",
+    ): "--set:1:41: timing.dequantize_ops: has no meaning where the cache is not quantised (kv_cache_dtype)",
     (
         "allocator.num_host_blocks=0",
         "transfers.asynchronous=true",
