@@ -29,6 +29,7 @@ EVIDENCE: dict[str, Callable[[Figures], Any]] = {
     "asynchronous swap": lambda of: of["swapped_in_blocks"],
     "quantised swap": lambda of: of["quantization_max_error"],
     "quantised cache": lambda of: of["quantization_max_error"],
+    "tiers": lambda of: of["host_written_gb"],
     "windows": lambda of: of["slides"],
     "states": lambda of: of["states"],
     "chunked prefill": lambda of: of["mixed_steps"],
