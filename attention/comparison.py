@@ -14,9 +14,11 @@ from torch import Tensor
 
 from attention.functional import paged_attention, write
 from attention.plain import plain_attention
-from attention.swap.quantization import Quantization
+from attention.swap.quantization import Quantization, QuantizationError
+from attention.swap.swapping import swap_in, swap_out
 from sim.errors import UserError
 from sim.identity import UNWRITTEN, Ints
+from sim.tier import Journey
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16  # the smallest that the kernels of a GPU take
 SEED = 20230923
@@ -30,9 +32,10 @@ class Window:
 
     `blocks` [num_blocks] are entries of the block table, `found` [num_blocks, block_size] the identities that
     the ledger has in them, `wanted` [num_tokens] those of the sequence's history. Windows that were seen at the
-    same time have the same `layer`. With `sliding` the last token sees so many of them only. Where swaps are
-    quantised, `quantized` says of which slots the ledger knows that they hold less precise K and V,
-    [num_blocks, block_size], and how many of the tokens at the beginning are expected to be so.
+    same time have the same `layer`. With `sliding` the last token sees so many of them only. Where the cache or swaps
+    are quantised, `quantized` says of which slots the ledger knows that they hold less precise K and V,
+    [num_blocks, block_size], and how many of the tokens at the beginning are expected to be so. Blocks that came from
+    tiers behind the device have their `journeys`, [num_blocks] if there are any: their K and V go the same way.
     """
 
     blocks: Ints
@@ -41,6 +44,7 @@ class Window:
     layer: int = 0
     sliding: int | None = None
     quantized: tuple[NDArray[np.bool_], int] | None = None
+    journeys: Ordered[Journey | None] = ()
 
 
 @functools.cache
@@ -61,9 +65,9 @@ class Comparison:
     The K and V of a token are rows of a fixed random table, looked up by the token's identity; a slot that is
     unwritten holds no numbers. Attention runs in float32, what it is compared with in float64.
 
-    Where swaps are quantised, tokens that were swapped have the K and V that a round trip leaves of theirs, on both
-    sides of the comparison; `distance` is the largest difference from attention over what they were before, None
-    where no window has such tokens.
+    Where the cache or swaps are quantised, quantised tokens have the K and V that a round trip leaves of theirs, on
+    both sides of the comparison; `distance` is the largest difference from attention over what they were before, None
+    where no window has such tokens. `elements` is the error of single K and V, with its bound.
     """
 
     def __init__(
@@ -90,8 +94,10 @@ class Comparison:
             ) from None
         self._q, self._k, self._v = random_rows()
         self.distance: float | None = None
+        self.elements: QuantizationError | None = None
         if quantization is not None:  # rows as they are, then rows after a round trip
             trip = Quantization.named(quantization)
+            self.elements = trip.measure(torch.cat([self._k, self._v]))
             self._k, self._v = (
                 torch.cat([row, trip.dequantize(trip.quantize(row), HEAD_DIM, row.dtype)])
                 for row in (self._k, self._v)
@@ -142,6 +148,7 @@ class Comparison:
             errors.append(float((got - plain[0]).abs().max()))
         for window, got, query, row in zip(windows, out, queries, whole, strict=True):
             if window.quantized is not None and window.quantized[1] > 0:
+                row = row[-(window.sliding or len(row)) :]
                 plain, _ = plain_attention(
                     query[None].double(), self._k[row].double(), self._v[row].double(), scale
                 )
@@ -164,3 +171,32 @@ class Comparison:
         k = self._k[rows].masked_fill(empty, math.nan).to(self.device)
         v = self._v[rows].masked_fill(empty, math.nan).to(self.device)
         write(k, v, self.k_cache, self.v_cache, slots.to(self.device), check=False)
+        for window, table in zip(windows, tables, strict=True):
+            for block, journey in zip(table.tolist(), window.journeys, strict=False):
+                if journey is not None:
+                    self._travel(journey, block, window.layer * self._num_blocks)
+
+    def _travel(self, journey: Journey, end: int, first: int) -> None:
+        """Move a block's K and V from where they were computed through every tier to where the table has them.
+
+        Tiers behind the device are in host memory here, one block each. `first` is the first block of the layer; what
+        is in the block where the journey begins is put back.
+        """
+        (_, begin), *stops, (_, target) = journey.places
+        assert first + target == end, "a journey ends in another block"
+        caches = [self.k_cache, self.v_cache]
+        start = first + begin
+        before = [cache[start].clone() for cache in caches]
+        for cache in caches:
+            cache[end] = math.nan
+        rows, empty = torch.from_numpy(journey.row % NUM_ROWS), torch.from_numpy(journey.row == UNWRITTEN)
+        for cache, values in zip(caches, (self._k, self._v), strict=True):
+            cache[start] = values[rows].masked_fill(empty[:, None, None], math.nan).to(self.device)
+        kept = [torch.zeros(1, *cache.shape[1:]) for cache in caches]
+        swap_out(caches, kept, torch.tensor([[start, 0]]))
+        for cache, values in zip(caches, before, strict=True):
+            if start != end:
+                cache[start] = values
+        for _ in stops[1:]:
+            kept = [values.clone() for values in kept]
+        swap_in(caches, kept, torch.tensor([[0, end]]))

@@ -119,8 +119,10 @@ class AttentionProbe:
             "probe_steps": self.num_samples,
             "probe_max_error": self.max_error,
         }
-        if self._comparison is not None and self.audit.ledger.allocator.quantization is not None:
+        if self._comparison is not None and self._comparison.elements is not None:
             told["quantization_max_error"] = self._comparison.distance
+            told["quantization_value_error"] = self._comparison.elements.max_error
+            told["quantization_bound_share"] = self._comparison.elements.share
         return told | (self._recalibration.figures() if self._recalibration is not None else {})
 
     def _measure(self, model: Model, sequences: Ordered[Sequence]) -> None:
@@ -170,7 +172,8 @@ class AttentionProbe:
         ledger = self.audit.ledger
         if isinstance(ledger, GroupedLedger):
             blocks, found, wanted, sliding = ledger.piece(sequence, limit, self._random)
-            return Window(blocks, found, wanted, self._layer, sliding)
+            flags = None if ledger.precision is None else (ledger.device.quantized[blocks], len(wanted))
+            return Window(blocks, found, wanted, self._layer, sliding, flags)
         size = ledger.device.block_size
         tokens = sequence.num_tokens
         width = max(1, limit // size)
@@ -182,16 +185,18 @@ class AttentionProbe:
             blocks = ledger.allocator.slots(sequence)[begin:end:size] // size
         found, wanted = ledger.device.rows[blocks], ledger.contents(sequence)[begin:end]
         quantized = None
-        if ledger.allocator.quantization is not None:
+        if ledger.allocator.kv_cache_dtype is not None:
+            quantized = ledger.device.quantized[blocks], len(wanted)
+        elif ledger.allocator.quantization is not None:
             quantized = ledger.device.quantized[blocks], ledger.live[sequence].quantized - begin
-        return Window(blocks, found, wanted, self._layer, None, quantized)
+        journeys = [ledger.journey(block) for block in blocks.tolist()] if ledger.loaded else []
+        return Window(blocks, found, wanted, self._layer, None, quantized, journeys)
 
     def _errors(self, windows: list[Window]) -> list[float]:
         if self._comparison is None:
             from attention.comparison import Comparison
 
-            quantization = self.audit.ledger.allocator.quantization
             self._comparison = Comparison(
-                LAYERS, *self.audit.ledger.device.rows.shape, self.device, quantization
+                LAYERS, *self.audit.ledger.device.rows.shape, self.device, self.audit.ledger.precision
             )
         return self._comparison.errors(windows)

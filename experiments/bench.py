@@ -15,10 +15,12 @@ def run_bench(name: str | None) -> int:
     from experiments.bench_attention import bench_attention
     from experiments.bench_beams import bench_beams
     from experiments.bench_paper import bench_paper
+    from experiments.bench_policies import bench_policies
     from experiments.bench_sim import bench_sim
 
     benches: dict[str, Callable[[Path], str]] = {
         "sim": bench_sim,
+        "policies": bench_policies,
         "paper": bench_paper,
         "attention": bench_attention,
         "beams": bench_beams,

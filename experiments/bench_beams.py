@@ -24,7 +24,7 @@ from workloads.arrivals import Burst
 from workloads.lengths import Fixed as FixedLengths
 from workloads.sampling import Sampling, measured_turnover
 from workloads.streams import Streams
-from workloads.workload import Synthetic
+from workloads.synthetic import Synthetic
 
 ROOMS = ("sim", "workloads", "attention", "experiments")
 """Packages whose docstrings are the text: written for this project, and there wherever it is installed."""

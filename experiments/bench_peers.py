@@ -40,7 +40,7 @@ def _mooncake_trace(path: Path) -> Path:
     from workloads.arrivals import Poisson
     from workloads.lengths import Lognormal
     from workloads.streams import Streams
-    from workloads.workload import Synthetic
+    from workloads.synthetic import Synthetic
 
     requests = Synthetic(
         Streams(0),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from collections.abc import Sequence as Ordered
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,15 @@ def _peer_table(folder: Path) -> str:
     return table(title, ["simulator", "CPU s", "requests/CPU-s", "speed ratio"], rows)
 
 
-def run(folder: Path, requests: int, rate: float) -> dict[str, Any]:
-    """One run, everything recorded and written; the summary's figures."""
+def run(folder: Path, requests: int, rate: float, sets: Ordered[str] = ()) -> dict[str, Any]:
+    """One run, everything recorded and written; the summary's figures. `sets` are as of `kvsim run --set`."""
     from experiments.config import load
     from experiments.sweep import run_sweep
 
     folder.mkdir(parents=True)
     config = folder / "bench.yaml"
     config.write_text(EXPERIMENT.format(requests=requests, rate=rate))
-    outcome = run_sweep(load(config, probe=False), folder, processes=1)
+    outcome = run_sweep(load(config, sets, probe=False), folder, processes=1)
     for failure in outcome.failures:
         raise RuntimeError(failure.message)
     return outcome.rows[0]

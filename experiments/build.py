@@ -22,7 +22,9 @@ from sim.recorder import Recorder, Sink
 from sim.registry import Registry
 from sim.schedulers import Scheduler, scheduler
 from sim.simulation import simulate
-from sim.timing import StepTime, Transfers, timing
+from sim.tier_kinds import tier
+from sim.tiered_store import TieredStore
+from sim.timing import Calibrated, StepTime, Transfers, timing
 from workloads.streams import Streams
 from workloads.workload import workload
 
@@ -39,6 +41,9 @@ def run(
     scheduler = make_scheduler(experiment, make_allocator(experiment, capacity))
     workload = make_workload(experiment, capacity, replication)
     step_time = make_timing(experiment, model, device)
+    tiers = make_tiers(experiment, model, device, scheduler.allocator)
+    if tiers is not None:
+        scheduler.allocator.open_tiers(tiers)
     probe = make_probe(experiment, workload.num_requests, model, step_time)
     figures = _simulate(
         probe,
@@ -51,9 +56,26 @@ def run(
         progress=progress,
     )
     figures["prefix_hits_exact"] = _hits_exact(scheduler.allocator, workload.content_grain)
+    if model is not None:
+        figures["kv_bytes_per_token"] = model.kv_bytes_per_token
+        figures["kv_bytes_saved_share"] = 1 - model.kv_bytes_per_token / model.full_kv_bytes_per_token
+    if isinstance(step_time, Calibrated):
+        figures["decode_attention_ms"] = _attention_ms(step_time, figures, scheduler.allocator)
     if probe is None:
         return {**figures, "probe_steps": 0, "probe_max_error": None}, 0.0
     return {**figures, **probe.figures}, probe.cpu_s
+
+
+def _attention_ms(clock: Calibrated, figures: Mapping[str, Any], over: Allocator) -> float | None:
+    """What attention of one token takes in the mean batch: exact, as the profile is linear in batch, context, entries.
+
+    None where sequences share slots, as those are counted once and read by each.
+    """
+    batch, entries = figures["mean_running"], figures["mean_table_length"]
+    if figures["blocks_saved_share"] or not batch > 0 or math.isnan(entries):
+        return None
+    context = figures["token_states_share"] * over.num_slots
+    return float(1e3 * clock.attention_seconds(batch, context, batch * entries) / batch)
 
 
 def _hits_exact(over: Allocator, grain: int) -> bool | None:
@@ -85,8 +107,10 @@ def capacity_told(experiment: Experiment) -> dict[str, Any]:
 
 
 def make_hardware(experiment: Experiment) -> tuple[Model | None, Device | None]:
-    """The model, and the device with as many others as serve it."""
+    """The model with the precision of its cache, and the device with as many others as serve it."""
     model = _row(hardware.model, experiment.model)
+    if model is not None:
+        model = replace(model, kv_cache_dtype=experiment.kv_cache_dtype)
     device = _row(hardware.device, experiment.device)
     if device is not None:
         device = replace(device, count=experiment.tensor_parallel)
@@ -101,6 +125,7 @@ def _row(registry: Registry[Any], settings: Mapping[str, Any] | None) -> Any:
 
 def make_capacity(experiment: Experiment, model: Model | None, device: Device | None) -> Capacity:
     """KV slots: num_blocks wins over kv_memory, kv_memory over memory_utilization. Raises Mistakes."""
+    _check_precision(experiment, model)
     longest = experiment.max_model_len or (model.max_model_len if model is not None else None)
     if longest is None:
         raise _wrong("missing", "max_model_len", expected="an integer >= 1, or a model to take it from")
@@ -108,7 +133,7 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     if told and model is not None and device is not None:
         _check_fit(model, device, 1.0)
     block_size = experiment.allocator.get("block_size", BLOCK_SIZE)
-    shape: dict[str, Any] = {}
+    shape: dict[str, Any] = {"kv_cache_dtype": experiment.kv_cache_dtype}
     if model is not None:
         shape["num_layers"] = model.num_layers
         shape["layers"] = model.layer_kinds
@@ -131,6 +156,23 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     if model.layer_kinds:
         shape["kv_bytes"] = int(available)
     return Capacity(slots, longest, **shape)
+
+
+def _check_precision(experiment: Experiment, model: Model | None) -> None:
+    """Raises Mistakes if a quantised cache is of no model, or takes no fewer bytes."""
+    precision = experiment.kv_cache_dtype
+    if precision is None:
+        return
+    if model is None:
+        raise _wrong("a precision of nobody's K and V", "kv_cache_dtype", precision, "a model that has them")
+    if model.kv_bytes_per_token >= model.full_kv_bytes_per_token:
+        got = f"{precision}, which takes {model.kv_bytes_per_token:,} bytes a token with its scales"
+        raise _wrong(
+            "saves nothing",
+            "kv_cache_dtype",
+            got,
+            f"less than the {model.full_kv_bytes_per_token:,} of {model.name}",
+        )
 
 
 def _left_for_kv(experiment: Experiment, model: Model, device: Device) -> float:
@@ -192,6 +234,33 @@ def make_transfers(
         Transfers, experiment.transfers, ("transfers",), model, device, over.block_size
     )
     return made
+
+
+def make_tiers(
+    experiment: Experiment, model: Model | None, device: Device | None, over: Allocator
+) -> TieredStore | None:
+    """The tiers behind the device; None without any. Raises Mistakes if the allocator caches nothing for them."""
+    if experiment.tiers is None:
+        return None
+    if not (over.can_offload and over.keeps_freed):
+        raise _wrong(
+            "the allocator keeps no cached prefixes that tiers could go on with",
+            "tiers",
+            str(experiment.allocator["kind"]),
+            f"one that does: {those('can_offload')}, with prefix caching and one group of layers",
+        )
+    block_bytes = model.kv_bytes_per_token * over.block_size if model is not None else 0
+    tiers = [
+        make(tier, settings, ("tiers", index), block_bytes, device)
+        for index, settings in enumerate(experiment.tiers)
+    ]
+    made: TieredStore = construct(TieredStore, experiment.offload, ("offload",), tiers)
+    return made
+
+
+def those(power: str) -> str:
+    """The allocators that can do something."""
+    return ", ".join(kind for kind in allocator if getattr(allocator[kind], power, False))
 
 
 def make_probe(

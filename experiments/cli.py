@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-plots", action="store_true", help="draw no plots and write no report")
     made.add_argument("--no-probe", action="store_true", help="check no steps with real attention")
     made = command("list", "list policies, models and devices with their fields")
-    made.add_argument("kind", nargs="?", metavar="KIND", help="a sort of policy, or one policy")
+    made.add_argument("kind", nargs="?", metavar="KIND", help="a sort of policy, one policy, or combinations")
     command("schema", "print the JSON Schema of the YAML")
     for name, told in (
         ("plot", "draw the plots of stored results again"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -14,7 +16,7 @@ from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.forms import FilePath, Form, has, members, walk
 from experiments.mistakes import Mistake, Mistakes, Path, Position, dotted, shown
-from experiments.rehearsal import Rehearsal
+from experiments.rehearsal import Rehearsal, at
 from experiments.schema import Schema
 from experiments.sections import Section
 from sim.errors import UserError
@@ -24,7 +26,8 @@ NAME = re.compile(r"\w[\w.+-]*")
 MEMORY = {
     (name,)
     for name in (
-        "model", "device", "tensor_parallel", "num_blocks", "kv_memory", "memory_utilization", "max_model_len"
+        "model", "device", "tensor_parallel", "num_blocks", "kv_memory", "memory_utilization", "kv_cache_dtype",
+        "max_model_len",
     )
 }  # fmt: skip
 """Sections without which nothing can be said of the fit."""
@@ -74,15 +77,22 @@ def _purpose(file: File) -> str:
 def load(file: File, sets: Sequence[str] = (), *, probe: bool = True) -> Plan:
     """Read and check an experiment. Raises Mistakes with everything that is wrong with it."""
     root, mistakes = document.read(file)
+    return planned(file, root, mistakes, [*sets, *([] if probe else ["probe=false"])])
+
+
+def planned(
+    file: File, root: Node, mistakes: list[Mistake], sets: Sequence[str], schema: Schema | None = None
+) -> Plan:
+    """The same for a document that is read; `schema` where many are that load no plug-ins."""
     overrides: list[tuple[Path, Node]] = []
-    for number, argument in enumerate([*sets, *([] if probe else ["probe=false"])], 1):
+    for number, argument in enumerate(sets, 1):
         try:
             overrides.append(document.parse_set(argument, number))
         except Mistakes as error:
             mistakes += error.mistakes
     for path, node in overrides:
         root = root.put(path, node)
-    reading = _Reading(file, root, overrides, mistakes)
+    reading = _Reading(file, root, overrides, mistakes, schema)
     plan = reading.plan()
     if reading.mistakes:
         raise Mistakes(reading.mistakes)
@@ -93,8 +103,14 @@ class _Reading:
     """The way from a document to a plan, with the mistakes found on it."""
 
     def __init__(
-        self, file: File, root: Node, overrides: list[tuple[Path, Node]], mistakes: list[Mistake]
+        self,
+        file: File,
+        root: Node,
+        overrides: list[tuple[Path, Node]],
+        mistakes: list[Mistake],
+        schema: Schema | None,
     ) -> None:
+        self.schema = schema
         self.file = file
         self.root = root
         self.overrides = [(path, node) for path, node in overrides if path[0] != "sweep"]
@@ -103,7 +119,7 @@ class _Reading:
 
     def plan(self) -> Plan:
         loaded = self._load_plugins()
-        schema = experiment_schema()
+        schema = self.schema or experiment_schema()
         groups, wrong = axes.read_axes(self.root.get("sweep"))
         self._note(wrong, self.root)
         malformed = {mistake.path[-1] for mistake in wrong}
@@ -199,7 +215,9 @@ class _Reading:
         mistakes += wrong
         heard = settings if not wrong else _rest(schema, data, wrong)
         if heard is not None:
-            mistakes += self.rehearsal.mistakes(heard, here, [mistake.path for mistake in mistakes])
+            mistakes += self.rehearsal.mistakes(
+                heard, here, partial(_default, schema, data), [mistake.path for mistake in mistakes]
+            )
         return (settings if not mistakes else None), files, mistakes
 
     def _note(self, mistakes: list[Mistake], here: Node) -> None:
@@ -220,6 +238,14 @@ def _rest(schema: Schema, data: Any, mistakes: list[Mistake]) -> dict[str, Any] 
         _place(data, mistake.path)
     settings, wrong = schema.resolve(data)
     return None if wrong else settings
+
+
+def _default(schema: Schema, data: Any, path: Path) -> Any:
+    """What the settings have at a path where nothing is written there; None if they are wrong without."""
+    bare = deepcopy(data)
+    _place(bare, path)
+    settings, wrong = schema.resolve(bare)
+    return None if wrong else at(settings, path)
 
 
 def _place(data: Any, path: Path, *value: Any) -> None:

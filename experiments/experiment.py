@@ -11,8 +11,11 @@ from experiments.annotations import DefaultKind
 from experiments.hardware import device, model
 from experiments.sizes import Size
 from sim.allocators import allocator
+from sim.kv_precision import Precision
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
 from sim.schedulers import scheduler
+from sim.tier_kinds import tier
+from sim.tiered_store import TieredStore
 from sim.timing import Transfers, timing
 from workloads.workload import workload
 
@@ -48,6 +51,7 @@ class Experiment:
         num_blocks: Blocks of KV memory, of the allocator's block size (16 if it has none).
         kv_memory: KV memory, where num_blocks is not given.
         memory_utilization: Share of the device's memory for weights and KV, where neither is given.
+        kv_cache_dtype: Precision of the KV cache, with a scale for each token and head; by default the model's own.
         max_model_len: Longest sequence; by default the model's own. An output is cut to what fits, a longer
             prompt is refused.
         workload: Where requests come from.
@@ -55,6 +59,8 @@ class Experiment:
         scheduler: Who runs in the next step.
         timing: How long a step takes.
         transfers: How long moving blocks takes.
+        tiers: Memories behind the device where cached prefixes go on, from near to far.
+        offload: What is written to the tiers, and what is loaded from them.
         probe: Steps checked with real attention, or false for none.
         record: Tables that a run stores.
         sweep: Dotted paths, each with a list of values; those under zip vary together, the others cross them.
@@ -70,12 +76,15 @@ class Experiment:
     num_blocks: PositiveInt | None = None
     kv_memory: Size | None = None
     memory_utilization: Annotated[float, Bounds(gt=0, le=1)] = 0.9
+    kv_cache_dtype: Precision | None = None
     max_model_len: PositiveInt | None = None
     workload: Annotated[Settings, workload, DefaultKind("synthetic")]
     allocator: Annotated[Settings, allocator]
     scheduler: Annotated[Settings, scheduler]
     timing: Annotated[Settings, timing]
     transfers: Annotated[Settings, Transfers] = field(default_factory=dict)
+    tiers: list[Annotated[Settings, tier]] | None = None
+    offload: Annotated[Settings, TieredStore] = field(default_factory=dict)
     probe: Annotated[Settings, AttentionProbe] | bool = field(default_factory=dict)
     record: Annotated[Settings, Record] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.annotations import alternatives, registry_in, section_in
+from experiments.combinations import combinations
 from experiments.experiment import Experiment
 from experiments.forms import Form, members
 from experiments.mistakes import shown
@@ -42,7 +43,9 @@ def _registries_in(section: Section) -> Iterator[tuple[str, Registry[Any]]]:
 
 
 def listing(word: str | None) -> str:
-    """All policies, those of one registry, or one policy. Raises UserError for a word that is none."""
+    """All policies, those of one registry, or one policy; or what combines. Raises UserError for other words."""
+    if word == "combinations":
+        return combinations()
     known = registries()
     whole = "\n".join(["experiment:", *aligned(_fields(Section(Experiment), "  "))])
     if word == "experiment":
@@ -57,13 +60,15 @@ def listing(word: str | None) -> str:
         return "\n\n".join(found)
     words = [
         "experiment",
+        "combinations",
         *known,
         *(kind for registry in known.values() for kind in [*registry.kinds, *registry.aliases]),
     ]
     guess = nearest(word, words)
     hint = f", did you mean {guess!r}?" if guess else ""
     raise UserError(
-        f"kvsim list: unknown kind, got {word!r}, expected experiment, {', '.join(known)} or a policy{hint}"
+        f"kvsim list: unknown kind, got {word!r}, expected experiment, combinations, {', '.join(known)} or a "
+        f"policy{hint}"
     )
 
 

@@ -12,6 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from experiments.parity_format import (
+    NANO_MANAGER,
+    NANO_SCHEDULER,
+    RADIX,
+    V0_MANAGER,
+    V0_SCHEDULER,
+    V1_MANAGER,
+    V1_SCHEDULER,
+    Format,
+)  # fmt: skip
 from sim.errors import IntegrityError, UserError
 
 Row = dict[str, Any]
@@ -35,47 +45,70 @@ class Difference(AssertionError):
     """The first place where our answer is not the recorded one."""
 
 
-def _build_v0(header: Row) -> Driver:
-    from experiments.parity_v0 import ManagerDriver, SchedulerDriver
-    from experiments.parity_v0_cached import CachedManagerDriver
+class Misuse(Exception):
+    """An operation that nobody can have asked for: it names what is not there, or what is there already."""
 
-    if "requests" in header:
-        return SchedulerDriver(header["config"], header["requests"])
-    if header["config"].get("prefix_caching"):
-        return CachedManagerDriver(header["config"])
+
+def _v0_manager(header: Row) -> Driver:
+    from experiments.parity_v0_manager import CachedManagerDriver, ManagerDriver
+
+    kind = CachedManagerDriver if header["config"].get("prefix_caching") else ManagerDriver
+    return kind(header["config"])
+
+
+def _v0_scheduler(header: Row) -> Driver:
+    from experiments.parity_v0 import SchedulerDriver
+
+    return SchedulerDriver(header["config"], header["requests"])
+
+
+def _v1_manager(header: Row) -> Driver:
+    from experiments.parity_v1 import ManagerDriver
+
+    return ManagerDriver(header["config"], keyless_first=not _is_oldest(header))
+
+
+def _v1_scheduler(header: Row) -> Driver:
+    from experiments.parity_v1 import SchedulerDriver
+
+    return SchedulerDriver(header["config"], header["requests"], oldest=_is_oldest(header))
+
+
+def _is_oldest(header: Row) -> bool:
+    return bool(header["version"].endswith("0.10.0"))
+
+
+def _nano_manager(header: Row) -> Driver:
+    from experiments.parity_nano import ManagerDriver
+
     return ManagerDriver(header["config"])
 
 
-def _build_v1(header: Row) -> Driver:
-    from experiments.parity_v1 import ManagerDriver, SchedulerDriver
+def _nano_scheduler(header: Row) -> Driver:
+    from experiments.parity_nano import SchedulerDriver
 
-    oldest = header["version"].endswith("0.10.0")
-    if "requests" in header:
-        return SchedulerDriver(header["config"], header["requests"], oldest=oldest)
-    return ManagerDriver(header["config"], keyless_first=not oldest)
+    return SchedulerDriver(header["config"], header["requests"])
 
 
-def _build_nano(header: Row) -> Driver:
-    from experiments.parity_nano import ManagerDriver, SchedulerDriver
-
-    if "requests" in header:
-        return SchedulerDriver(header["config"], header["requests"])
-    return ManagerDriver(header["config"])
-
-
-def _build_radix(header: Row) -> Driver:
+def _radix(header: Row) -> Driver:
     from experiments.parity_radix import CacheDriver
 
     return CacheDriver(header["config"])
 
 
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Driver]]] = {
-    "vllm-V0": (("0.4.2",), _build_v0),
-    "vllm-V1": (("main 2026-08-17", "0.10.0"), _build_v1),
-    "nano-vllm": (("main 2026-04-26",), _build_nano),
-    "mini-sglang": (("main 2026-03-13",), _build_radix),
+Replayed = tuple[Format, Callable[[Row], Driver]]
+
+PEERS: dict[str, tuple[tuple[str, ...], Replayed, Replayed | None]] = {
+    "vllm-V0": (("0.4.2",), (V0_MANAGER, _v0_manager), (V0_SCHEDULER, _v0_scheduler)),
+    "vllm-V1": (("main 2026-08-17", "0.10.0"), (V1_MANAGER, _v1_manager), (V1_SCHEDULER, _v1_scheduler)),
+    "nano-vllm": (("main 2026-04-26",), (NANO_MANAGER, _nano_manager), (NANO_SCHEDULER, _nano_scheduler)),
+    "mini-sglang": (("main 2026-03-13",), (RADIX, _radix), None),
 }
-"""First word of a recording's peer: the versions that are known, and who performs its operations."""
+"""First word of a recording's peer: the versions that are known, and who performs its manager's operations and
+its scheduler's steps."""
+
+
+_FAULTS = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
 def read(path: Path) -> tuple[Row, list[Row]]:
@@ -85,7 +118,7 @@ def read(path: Path) -> tuple[Row, list[Row]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
         raise UserError(f"{path}: cannot be read: {reason}") from error
-    lines = text.splitlines()
+    lines = text.removesuffix("\n").split("\n") if text else []
     rows = [_row(path, number, line, last=number == len(lines)) for number, line in enumerate(lines, 1)]
     if not rows:
         raise UserError(f"{path}:1: got an empty file, expected the header of a recording")
@@ -111,7 +144,7 @@ def read(path: Path) -> tuple[Row, list[Row]]:
 def _row(path: Path, number: int, line: str, last: bool) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         what = "truncated: " if last else ""
         raise UserError(f"{path}:{number}: {what}got no JSON ({error}), expected an object") from error
     if not isinstance(row, dict):
@@ -119,36 +152,45 @@ def _row(path: Path, number: int, line: str, last: bool) -> Row:
     return row
 
 
-def build(path: Path, header: Row) -> Driver:
-    """Our side of a recording. Raises UserError for one that is not known."""
+def build(path: Path, header: Row) -> tuple[Format, Driver]:
+    """What a recording may say, and our side of it. Raises UserError for one that is not known."""
     peer, version = str(header.get("peer")), str(header.get("version")).removeprefix("v")
-    for word, (versions, driver) in FORMATS.items():
-        if peer.split(" ")[0] == word:
-            if version not in versions:
-                known = " or ".join(versions)
-                raise UserError(f"{path}:1: got a recording of {word} {version!r}, expected version {known}")
-            try:
-                return driver(header)
-            except KeyError as error:
-                raise UserError(f"{path}:1: the configuration lacks {error}") from error
-            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                raise UserError(f"{path}:1: the configuration does not make sense: {error}") from error
-    raise UserError(f"{path}:1: got a recording of {peer!r}, expected one of {', '.join(FORMATS)}")
+    word = peer.split(" ")[0]
+    if word not in PEERS:
+        raise UserError(f"{path}:1: got a recording of {peer!r}, expected one of {', '.join(PEERS)}")
+    versions, manager, scheduler = PEERS[word]
+    if version not in versions:
+        known = " or ".join(versions)
+        raise UserError(f"{path}:1: got a recording of {word} {version!r}, expected version {known}")
+    replayed = scheduler if "requests" in header else manager
+    if replayed is None:
+        raise UserError(f"{path}:1: got requests, expected a recording of {word}'s manager, which has none")
+    form, driver = replayed
+    form.check_header(path, header)
+    return form, driver(
+        {
+            **header,
+            "config": _given(header["config"]),
+            "requests": [_given(row) for row in header.get("requests", ())],
+        }
+    )
+
+
+def _given(row: Row) -> Row:
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def replay(path: Path) -> int:
     """Replay one recorded file; the number of operations compared. Raises Difference or UserError."""
     header, operations = read(path)
-    driver = build(path, header)
+    form, driver = build(path, header)
     for number, row in enumerate(operations, 2):
+        form.check_operation(path, number, row["op"])
         try:
             out, state = driver.perform(row["op"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}:{number}: got the operation {row['op']}, which is not of this format "
-                f"({type(error).__name__}: {error})"
-            ) from error
-        except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError) as error:
+        except Misuse as error:
+            raise UserError(f"{path}:{number}: op: {error}, after {json.dumps(row['op'])}") from error
+        except _FAULTS as error:
             raise Difference(
                 f"{path}:{number}: ours raises {error!r}, after {json.dumps(row['op'])}"
             ) from error
@@ -203,13 +245,3 @@ def canonical(tables: dict[str, list[int]]) -> dict[str, list[int]]:
 def histogram(counts: Iterable[int]) -> dict[str, int]:
     """Each number but 0 to how often it occurs."""
     return {str(count): number for count, number in sorted(Counter(counts).items()) if count}
-
-
-def block_keys(tokens: Sequence[int], block_size: int, known: Sequence[int] = ()) -> list[int]:
-    """A key for each full block, chained along the tokens; `known` are those of the first blocks."""
-    keys = list(known)
-    key = keys[-1] if keys else 0
-    for end in range((len(keys) + 1) * block_size, len(tokens) + 1, block_size):
-        key = hash((key, *tokens[end - block_size : end]))
-        keys.append(key)
-    return keys

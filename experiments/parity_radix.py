@@ -5,133 +5,91 @@ from __future__ import annotations
 from collections import Counter
 
 from experiments.parity import Row, histogram
-from sim.errors import IntegrityError
-from sim.radix_tree import Node, RadixTree
+from experiments.parity_tokens import TokenManager, Told
+from sim import Capacity, Request
+from sim.allocators import RadixAllocator
 
 
-class _Request:
-    """A request of a recording: tokens, those of them that have a slot, its pages, its place in the tree."""
+class _Memory(RadixAllocator):
+    """mini-sglang's tree; whoever looks something up there has used it."""
 
-    def __init__(self, tokens: list[int], out_len: int, pages: list[int], node: Node) -> None:
-        self.tokens = list(tokens)
-        self.computed = len(tokens)
-        self.remaining = out_len
-        self.several = out_len > 1
-        self.pages = pages
-        self.node = node
-        self.shared = len(pages)  # leading pages that are the tree's
+    refresh = "whole"
+
+    def look_up(self, request: Request, num_tokens: int) -> int:
+        """Tokens that the tree has of a prompt, which may split a node."""
+        pages, _ = self.tree.match(self._keys(request, num_tokens))
+        return len(pages) * self.block_size
 
 
-class CacheDriver:
-    """Performs the operations of a cache file on a radix tree and a list of free pages."""
+class CacheDriver(TokenManager):
+    """Performs the operations of a cache file on the allocator `radix`.
 
-    gave_up = False
+    That nobody is ever preempted is a promise of mini-sglang's scheduler, and kept here: a request is admitted only
+    if beside it all that run can have their remaining outputs.
+    """
+
+    memory: _Memory
 
     def __init__(self, config: Row) -> None:
-        self.page_size: int = config["page_size"]
-        self.num_pages: int = config["num_pages"]
-        self.tree = RadixTree()
-        self.free = list(range(self.num_pages))
-        self.requests: dict[str, _Request] = {}
-
-    def perform(self, op: Row) -> tuple[Row, Row]:
-        """One operation: what it returns, and the state afterwards."""
-        arguments = {name: value for name, value in op.items() if name != "op"}
-        return getattr(self, op["op"])(**arguments), self.state()
-
-    def _pages(self, tokens: list[int]) -> list[tuple[int, ...]]:
-        """The content of each whole page."""
-        size = self.page_size
-        return [tuple(tokens[end - size : end]) for end in range(size, len(tokens) + 1, size)]
+        super().__init__()
+        pages, size = config["num_pages"], config["page_size"]
+        self.memory = _Memory(Capacity(pages * size, pages * size, pages), block_size=size)
+        self.promised: dict[Told, int] = {}  # outputs that requests were admitted with
 
     def admit(self, r: str, tokens: list[int], out_len: int) -> Row:
-        pages, node = self.tree.match(self._pages(tokens[:-1]))
-        hit = len(pages) * self.page_size
+        memory, size = self.memory, self.memory.block_size
+        told = self.tell(tokens, len(tokens) + out_len - 1)
+        hit = memory.look_up(told.request, len(tokens))
         wanted = len(tokens) - hit + out_len
         for other in self.requests.values():
-            wanted += other.remaining + (self.page_size - 1 if other.several else 0)
-        out: Row = {"hit_tokens": hit, "ok": wanted <= self._available()}
-        if out["ok"]:
-            self.tree.lock(node)
-            out["ok"] = wanted <= self._available()  # the lock took the hit out of what is available
-            if not out["ok"]:
-                self.tree.unlock(node)
-        if out["ok"]:
-            request = self.requests[r] = _Request(tokens, out_len, pages, node)
-            out["evicted_tokens"] = self._allocate(request)
-        return out
+            wanted += self._remaining(other) + (size - 1 if self.promised[other] > 1 else 0)
+        _, unlocked = memory.cached(told.request, len(tokens))
+        if wanted > (memory.pool.num_free - unlocked) * size:  # what it finds cannot be evicted for it
+            return {"hit_tokens": hit, "ok": False}
+        self.requests[r] = told
+        self.promised[told] = out_len
+        cached = self._cached
+        memory.admit(told.sequence, len(tokens))
+        return {"hit_tokens": hit, "ok": True, "evicted_tokens": (cached - self._cached) * size}
 
-    def _available(self) -> int:
-        return (len(self.free) + self.tree.evictable) * self.page_size
+    @property
+    def _cached(self) -> int:
+        return self.memory.tree.evictable + self.memory.tree.protected
 
-    def _allocate(self, request: _Request) -> int:
-        """Pages for all computed tokens; the tokens evicted for them."""
-        needed = -(-request.computed // self.page_size) - len(request.pages)
-        evicted = self.tree.evict(max(0, needed - len(self.free)))
-        self.free += evicted
-        request.pages += self.free[:needed]
-        del self.free[:needed]
-        return len(evicted) * self.page_size
+    def _remaining(self, told: Told) -> int:
+        return told.prompt_tokens + self.promised[told] - told.num_tokens
 
     def prefill_done(self, r: str, token: int) -> Row:
-        request = self.requests[r]
-        self._sample(request, token)
-        if request.remaining:
-            node = self._insert(request)
-            self.tree.lock(node)
-            request.node = node
+        told = self.requests[r]
+        told.tell(token)
+        self.memory.computed(told.sequence)
         return {}
 
     def decode(self, r: str, token: int) -> Row:
-        request = self.requests[r]
-        request.computed += 1
-        evicted = self._allocate(request)
-        self._sample(request, token)
-        return {"evicted_tokens": evicted}
+        told, cached = self.requests[r], self._cached
+        self.memory.extend(told.sequence, 1)
+        told.tell(token)
+        return {"evicted_tokens": (cached - self._cached) * self.memory.block_size}
 
     def finish(self, r: str) -> Row:
-        request = self.requests.pop(r)
-        self._insert(request)
-        self.free += request.pages[request.computed // self.page_size :]
+        told = self.requests.pop(r)
+        del self.promised[told]
+        if told.sequence.num_tokens < told.sequence.final_tokens:  # else `free` does it
+            self.memory.finished(told.sequence)
+        self.memory.free(told.sequence)
         return {}
 
     def probe(self, tokens: list[int]) -> Row:
-        pages, _ = self.tree.match(self._pages(tokens[:-1]))
-        return {"hit_tokens": len(pages) * self.page_size}
-
-    def _sample(self, request: _Request, token: int) -> None:
-        request.tokens.append(token)
-        request.remaining -= 1
-
-    def _insert(self, request: _Request) -> Node:
-        """Enter the whole pages of what is computed, free what the tree has already, and give the lock back."""
-        content = self._pages(request.tokens[: request.computed])
-        known, node = self.tree.insert(content, request.pages)
-        self.tree.unlock(request.node)
-        self.free += request.pages[request.shared : known]
-        request.pages[: len(content)] = [
-            page for each in reversed([*self.tree.path(node)]) for page in each.pages
-        ]
-        request.shared = len(content)
-        return node
+        return {"hit_tokens": self.memory.look_up(self.tell(tokens).request, len(tokens))}
 
     def state(self) -> Row:
-        tree, size = self.tree, self.page_size
+        memory = self.memory
+        tree, size = memory.tree, memory.block_size
         nodes = list(tree.nodes())
         return {
-            "free_pages": len(self.free), "evictable_tokens": tree.evictable * size,
-            "protected_tokens": tree.protected * size, "available_tokens": self._available(),
+            "free_pages": len(memory.pool.free), "evictable_tokens": tree.evictable * size,
+            "protected_tokens": tree.protected * size, "available_tokens": memory.pool.num_free * size,
             "nodes": len(nodes), "leaves": sum(not node.children for node in nodes),
             "node_len_hist": histogram(len(node.pages) * size for node in nodes),
             "lock_hist": {str(locks): number for locks, number in Counter(node.locks for node in nodes).items()},
         }  # fmt: skip
-
-    def check_integrity(self) -> None:
-        """Every page is free, in the tree, or one request's own."""
-        self.tree.check_integrity()
-        own = [page for request in self.requests.values() for page in request.pages[request.shared :]]
-        cached = [page for node in self.tree.nodes() for page in node.pages]
-        if sorted([*self.free, *own, *cached]) != list(range(self.num_pages)):
-            raise IntegrityError(
-                f"free({len(self.free)}) + own({len(own)}) + cached({len(cached)}) != total({self.num_pages})"
-            )

@@ -1,132 +1,15 @@
-"""Recordings of vLLM V0: its block manager, and its scheduler over it."""
+"""Recordings of vLLM V0's scheduler over its block manager."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.parity import canonical, histogram
-from sim import Admission, Capacity, Request, Sequence, Step
-from sim.allocators import PagedAllocator
+from experiments.parity_v0_manager import build_memory
+from sim import Request, Sequence, Step
 from sim.beams import fork
 from sim.request import NEVER
 from sim.schedulers import VllmV0
-
-ENDLESS = 1 << 30
-"""Tokens that a sequence of a manager file may grow to: those files name no end."""
-
-
-def build_memory(config: dict[str, Any], max_model_len: int) -> PagedAllocator:
-    """The paged allocator that a header describes."""
-    blocks, size = config["num_gpu_blocks"], config["block_size"]
-    memory = PagedAllocator(
-        Capacity(num_slots=blocks * size, max_model_len=max_model_len, num_blocks=blocks),
-        block_size=size,
-        watermark=config.get("watermark", (config["watermark_blocks"] + 0.5) / blocks),
-        num_host_blocks=config["num_cpu_blocks"],
-    )
-    assert memory.watermark_blocks == config["watermark_blocks"]
-    return memory
-
-
-class ManagerDriver:
-    """Performs the operations of a block manager file on the paged allocator."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.memory = build_memory(config, ENDLESS)
-        self.has_host = config["num_cpu_blocks"] > 0
-        self.groups: dict[str, Request] = {}
-        self.swapped: set[str] = set()
-        self.names: dict[Sequence, int] = {}
-        self.copies = 0
-        self.gave_up = False
-
-    def perform(self, op: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One operation: what it returns, and the state afterwards."""
-        arguments = {name: value for name, value in op.items() if name != "op"}
-        return getattr(self, op["op"])(**arguments), self.state()
-
-    def alloc(self, g: str, s: int, tokens: list[int]) -> dict[str, Any]:
-        request = Request(len(self.names), 0, len(tokens), ENDLESS)
-        admission = self.memory.admission(request, len(tokens))
-        if admission is Admission.OK:
-            sequence = Sequence(request, 0, 0, ENDLESS)
-            self.memory.admit(sequence, len(tokens))
-            request.sequences.append(sequence)
-            self.groups[g] = request
-            self.names[sequence] = s
-        return {"status": admission.name}
-
-    def fork(self, g: str, parent: int, child: int) -> dict[str, Any]:
-        request = self.groups[g]
-        branch = fork(self.memory, self._branch(request, parent))
-        request.sequences.append(branch)
-        self.names[branch] = child
-        return {}
-
-    def append(self, g: str, tokens: dict[str, int]) -> dict[str, Any]:
-        request = self.groups[g]
-        if not self.memory.can_append(request):
-            return {"ok": False}
-        assert len(tokens) == len(request.sequences)
-        copied = [sequence for sequence in request.sequences if self.memory.append(sequence)]
-        for sequence in request.sequences:
-            sequence.origin += 1
-            self.memory.num_tokens += 1
-        self.copies += len(copied)
-        return {"ok": True, "cow": len(copied), "cow_seqs": [self.names[sequence] for sequence in copied]}
-
-    def finish(self, g: str, s: int) -> dict[str, Any]:
-        request = self.groups[g]
-        sequence = self._branch(request, s)
-        self.memory.free(sequence)
-        request.sequences.remove(sequence)
-        if not request.sequences:
-            del self.groups[g]
-            self.swapped.discard(g)
-        return {}
-
-    def swap_out(self, g: str) -> dict[str, Any]:
-        if not self.memory.can_swap_out(self.groups[g]):
-            return {"ok": False}
-        self.swapped.add(g)
-        return {"ok": True, "blocks": self.memory.swap_out(self.groups[g])}
-
-    def swap_in(self, g: str) -> dict[str, Any]:
-        admission = self.memory.swap_in_admission(self.groups[g])
-        if admission is not Admission.OK:
-            return {"status": admission.name}
-        self.swapped.discard(g)
-        return {"status": "OK", "blocks": self.memory.swap_in(self.groups[g])}
-
-    def check_integrity(self) -> None:
-        """The allocator's books."""
-        self.memory.check_integrity()
-
-    def _branch(self, request: Request, name: int) -> Sequence:
-        return next(sequence for sequence in request.sequences if self.names[sequence] == name)
-
-    def _tables(self, swapped: bool) -> dict[str, list[int]]:
-        return canonical(
-            {
-                str(self.names[sequence]): sequence.block_table
-                for group, request in self.groups.items()
-                if (group in self.swapped) is swapped
-                for sequence in request.sequences
-            }
-        )
-
-    def state(self) -> dict[str, Any]:
-        device, host = self.memory.pool, self.memory.host_pool
-        seen = {
-            "free_gpu": device.num_free, "used_gpu": device.num_used,
-            "free_cpu": host.num_free, "used_cpu": host.num_used,
-            "tables": self._tables(swapped=False), "ref_hist": histogram(device.references),
-            "cow_total": self.copies,
-        }  # fmt: skip
-        if self.has_host:
-            seen |= {"cpu_tables": self._tables(swapped=True), "cpu_ref_hist": histogram(host.references)}
-        return seen
 
 
 class SchedulerDriver:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from experiments.parity import Row, block_keys, canonical, histogram
+from experiments.parity import Row, canonical, histogram
+from experiments.parity_tokens import ENDLESS, TokenManager, Told, tokens_of
 from sim import Admission, Capacity, Request, Step
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
 from sim.allocators.prefix import PrefixAllocator
+from sim.allocators.window_edge import NULL
 from sim.decode_set import arrival_order
-from sim.prefix_cache import NULL, Holding, PrefixCache
 from sim.schedulers import VllmV1
 from sim.schedulers import order as orders
 
@@ -19,110 +20,132 @@ def windows_of(config: Row) -> list[int | None]:
     return [None if group in ("full", None) else group for group in config.get("groups", ["full"])]
 
 
-class _Request:
-    """A request of a recording: its tokens, with a key for each full block, and what it holds."""
+FIRST_OUTPUT = 100_000
+"""The first token that request 0 of a file generates; the first ones of the others follow so many apart."""
 
-    def __init__(self, tokens: Sequence[int], cache: PrefixCache) -> None:
-        self.tokens = list(tokens)
-        self.keys: list[int] = []
-        self.holding = Holding(len(cache.windows))
-        self.preempted = False
-        self.extend((), cache.block_size)
-
-    def extend(self, tokens: Sequence[int], block_size: int) -> None:
-        self.tokens += tokens
-        if len(self.tokens) // block_size > len(self.keys):
-            self.keys = block_keys(self.tokens, block_size, self.keys)
+Memory = PrefixAllocator | GroupedPrefixAllocator
 
 
-class ManagerDriver:
-    """Performs the operations of a KV-cache manager file on a prefix cache."""
+def build_memory(
+    kinds: tuple[type[PrefixAllocator], type[GroupedPrefixAllocator]],
+    capacity: Capacity,
+    config: Row,
+    keyless_first: bool,
+) -> Memory:
+    """The allocator that a header describes: the first kind for one group that sees all, the second for others."""
+    fields: Row = {
+        "block_size": config["block_size"],
+        "prefix_caching": config["prefix_caching"],
+        "keyless_first": keyless_first,
+    }
+    alone, grouped = kinds
+    windows = windows_of(config)
+    return alone(capacity, **fields) if windows == [None] else grouped(capacity, windows=windows, **fields)
 
-    gave_up = False
+
+class _GuardedMemory(PrefixAllocator):
+    """The recorded manager keeps its watermark at every admission, as if others ran."""
+
+    @property
+    def kept_free(self) -> int:
+        return self.watermark_blocks
+
+
+class _GuardedGroups(GroupedPrefixAllocator):
+    """Likewise, over several groups of layers."""
+
+    @property
+    def kept_free(self) -> int:
+        return self.watermark_blocks
+
+
+class ManagerDriver(TokenManager):
+    """Performs the operations of a KV-cache manager file on the allocator `prefix`."""
+
+    memory: Memory
 
     def __init__(self, config: Row, *, keyless_first: bool) -> None:
-        self.cache = PrefixCache(
-            config["usable_blocks"],
-            config["block_size"],
-            windows=windows_of(config),
-            caching=config["prefix_caching"],
-            watermark_blocks=config["watermark_blocks"],
-            keyless_first=keyless_first,
-        )
-        self.requests: dict[str, _Request] = {}
-
-    def perform(self, op: Row) -> tuple[Row, Row]:
-        """One operation: what it returns, and the state afterwards."""
-        arguments = {name: value for name, value in op.items() if name != "op"}
-        return getattr(self, op["op"])(**arguments), self.state()
+        super().__init__()
+        capacity = Capacity(1, ENDLESS, config["usable_blocks"])
+        self.memory = build_memory((_GuardedMemory, _GuardedGroups), capacity, config, keyless_first)
+        self.memory.watermark_blocks = config["watermark_blocks"]
+        self.num_groups = len(windows_of(config))
+        self.has_windows = windows_of(config).count(None) < self.num_groups
 
     def admit(self, r: str, tokens: list[int], chunk: int | None = None) -> Row:
-        request = _Request(tokens, self.cache)
-        out = self._start(request, chunk)
+        told = self.tell(tokens)
+        out = self._start(told, chunk)
         if out["ok"]:
-            self.requests[r] = request
+            self.requests[r] = told
         return out
 
-    def _start(self, request: _Request, chunk: int | None) -> Row:
-        hit, blocks = self.cache.hit(request.keys, len(request.tokens))
-        now = len(request.tokens) - hit
+    def _start(self, told: Told, chunk: int | None) -> Row:
+        hit = self.memory.cached_tokens(told.request, told.num_tokens)
+        now = told.num_tokens - hit
         if chunk is not None:
             now = min(chunk, now)
-        ok = self.cache.allocate(request.holding, now, request.keys, hits=blocks, watermark=True)
+        ok = self.memory.admission(told.request, hit + now) is Admission.OK
+        if ok:
+            self.memory.admit(told.sequence, hit + now)
         return {"ok": ok, "hit_tokens": hit, "computed_now": now if ok else 0}
 
+    def _continue(self, told: Told, tokens: int) -> bool:
+        self.memory.pass_windows(told.sequence)
+        ok = self.has_room(told, tokens)
+        if ok:
+            self.memory.extend(told.sequence, tokens)
+        return ok
+
     def continue_prefill(self, r: str, chunk: int) -> Row:
-        request = self.requests[r]
-        now = min(chunk, len(request.tokens) - request.holding.computed)
-        ok = self.cache.allocate(request.holding, now, request.keys)
+        told = self.requests[r]
+        now = min(chunk, told.missing)
+        ok = self._continue(told, now)
         return {"ok": ok, "computed_now": now if ok else 0}
 
     def append(self, r: str, token: int) -> Row:
-        request = self.requests[r]
-        request.extend([token], self.cache.block_size)
-        missing = len(request.tokens) - request.holding.computed
-        return {"ok": self.cache.allocate(request.holding, missing, request.keys)}
+        told = self.requests[r]
+        told.tell(token)
+        return {"ok": self._continue(told, told.missing)}
 
     def preempt(self, r: str) -> Row:
-        self.cache.release(self.requests[r].holding)
+        self.drop(self.requests[r])
         return {}
 
     def resume(self, r: str, chunk: int | None = None) -> Row:
         return self._start(self.requests[r], chunk)
 
     def free(self, r: str) -> Row:
-        self.cache.release(self.requests.pop(r).holding)
+        told = self.requests.pop(r)
+        if told.sequence in self.memory.sequences:
+            self.memory.free(told.sequence)
         return {}
 
     def probe(self, tokens: list[int]) -> Row:
-        hit, _ = self.cache.hit(block_keys(tokens, self.cache.block_size), len(tokens))
-        return {"hit_tokens": hit}
+        return {"hit_tokens": self.memory.cached_tokens(self.tell(tokens).request, len(tokens))}
 
     def reset_prefix_cache(self) -> Row:
-        return {"ok": self.cache.pool.forget_all()}
+        return {"ok": self.memory.pool.forget_all()}
+
+    def _tables(self, told: Told) -> list[list[int]]:
+        if isinstance(self.memory, PrefixAllocator):
+            return [told.sequence.block_table]
+        holding = self.memory.holdings.get(told.sequence)
+        return [[] for _ in range(self.num_groups)] if holding is None else holding.tables
 
     def state(self) -> Row:
-        pool = self.cache.pool
+        pool = self.memory.pool
         tables = {
-            f"{name}/g{group}" if len(self.cache.windows) > 1 else name: table
-            for name, request in self.requests.items()
-            for group, table in enumerate(request.holding.tables)
+            f"{name}/g{group}" if self.num_groups > 1 else name: table
+            for name, told in self.requests.items()
+            for group, table in enumerate(self._tables(told))
         }
         seen: Row = {
             "free": pool.num_free, "used": pool.num_used, "tables": canonical(tables),
             "ref_hist": histogram(pool.references), "hashed_blocks": pool.num_keyed,
         }  # fmt: skip
-        if any(window is not None for window in self.cache.windows):
+        if self.has_windows:
             seen["null_blocks"] = {name: table.count(NULL) for name, table in tables.items()}
         return seen
-
-    def check_integrity(self) -> None:
-        """The pool's books against the tables."""
-        self.cache.pool.check_integrity(
-            [block for block in table if block != NULL]
-            for request in self.requests.values()
-            for table in request.holding.tables
-        )
 
 
 class _PatientMemory(PrefixAllocator):
@@ -134,10 +157,28 @@ class _PatientMemory(PrefixAllocator):
 
 
 class _PatientScheduler(VllmV1):
-    """The same for who exceeds any step."""
+    """The same for who exceeds any step. And all tokens are told here: what decodes fill can be found at once."""
 
     def hopeless(self, request: Request) -> str:
         return ""
+
+    def plan(self, now: int) -> Step:
+        step = super().plan(now)
+        self._tell()
+        return step
+
+    def _admit_waiting(self, step: Step, now: int, left: int) -> None:
+        self._tell()
+        super()._admit_waiting(step, now, left)
+
+    def _tell(self) -> None:
+        """Let the blocks be found that decodes have filled, in a run they are when their holder leaves them."""
+        size = self.allocator.block_size
+        for request in self.running:
+            (sequence,) = request.sequences
+            if sequence.decodes is not None and sequence.num_tokens % size == 0:
+                assert isinstance(self.allocator, PrefixAllocator | GroupedPrefixAllocator)
+                self.allocator.held(sequence, sequence.num_tokens)
 
 
 class _PatientGroups(GroupedPrefixAllocator):
@@ -156,17 +197,7 @@ class SchedulerDriver:
     def __init__(self, config: Row, requests: list[Row], *, oldest: bool) -> None:
         blocks = config["num_blocks_including_null"]
         capacity = Capacity(1, config["max_model_len"], config["usable_blocks"])
-        fields = {
-            "block_size": config["block_size"],
-            "prefix_caching": config["prefix_caching"],
-            "keyless_first": not oldest,
-        }
-        windows = windows_of(config)
-        self.memory: _PatientMemory | _PatientGroups
-        if windows == [None]:
-            self.memory = _PatientMemory(capacity, **fields)
-        else:
-            self.memory = _PatientGroups(capacity, windows=windows, **fields)
+        self.memory = build_memory((_PatientMemory, _PatientGroups), capacity, config, not oldest)
         self.memory.watermark_blocks = config.get(
             "watermark_blocks", int(config.get("watermark", 0.0) * blocks)
         )
@@ -180,6 +211,7 @@ class SchedulerDriver:
             reserve_full_prompt=config.get("reserve_full_isl", False),
             skip_unfit=oldest,
         )
+        self.numbers = {row["id"]: number for number, row in enumerate(requests)}
         self.coming = sorted(requests, key=lambda row: row["arrival_step"])
         self.names: dict[Request, str] = {}
         self.started: set[Request] = set()
@@ -221,11 +253,12 @@ class SchedulerDriver:
         return [self.names[request] for request in requests]
 
     def _add(self, row: Row) -> None:
-        prompt = tuple(first + index for first, count in row["prompt"] for index in range(count))
-        room = self.memory.max_model_len - len(prompt)
+        prompt = tokens_of(row["prompt"])
+        outputs = min(row["max_tokens"], self.memory.max_model_len - len(prompt))
+        first = FIRST_OUTPUT * (self.numbers[row["id"]] + 1)
         request = Request(
-            len(self.names), 0, len(prompt), min(row["max_tokens"], room),
-            content=prompt, content_grain=1, priority=row.get("priority", 0),
+            len(self.names), 0, len(prompt), outputs, content=(*prompt, *range(first, first + outputs)),
+            content_grain=1, priority=row.get("priority", 0),
         )  # fmt: skip
         self.names[request] = row["id"]
         self.policy.add(request)

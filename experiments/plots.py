@@ -24,6 +24,9 @@ _ORDER = (
     "running_batch",
     "block_size",
     "recovery",
+    "hits_by_tier",
+    "precision",
+    "block_tables",
     "sweep_",
     "latency",
 )
@@ -92,7 +95,17 @@ def _place(path: Path) -> tuple[int, str]:
 
 def _drawings(experiment: Experiment) -> Iterator[tuple[str, Drawing]]:
     """File name and drawing of every figure that the results give."""
-    from experiments import plots_rate, plots_recovery, plots_requests, plots_shares, plots_sweep, plots_time
+    from experiments import (
+        plots_precision,
+        plots_rate,
+        plots_recovery,
+        plots_requests,
+        plots_shares,
+        plots_sweep,
+        plots_tables,
+        plots_tiers,
+        plots_time,
+    )
 
     others = [axis for axis in experiment.axes if axis not in (experiment.rate, BLOCK_SIZE)]
     makers: list[tuple[str, Callable[[], Drawing | None]]] = [
@@ -102,6 +115,9 @@ def _drawings(experiment: Experiment) -> Iterator[tuple[str, Drawing]]:
         ("running_batch", lambda: plots_time.running_batch(experiment)),
         ("block_size", lambda: plots_sweep.block_size(experiment)),
         ("recovery", lambda: plots_recovery.recovery(experiment)),
+        ("hits_by_tier", lambda: plots_tiers.hits_by_tier(experiment)),
+        ("precision", lambda: plots_precision.precision(experiment)),
+        ("block_tables", lambda: plots_tables.block_tables(experiment)),
         *(
             (f"sweep_{_file_name(axis)}", lambda axis=axis: plots_sweep.sweep(experiment, axis))
             for axis in others

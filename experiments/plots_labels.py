@@ -187,8 +187,12 @@ def _say(path: str, leaf: dict[str, Any], words: dict[str, list[str]]) -> None:
 def _word(field: str, value: Any) -> str:
     if isinstance(value, bool):
         return field.replace("_", " ") if value else f"no {field.replace('_', ' ')}"
+    if field == "kv_cache_dtype":
+        return str(value or "full")
     if value is None:
         return f"no {field.replace('_', ' ')}"
+    if field == "tiers":
+        return " + ".join(tier_told(tier) for tier in value)
     if field == "path":
         return str(value).rsplit("/", 1)[-1]
     if isinstance(value, int | float):
@@ -196,6 +200,18 @@ def _word(field: str, value: Any) -> str:
         name, unit = axis_name(field)
         return text if field in _TELLING else f"{lowered(name)} {text} {unit}".rstrip()
     return str(value)
+
+
+def tier_told(tier: Config) -> str:
+    """A tier in words.
+
+    >>> tier_told({"kind": "host", "capacity_gb": 32}), tier_told({"kind": "nvme", "num_blocks": 500})
+    ('host 32 GB', 'nvme 500 blocks')
+    """
+    name = tier.get("name") or tier["kind"]
+    if tier.get("num_blocks") is not None:
+        return f"{name} {number(tier['num_blocks'])} blocks"
+    return f"{name} {number(tier['capacity_gb'])} GB" if "capacity_gb" in tier else str(name)
 
 
 def _plain(leaf: dict[str, Any], axes: set[str]) -> str:

@@ -22,7 +22,7 @@ _NOT_SWEPT = ("run_id", "replication", "seed")  # a swept seed gives further rep
 def read_experiment(directory: Path) -> Experiment:
     """Read `runs.parquet` and the manifests beside it. Raises UserError where there is nothing to draw."""
     rows = _rows(directory)
-    summary_keys = _summary_keys(directory, rows)
+    summary_keys = _summary_keys(rows)
     swept = [key for key in rows[0] if key not in summary_keys and key not in _NOT_SWEPT]
     configs = [_config(manifest(directory / str(row["run_id"]))) for row in rows]
     columns = {path: list(map(_value, configs, [path] * len(rows), rows)) for path in swept}
@@ -105,14 +105,8 @@ def _rows(directory: Path) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def _summary_keys(directory: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """Columns of runs.parquet that are figures of the summary, not swept paths."""
-    for row in rows:
-        path = directory / str(row["run_id"]) / "summary.json"
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            return [key for key in row if key in known]
-    # The run folders are gone: the summary starts with duration_s, as results are laid out.
+def _summary_keys(rows: list[dict[str, Any]]) -> list[str]:
+    """Columns of runs.parquet that are figures of the summary, not swept paths: it starts with duration_s."""
     names = list(rows[0])
     return names[names.index("duration_s") :] if "duration_s" in names else []
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments import build
+from experiments.build import those
 from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
 from sim.allocators import Allocator, allocator
 from sim.registry import Registry
 from sim.schedulers import scheduler
+from sim.tiered_store import TieredStore
 from sim.timing import Transfers, timing
 from workloads.workload import workload
 
@@ -23,14 +25,21 @@ class Rehearsal:
     def __init__(self) -> None:
         self._built: dict[str, tuple[Any, list[Mistake]]] = {}
 
-    def mistakes(self, settings: dict[str, Any], written: Node, known: list[Path]) -> list[Mistake]:
+    def mistakes(
+        self, settings: dict[str, Any], written: Node, without: Callable[[Path], Any], known: list[Path]
+    ) -> list[Mistake]:
         """What is wrong with a point whose values are of the right form, beside what is known to be.
 
         An option that has no meaning beside the others is a mistake if the user wrote it (it stands in the
-        document `written`), and ignored as a default.
+        document `written`) and it is not what it would be `without` that: settings in which all defaults are
+        written out mean the same as those they come from.
         """
         found = self._refusals(Experiment(**settings))
-        found += [mistake for mistake in _contradictions(settings) if written.get(*mistake.path)]
+        found += [
+            mistake
+            for mistake in _contradictions(settings)
+            if written.get(*mistake.path) and at(settings, mistake.path) != without(mistake.path)
+        ]
         return [
             mistake
             for mistake in found  # not those of a section in which something is wrong anyway
@@ -48,7 +57,7 @@ class Rehearsal:
         memory = [
             experiment.model, experiment.device, experiment.tensor_parallel, experiment.num_blocks,
             experiment.kv_memory, experiment.memory_utilization, experiment.max_model_len,
-            experiment.allocator,
+            experiment.allocator, experiment.kv_cache_dtype,
         ]  # fmt: skip
         model, device = build.make_hardware(experiment)
         capacity = attempt(build.make_capacity, model, device, key=memory)
@@ -59,7 +68,11 @@ class Rehearsal:
                 found += _without_branches(experiment, owner)
                 attempt(build.make_scheduler, owner, key=[memory, experiment.scheduler])
                 attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
-        attempt(build.make_timing, model, device, key=[memory[:3], experiment.timing])
+                offloading = [memory, experiment.tiers, experiment.offload]
+                attempt(build.make_tiers, model, device, owner, key=offloading)
+        attempt(
+            build.make_timing, model, device, key=[memory[:3], experiment.kv_cache_dtype, experiment.timing]
+        )
         attempt(build.make_probe, None, model, None, key=[memory[0], experiment.probe])
         return found
 
@@ -73,6 +86,13 @@ class Rehearsal:
             except Mistakes as error:
                 self._built[name] = None, error.mistakes
         return self._built[name]
+
+
+def at(settings: Any, path: Path) -> Any:
+    """The value at a path."""
+    for part in path:
+        settings = settings[part]
+    return settings
 
 
 def _without_branches(experiment: Experiment, owner: Allocator) -> Iterator[Mistake]:
@@ -106,13 +126,13 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             complaints = [(section, f"{policy.__name__}.check raises {type(error).__name__}: {error}")]
         for field, complaint in complaints:
             yield Mistake(complaint, tuple(field.split(".")))
-    for field, complaint in Transfers.check(settings):
+    for field, complaint in [*Transfers.check(settings), *TieredStore.check(settings)]:
         yield Mistake(complaint, tuple(field.split(".")))
     owner, name = allocator[settings["allocator"]["kind"]], settings["allocator"]["kind"]
     sampling = settings["workload"].get("sampling") or {}
     for field in ("n", "best_of", "beam_width"):
         if (sampling.get(field) or 1) > 1 and not getattr(owner, "can_fork", True):
-            expected = f"1, or an allocator that shares slots ({_those('can_fork')})"
+            expected = f"1, or an allocator that shares slots ({those('can_fork')})"
             yield Mistake(
                 f"allocator {name} cannot fork",
                 ("workload", "sampling", field),
@@ -124,8 +144,10 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
         ("quantization", "at another precision", "null"),
     ):
         value = (settings.get("transfers") or {}).get(field)
+        if field == "asynchronous" and settings.get("tiers") is not None:
+            continue  # so are those from and to tiers
         if value and not getattr(owner, "can_fly", True):
-            expected = f"{without}, or an allocator that does ({_those('can_fly')})"
+            expected = f"{without}, or an allocator that does ({those('can_fly')})"
             what = f"allocator {name} cannot swap {how}"
             yield Mistake(what, ("transfers", field), str(value).lower(), expected)
     if not getattr(owner, "can_grow", True):
@@ -134,17 +156,13 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
                 what = f"has no meaning with allocator {name}: nobody outgrows a reservation"
                 yield Mistake(what, ("scheduler", field))
         return
-    for modes, power, what, those in (
+    for modes, power, what, others in (
         (("swap", "hybrid"), "can_swap", "swap", "that swaps"),
         (("partial",), "can_stop", "take a part of what a sequence holds", "that does"),
     ):
         mode = settings["scheduler"].get("preemption")
         if mode in modes and not getattr(owner, power, True):
-            expected = f"recompute, or an allocator {those} ({_those(power)})"
+            expected = f"recompute, or an allocator {others} ({those(power)})"
             yield Mistake(
                 f"allocator {name} cannot {what}", ("scheduler", "preemption"), f"'{mode}'", expected
             )
-
-
-def _those(power: str) -> str:
-    return ", ".join(kind for kind in allocator if getattr(allocator[kind], power, False))

@@ -16,7 +16,7 @@ from experiments.plots_reading import manifest, read_experiment
 from experiments.plots_results import Experiment, Run
 from experiments.plots_series import mean
 from experiments.report_page import page
-from experiments.summary_table import hits_told
+from experiments.summary_table import hits_told, tiers_of
 from sim.errors import UserError
 
 #: Groups of columns: key in the summary, heading, unit, factor.
@@ -43,6 +43,10 @@ _OPTIONAL = (
     ("requests_thrashed", "Thrashed", "requests", 1.0),
     ("blocks_saved_share", "Saved by sharing", "%", 100.0),
     ("prefix_hit_rate", "Prefix hits", "%", 100.0),
+    ("mean_table_length", "Block table", "entries", 1.0),
+    ("decode_attention_ms", "Attention of a token", "ms", 1.0),
+    ("kv_bytes_saved_share", "Saved by precision", "%", 100.0),
+    ("quantization_max_error", "Error of attention", "absolute", 1.0),
 )
 _Column = tuple[str, str, str, float]
 
@@ -102,7 +106,9 @@ def _tables(experiment: Experiment) -> list[str]:
         points.setdefault((run.policy, tuple(run.at.values())), []).append(run)
     places = {policy: place for place, policy in enumerate(experiment.policies)}
     rows = sorted(points.items(), key=lambda item: (places[item[0][0]], item[0][1]))
-    extra = tuple(c for c in _OPTIONAL if any(run.summary.get(c[0]) for run in experiment.runs))
+    tiers = tiers_of([run.summary for run in experiment.runs])
+    hits = tuple((f"{tier}_hit_rate", f"Hits on {tier}", "%", 100.0) for tier in tiers)
+    extra = tuple(c for c in (*_OPTIONAL, *hits) if any(run.summary.get(c[0]) for run in experiment.runs))
     seen = len({run.replication for run in experiment.runs})
     notes = ["Shares and the mean batch are weighted by time over the loaded period."]
     if bounded := hits_told([run.summary for run in experiment.runs]):

@@ -12,6 +12,8 @@ MOST_ROWS = 60
 LOWER_BOUND = (
     "prefix hits are a lower bound: the trace names content by blocks, the allocator's are no multiple"
 )
+_OPTIONAL = ("requests_rejected", "kv_bytes_saved_share", "quantization_max_error")
+"""Figures that are left out where no run has any of it."""
 _FIGURES = {
     "requests_finished": "finished",
     "requests_rejected": "rejected",
@@ -20,6 +22,8 @@ _FIGURES = {
     "ttft_mean_s": "TTFT s",
     "mean_running": "running",
     "preemptions": "preempted",
+    "kv_bytes_saved_share": "KV saved %",
+    "quantization_max_error": "error",
     "token_states_share": "tokens %",
     "reserved_share": "reserved %",
     "internal_share": "internal %",
@@ -33,12 +37,12 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     """One line a run: what was swept, then the figures that tell most; all figures are in runs.csv."""
     several = any(row["replication"] for row in rows)
     settings = [*swept, *(["replication"] if several else [])]
-    figures = [name for name in _FIGURES if name in rows[0]]
-    if not any(row.get("requests_rejected") for row in rows):
-        figures = [name for name in figures if name != "requests_rejected"]
-    head = [*settings, *(_FIGURES[name] for name in figures)]
+    titles = dict(_FIGURES) | {f"{tier}_hit_rate": f"{tier} hits %" for tier in ("device", *tiers_of(rows))}
+    there = [name for name in titles if any(name in row for row in rows)]
+    figures = [name for name in there if name not in _OPTIONAL or any(row.get(name) for row in rows)]
+    head = [*settings, *(titles[name] for name in figures)]
     body = [
-        [*(_brief(row[name]) for name in settings), *(_figure(name, row[name]) for name in figures)]
+        [*(_brief(row[name]) for name in settings), *(_figure(name, row.get(name)) for name in figures)]
         for row in rows
     ]
     numbers = [all(_is_number(row[name]) for row in rows) for name in settings] + [True] * len(figures)
@@ -47,9 +51,23 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     return "\n".join([*lines, *more])
 
 
+def tiers_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tiers behind the device that runs had, by what their figures are called."""
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith("_hit_rate"))
+    return [
+        name.removesuffix("_hit_rate") for name in names if name not in ("prefix_hit_rate", "device_hit_rate")
+    ]
+
+
 def tell(rows: Sequence[Row]) -> list[str]:
     """What is to be said of the runs beside their figures."""
-    told = (hits_told(rows), thrashing_told(rows), probe_told(rows), calibration_told(rows))
+    told = (
+        hits_told(rows),
+        thrashing_told(rows),
+        probe_told(rows),
+        quantization_told(rows),
+        calibration_told(rows),
+    )
     return [lines for lines in told if lines]
 
 
@@ -85,6 +103,20 @@ def probe_told(rows: Sequence[Row]) -> str:
     return f"probe: {checked:,} of {steps:,} steps checked{error}"
 
 
+def quantization_told(rows: Sequence[Row]) -> str:
+    """How far less precise K and V put attention off at most, and their elements; empty if none was seen."""
+    seen = [row for row in rows if row.get("quantization_max_error") is not None]
+    if not seen:
+        return ""
+    worst = max(seen, key=lambda row: float(row["quantization_max_error"]))
+    where = f" in {worst['run_id']}" if len(rows) > 1 else ""
+    return (
+        f"quantised K and V put attention off by {worst['quantization_max_error']:.2g} at most{where}, of values of "
+        f"unit variance; single K and V by {worst['quantization_value_error']:.2g}, "
+        f"{100 * worst['quantization_bound_share']:.0f} % of their bound"
+    )
+
+
 def calibration_told(rows: Sequence[Row]) -> str:
     """How well attention's time was predicted on sampled steps, a line a run that timed them; empty if none did."""
     lines = []
@@ -105,13 +137,15 @@ def _brief(value: Any) -> str:
         return " ".join(
             _brief(inner) if key == "kind" else f"{key}={_brief(inner)}" for key, inner in value.items()
         )
+    if isinstance(value, list):
+        return " + ".join(map(_brief, value))
     return str(value)
 
 
 def _figure(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if name.endswith("_share"):
+    if name.endswith(("_share", "_rate")):
         return f"{100 * value:.1f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 

@@ -170,8 +170,8 @@ class Audit:
 
     def _compare(self, layout: Layout | GroupLayout, contents: Ints, tier: Tier) -> None:
         """Every slot holds its sequence's own token."""
-        if isinstance(layout, Layout) and isinstance(self.ledger, Ledger):
-            self._compare_precision(self.ledger, layout, tier)
+        if self.ledger.precision is not None:
+            self._compare_precision(layout, tier, self.ledger.precision)
         found = tier.slots[layout.slots]
         wrong = np.flatnonzero(found != contents)
         if len(wrong):
@@ -181,16 +181,16 @@ class Audit:
                 f"found {self.ledger.told(int(found[at]))}"
             )
 
-    def _compare_precision(self, ledger: Ledger, layout: Layout, tier: Tier) -> None:
-        """What was swapped at a lower precision has that, and nothing else has."""
-        if ledger.allocator.quantization is None:
-            return
-        found, expected = tier.quantized.reshape(-1)[layout.slots], ledger.quantized(layout)
+    def _compare_precision(self, layout: Layout | GroupLayout, tier: Tier, precision: str) -> None:
+        """What is stored, or was swapped, at a lower precision has that, and nothing else has."""
+        ledger = self.ledger
+        expected = ledger.quantized(layout)  # type: ignore[arg-type]  # the ledger's own layout
+        found = tier.quantized.reshape(-1)[layout.slots]
         wrong = np.flatnonzero(found != expected)
         if len(wrong):
             at = int(wrong[0])
-            own, swapped = "the cache's own", ledger.allocator.quantization
-            names = (swapped, own) if expected[at] else (own, swapped)
+            own = "the model's own"
+            names = (precision, own) if expected[at] else (own, precision)
             raise ledger.error(
                 f"{layout.told(at, tier.name)}: expected precision {names[0]}, found {names[1]}"
             )

@@ -128,13 +128,15 @@ class DecodeSet:
             batches = []
             for tick in range(tick, min(stop, tick + window)):  # noqa: B020
                 growing = growths.get(tick)
-                if growing is not None:
+                if growing is None:
+                    continue
+                if growing:  # not all have left since
                     spare -= len(growing)
                     if spare < 0 or (slides and allocator.gives_back(growing, awaited)):
                         stop = tick
                         break
-                    del growths[tick]
                     batches.append((tick, growing))
+                del growths[tick]
             tick += 1
             if batches:
                 books += allocator.grow(batches)

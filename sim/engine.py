@@ -59,7 +59,8 @@ class Engine:
         self.allocator = scheduler.allocator
         self.timing = timing
         self.link = self.allocator.link
-        self.clock = StepClock(timing, transfers, self.link)
+        self.tiers = self.allocator.tiers
+        self.clock = StepClock(timing, transfers, self.link, self.tiers)
         self.recorder = recorder
         self.max_model_len = max_model_len
         self.beams = beams
@@ -169,6 +170,8 @@ class Engine:
         if link is not None:
             link.now, link.awaited = self.now, 0
             self.allocator.land(self.now)
+        if self.tiers is not None:
+            self.tiers.begin(self.now)
         patience = (
             self.num_live + 1
         )  # a plan without tokens rejects somebody, or preempts who is not back yet
@@ -286,6 +289,11 @@ class Engine:
             limit = min(limit, decodes.next_growth - decodes.clock - 1)
             if limit < 1:
                 return 0
+        if self.tiers is not None:
+            if not self.tiers.steady and scheduler.num_waiting:
+                return 0
+            if not self.tiers.grows_quietly:
+                limit = min(limit, decodes.next_growth - decodes.clock - 1)
         if self.beams is not None:
             limit = min(limit, self.beams.next_turnover - decodes.clock)
         if self.probe is not None:

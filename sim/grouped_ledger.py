@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sim.allocators.grouped import GroupedAllocator
 from sim.errors import ProbeError
@@ -97,6 +98,18 @@ class GroupedLedger:
         """Nor swaps."""
         raise self.error(f"{len(pairs)} pages are moved to {tier}")
 
+    def offload(self, sequences: Iterable[Sequence]) -> None:
+        """Nor tiers."""
+        raise self.error("blocks are copied away")
+
+    def lift(self, block: int) -> None:
+        """Nor tiers."""
+        raise self.error(f"block {block} is copied away")
+
+    def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
+        """Nor tiers."""
+        raise self.error(f"{source} block {block} is copied to {tier}")
+
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence; what it leaves behind may be found."""
         if self.allocator.keeps_freed and sequence in self.allocator.sequences and sequence.num_tokens:
@@ -104,6 +117,15 @@ class GroupedLedger:
         self.live.pop(sequence, None)
 
     # What it knows
+
+    @property
+    def precision(self) -> str | None:
+        """That of all K and V, where it is not the model's own."""
+        return self.allocator.kv_cache_dtype
+
+    def quantized(self, layout: GroupLayout) -> NDArray[np.bool_]:
+        """Which of the layout's tokens have lost precision: all or none."""
+        return np.full(len(layout.slots), self.precision is not None)
 
     def contents(self, sequence: Sequence, group: int = 0) -> Ints:
         """Identities of the sequence's tokens in a group, shape [num_tokens]."""
@@ -164,6 +186,8 @@ class GroupedLedger:
                 )
                 raise self.error(f"{told} is written over {self.told(int(found[at]))}")
         self.device.slots[places] = values
+        if self.precision is not None:
+            self.device.quantized.reshape(-1)[places] = True
         entered[group] = max(entered[group], stop)
         return wanted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sim.errors import UserError
+from sim.kv_precision import Precision, quantized_bytes
 from sim.layer_groups import LayerKind
 
 
@@ -15,7 +16,8 @@ class Model:
     `num_params` counts all weights, `active_params` those that one token passes through (fewer in a mixture
     of experts); `kv_values_per_token` overrides the K and V values that one token leaves over all layers.
     `num_sliding_layers` attend to the last `sliding_window` tokens only; `num_state_layers` have no attention,
-    and keep a state of `state_values_per_layer` for every sequence (Mamba).
+    and keep a state of `state_values_per_layer` for every sequence (Mamba). With `kv_cache_dtype` the K and V of tokens
+    are kept at that precision, each token and head with a scale of its own; states stay as they are.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Model:
     sliding_window: int | None = None
     num_state_layers: int = 0
     state_values_per_layer: int = 0
+    kv_cache_dtype: Precision | None = None
 
     def __post_init__(self) -> None:
         for count, name, size in (
@@ -53,10 +56,21 @@ class Model:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V that one token holds over all layers, while it is in their windows."""
+        """Bytes of K and V that one token holds over all layers, while it is in their windows; scales included."""
+        if self.kv_cache_dtype is None:
+            return self.full_kv_bytes_per_token
+        return quantized_bytes(self.kv_values, self.head_dim, self.kv_cache_dtype)
+
+    @property
+    def full_kv_bytes_per_token(self) -> int:
+        """What they would be without `kv_cache_dtype`."""
+        return int(self.kv_values * self.kv_bytes_per_value)
+
+    @property
+    def kv_values(self) -> int:
+        """Values of K and V that one token leaves over all layers."""
         layers = self.num_layers - self.num_state_layers
-        values = self.kv_values_per_token or 2 * layers * self.num_kv_heads * self.head_dim
-        return int(values * self.kv_bytes_per_value)
+        return self.kv_values_per_token or 2 * layers * self.num_kv_heads * self.head_dim
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from heapq import heappop, heappush
 
 from sim.block_pool import BlockPool, OutOfBlocks
 from sim.errors import IntegrityError
 
-UNUSED = -2
-"""When a block was used last that nobody has used since it was handed out."""
+UNUSED = -1
+"""When a block was used last that nobody has used yet."""
 
 
 class HashedPool(BlockPool):
     """The rules of V0's `CachedBlockAllocator` (0.4.2, `block_manager_v1.py`, `evictor.py`).
 
     A block has at most one key, and a key one block: equal content is held once. Blocks that nobody references are
-    free and stay findable. Blocks that were never handed out go first; then the free block that was used longest
-    ago is evicted, of equals the one that lay deepest in its prompt, of those the one that was freed first.
-    `computed` flags blocks whose content a later prompt need not compute.
+    free and stay findable. Blocks that were never handed out go first; then free blocks are looked at in the order in
+    which they were freed, up to the first that was used after the one chosen so far, and the one that lay deepest in
+    its prompt is evicted. (Where blocks are freed in the order of their last use, as in V0's own runs, that is the one
+    used longest ago.) `computed` flags blocks whose content a later prompt need not compute.
     """
 
     __slots__ = (
-        "_active", "_freed", "_made", "_next", "_times", "computed", "found", "keys", "last_accessed",
+        "_freed", "_made", "_releases", "_stamps", "computed", "found", "keys", "last_accessed",
     )  # fmt: skip
 
     free: dict[int, None]  # type: ignore[assignment]  # those that were never handed out, and those that were
@@ -35,12 +36,11 @@ class HashedPool(BlockPool):
         self.last_accessed = [UNUSED] * num_blocks
         self.computed = bytearray(num_blocks)
         self._made = 0  # blocks handed out at least once
-        # Freed parts of tables by the time of their last use: (depth of the first block, blocks) in order of release.
-        # Some of the blocks may be held again.
-        self._freed: dict[int, list[tuple[int, Sequence[int]]]] = {}
-        self._times: list[int] = []  # heap of the keys
-        self._active = UNUSED  # the time whose blocks are evicted now
-        self._next: list[int] = []  # these blocks, the next one last
+        # Freed parts of tables in order of release: (depth of the first block, time of last use, blocks). Some of the
+        # blocks may be held again, or freed once more since.
+        self._freed: OrderedDict[int, tuple[int, int, list[int]]] = OrderedDict()
+        self._stamps = [0] * num_blocks  # the release with which a block was freed last
+        self._releases = 0
 
     def take(self, count: int = 1) -> list[int]:
         """Hand out `count` blocks without content. Raises OutOfBlocks and takes none if there are fewer."""
@@ -49,12 +49,13 @@ class HashedPool(BlockPool):
             raise OutOfBlocks(f"asked for {count} blocks, {len(free)} of {self.num_blocks} are free")
         made = min(self._made + count, self.num_blocks)
         blocks = list(range(self._made, made))
+        for block in blocks:
+            del free[block]
         self._made = made
         if len(blocks) < count:
             self._evict(count, blocks)
         references, fresh = self.references, self.fresh
         for block in blocks:
-            del free[block]
             references[block] = 1
         if fresh is not None:
             for block in blocks:
@@ -63,33 +64,33 @@ class HashedPool(BlockPool):
 
     def _evict(self, count: int, blocks: list[int]) -> None:
         """Add the free blocks to be reused next, their content forgotten, until there are `count`."""
-        free, last, keys, computed = self.free, self.last_accessed, self.keys, self.computed
-        while True:
-            time, following = self._active, self._next
-            while following:
-                block = following.pop()
-                if last[block] == time and block in free:
-                    if keys[block] is not None:
-                        self.rename(block, None)
-                    computed[block] = 0
-                    last[block] = UNUSED
-                    blocks.append(block)
-                    if len(blocks) == count:
-                        return
-            if time == self._times[0]:
-                heappop(self._times)
-                del self._freed[time]
-            self._active = time = self._times[0]
-            parts = self._freed[time]
-            if len(parts) == 1:
-                self._next = list(parts[0][1])
-            else:
-                ordered = sorted(
-                    (depth, -release, block)
-                    for release, (first, part) in enumerate(parts)
-                    for depth, block in enumerate(part, first)
-                )
-                self._next = [block for _, _, block in ordered]
+        keys, computed = self.keys, self.computed
+        while len(blocks) < count:
+            chosen, deepest, latest = 0, -1, None
+            gone = []
+            for release, (first, time, part) in self._freed.items():
+                while part and not self._stands(part[-1], release):
+                    part.pop()
+                if not part:
+                    gone.append(release)
+                    continue
+                if latest is not None and latest < time:
+                    break
+                if deepest < first + len(part) - 1:
+                    chosen, deepest, latest = release, first + len(part) - 1, time
+            for release in gone:
+                del self._freed[release]
+            part = self._freed[chosen][2]
+            block = part.pop()
+            del self.free[block]
+            if keys[block] is not None:
+                self.rename(block, None)
+            computed[block] = 0
+            blocks.append(block)
+
+    def _stands(self, block: int, release: int) -> bool:
+        """Whether a block is free since that release."""
+        return self._stamps[block] == release and block in self.free
 
     def find(self, key: Hashable) -> int | None:
         """The block with this content, held or free."""
@@ -102,6 +103,17 @@ class HashedPool(BlockPool):
         else:
             del self.free[block]
         self.references[block] += 1
+
+    def obtain(self, key: Hashable | None) -> int:
+        """The block with this content, with one more reference, or a new one for it; for None one that is not found."""
+        block = None if key is None else self.found.get(key)
+        if block is not None:
+            self.hold(block)
+            return block
+        (block,) = self.take()
+        if key is not None:
+            self.rename(block, key)
+        return block
 
     def rename(self, block: int, key: Hashable | None) -> None:
         """Let the block be found by this key, and by no other; None is found by nobody. The key must be new."""
@@ -138,6 +150,7 @@ class HashedPool(BlockPool):
                 last[block] = now
             self._let_go(first, blocks, now)
             return
+        freed: list[int] = []  # a run of them, used last at the same time
         for depth, block in enumerate(blocks, first):
             if last[block] < now:
                 last[block] = now
@@ -145,22 +158,28 @@ class HashedPool(BlockPool):
             if count == 0:
                 raise ValueError(f"double free of block {block}")
             references[block] = count - 1
+            if freed and (count > 1 or last[block] != last[freed[-1]]):
+                self._let_go(depth - len(freed), freed, last[freed[-1]])
+                freed = []
             if count == 1:
-                self._let_go(depth, (block,), last[block])
+                freed.append(block)
             else:
                 self.extra_references -= 1
+        if freed:
+            self._let_go(first + len(blocks) - len(freed), freed, last[freed[-1]])
 
     def _let_go(self, first: int, blocks: Sequence[int], time: int) -> None:
         """Nobody references these blocks of a table any more; they were used at `time`."""
-        self.free.update(dict.fromkeys(blocks))
-        parts = self._freed.get(time)
-        if parts is None:
-            self._freed[time] = [(first, blocks)]
-            heappush(self._times, time)
-        else:
-            parts.append((first, blocks))
-        if time <= self._active:
-            self._active, self._next = UNUSED, []
+        if len(self._freed) > 2 * self.num_blocks:
+            for old, (_, _, part) in list(self._freed.items()):
+                if not any(self._stands(block, old) for block in part):
+                    del self._freed[old]
+        self._releases = release = self._releases + 1
+        self._freed[release] = first, time, list(blocks)
+        stamps = self._stamps
+        for block in blocks:
+            self.free[block] = None
+            stamps[block] = release
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """The counts against the tables, and the keys against what is found. Raises IntegrityError."""
@@ -168,7 +187,7 @@ class HashedPool(BlockPool):
         known = {key: block for block, key in enumerate(self.keys) if key is not None}
         if known != self.found:
             raise IntegrityError(f"found({len(self.found)}) != blocks with a key({len(known)})")
-        listed = {block for parts in self._freed.values() for _, part in parts for block in part}
+        listed = {block for _, _, part in self._freed.values() for block in part}
         lost = [block for block in self.free if block < self._made and block not in listed]
         if lost:
             raise IntegrityError(f"{self.tier} block {lost[0]} is free, and would never be evicted")

@@ -72,7 +72,9 @@ class History:
                 starts += (0, *request.content_ends[:-1])
             else:
                 grain = request.content_grain
-                covered = min(len(request.content) * grain, request.prompt_tokens)
+                covered = len(request.content) * grain
+                if grain > 1:
+                    covered = min(covered, request.prompt_tokens)
                 starts += range(0, covered, grain)
             words = np.array([name & _MASK for name in request.content[: len(starts)]], np.uint64)
             begins = np.array(starts, np.uint64) * np.uint64(_STEP)
@@ -80,7 +82,7 @@ class History:
         if covered < request.prompt_tokens:
             starts.append(covered)
             seeds.append(mixed(mixed(request.id) + _OWN & _MASK))
-        starts.append(request.prompt_tokens)
+        starts.append(max(covered, request.prompt_tokens))
         output = request.output_content
         if output is None:
             seeds.append(_branch_seed(request, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -14,7 +14,7 @@ from sim.errors import ProbeError
 from sim.identity import UNWRITTEN, History, Ints, identities, identity
 from sim.layout import Layout
 from sim.request import Sequence
-from sim.tier import Tier
+from sim.tier import NOWHERE, Journey, Tier
 
 FEW = 12
 """Tokens that are faster entered one by one than as an array."""
@@ -60,11 +60,15 @@ class Ledger:
         self._forked: dict[Sequence, History] = {}  # of branches, which may have to start again
         self._touched: set[int] = set()
         self._keeps_freed = allocator.keeps_freed
+        self._stores_quantized = allocator.kv_cache_dtype is not None
         self.changed: set[int] = (
             set()
         )  # device blocks that were copied or moved to, until somebody clears them
         self.on_event: Callable[[], None] | None = None  # called at the 1st, 4th, 16th ... event of a kind
-        self._events = dict.fromkeys(("fork", "copy", "swap"), 0)
+        self._events = dict.fromkeys(("fork", "copy", "swap", "load"), 0)
+        self.stored: dict[tuple[str, int], Journey] = {}  # in tiers behind the device, by tier and slot
+        self._lifted: dict[int, list[Journey]] = {}
+        self.loaded: dict[int, Journey] = {}  # by the device block where it ended
 
     # What it is told
 
@@ -160,6 +164,48 @@ class Ledger:
         if self.on_event is not None and not count & (count - 1) and count.bit_length() & 1:
             self.on_event()
 
+    def offload(self, sequences: Iterable[Sequence]) -> None:
+        """Enter the sequences; one that is over is entered already."""
+        for sequence in dict.fromkeys(sequences):
+            if sequence in self.allocator.sequences:
+                self._enter_one(sequence)
+
+    def lift(self, block: int) -> None:
+        """Keep what the block holds."""
+        if self.device.fresh[block]:
+            self.device.reset()
+        journey = Journey(self.device.rows[block].copy(), (("device", block),))
+        self._lifted.setdefault(block, []).append(journey)
+
+    def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
+        """The slot of the one tier holds what the block of the other holds; of what was lifted the last first."""
+        device = self.device
+        if source == "device":
+            self.lift(block)
+        if source in ("device", "lifted"):
+            journey = self._lifted[block].pop()
+        else:
+            journey = self.stored.get((source, block), NOWHERE)
+            if journey is NOWHERE:
+                raise self.error(f"{source} slot {block} is copied to {tier}, and nothing was written there")
+        journey = Journey(journey.row, (*journey.places, (tier, slot)))
+        if tier != "device":
+            self.stored[tier, slot] = journey
+            return
+        device.fresh[slot] = 0
+        device.rows[slot] = journey.row
+        self.changed.add(slot)
+        self._touched.add(slot)
+        self.loaded[slot] = journey
+        self._note("load")
+
+    def journey(self, block: int) -> Journey | None:
+        """How what a device block holds came there, if that was through other tiers."""
+        journey = self.loaded.get(block)
+        if journey is None or not np.array_equal(journey.row, self.device.rows[block]):
+            return None  # it was handed out again since
+        return journey
+
     def lose(self, sequence: Sequence) -> None:
         """What the sequence lost is not entered any more."""
         written = self.live.get(sequence)
@@ -184,12 +230,19 @@ class Ledger:
 
     # What it knows
 
+    @property
+    def precision(self) -> str | None:
+        """That of all K and V, or of those that were swapped, where it is not the model's own."""
+        return self.allocator.kv_cache_dtype or self.allocator.quantization
+
     def contents(self, sequence: Sequence) -> Ints:
         """Identities of the sequence's tokens by its history, shape [num_tokens]."""
         return self._state(sequence).history.identities(0, sequence.num_tokens)[0]
 
     def quantized(self, layout: Layout) -> NDArray[np.bool_]:
-        """Which of the layout's tokens have lost precision by a swap, by what became of their sequences."""
+        """Which of the layout's tokens have lost precision, all or by a swap of their sequences."""
+        if self._stores_quantized:
+            return np.ones(len(layout.positions), np.bool_)
         lengths = [self._state(sequence).quantized for sequence in layout.sequences]
         return layout.positions < np.repeat(lengths, layout.lengths)
 
@@ -225,8 +278,8 @@ class Ledger:
                 at = int(clashes[0])
                 raise self._clash(told(at), int(found[at]))
         self.device.slots[slots] = contents
-        if self.allocator.quantization is not None:
-            self.device.quantized.reshape(-1)[slots] = False
+        if self.precision is not None:
+            self.device.quantized.reshape(-1)[slots] = self._stores_quantized
 
     def _clash(self, what: str, found: int) -> ProbeError:
         return self.error(f"{what} is written over {self.told(found)}")
@@ -264,8 +317,8 @@ class Ledger:
                     slot = blocks[index - first] * size + offset
                     raise self._clash(f"{sequence}, token {position}, device slot {slot}", found)
                 row[offset] = wanted
-                if self.allocator.quantization is not None:
-                    self.device.quantized[blocks[index - first], offset] = False
+                if self.precision is not None:
+                    self.device.quantized[blocks[index - first], offset] = self._stores_quantized
         written.tokens = end
 
     def _state(self, sequence: Sequence) -> Written:

@@ -1,14 +1,24 @@
-"""The host link as swaps see it: copies in each direction one after the other, beside the computation."""
+"""Links to the host and to tiers: copies in each direction one after the other, beside the computation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from sim.timing.transfers import Transfers
 
 
-class Link:
+class Copies(Protocol):
+    """What says how long copies over a link take."""
+
+    def swap_seconds(self, out_blocks: int, in_blocks: int) -> float:
+        """Seconds to move so many blocks away from the device in one go, and so many back."""
+
+
+C = TypeVar("C", bound=Copies)
+
+
+class Link(Generic[C]):
     """First in, first out in each direction, so that the end of a copy is known when it is submitted (ns).
 
     It does what a `simpy.Resource` of capacity one per direction would, without an event for each copy. `now` is
@@ -18,7 +28,7 @@ class Link:
 
     __slots__ = ("awaited", "busy_time", "in_free_at", "now", "out_free_at", "transfers")
 
-    def __init__(self, transfers: Transfers) -> None:
+    def __init__(self, transfers: C) -> None:
         self.transfers = transfers
         self.now = 0
         self.awaited = 0
@@ -36,6 +46,14 @@ class Link:
             self.busy_time += ends[-1] - start
         return ends
 
+    def copy_out(self, blocks: int, after: int = 0) -> int:
+        """Copy blocks away in one go, not before `after`; the end of the copy."""
+        start = max(self.now, self.out_free_at, after)
+        duration = round(self.transfers.swap_seconds(blocks, 0) * 1e9)
+        self.out_free_at = start + duration
+        self.busy_time += duration
+        return self.out_free_at
+
     def submit_in(self, blocks: int, after: int = 0) -> int:
         """Copy blocks back, not before they have all arrived on the host (`after`); the end of the copy."""
         start = max(self.now, self.in_free_at, after)
@@ -48,7 +66,7 @@ class Link:
         """How long copies submitted now would wait for others, both directions together."""
         return (max(0, self.out_free_at - self.now) + max(0, self.in_free_at - self.now)) / 1e9
 
-    def stall(self, start: int, duration: int) -> int:
+    def stall(self: Link[Transfers], start: int, duration: int) -> int:
         """What a step that computes for `duration` and could begin at `start` waits for its copies (ns).
 
         Layer by layer a step computes what is there while the rest arrives: only what exceeds the computation of

@@ -37,10 +37,14 @@ class PagePool(BlockPool):
             if missing > self.tree.evictable:
                 raise OutOfBlocks(f"asked for {count} blocks, {self.num_free} of {self.num_blocks} are free")
             evicted = self.tree.evict(missing)
-            for page in evicted:
-                self.cached[page] = 0
+            self.forget(evicted)
             self.free += evicted
         return super().take(count)
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """Note that these pages are not in the tree any more."""
+        for page in pages:
+            self.cached[page] = 0
 
     def touch(self, pages: Sequence[int]) -> None:
         """Add a reference to each of these pages of the tree."""

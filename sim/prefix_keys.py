@@ -90,7 +90,9 @@ def _keys_of_grains(request: Request, num_blocks: int, block_size: int, first: i
     """Keys of blocks that end inside names of `content_grain` tokens each."""
     content, grain = request.content, request.content_grain
     assert content is not None
-    covered = min(len(content) * grain, request.prompt_tokens)
+    covered = len(content) * grain
+    if grain > 1:  # the last name may go on behind the prompt, what is generated there is another's
+        covered = min(covered, request.prompt_tokens)
     named = min(num_blocks, covered // block_size)
     if named <= first:
         return []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 
 from sim.block_pool import BlockPool, OutOfBlocks
 from sim.errors import IntegrityError
+from sim.free_queue import FreeQueue
 
 UNASKED = -1
 """Key of content that nobody will ever ask for: it keeps the block's place in the queue, and is not found."""
@@ -24,7 +24,7 @@ class PrefixPool(BlockPool):
 
     __slots__ = ("_found", "keyless_first", "keys", "newest_found", "num_keyed")
 
-    free: OrderedDict[int, None]  # type: ignore[assignment]  # a queue instead of a stack
+    free: FreeQueue  # type: ignore[assignment]  # instead of a stack
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class PrefixPool(BlockPool):
         newest_found: bool = False,
     ) -> None:
         super().__init__(num_blocks, tier)
-        self.free = OrderedDict.fromkeys(range(num_blocks))
+        self.free = FreeQueue(range(num_blocks))
         self.keyless_first = keyless_first
         self.newest_found = newest_found
         self.keys: list[Hashable | None] = [None] * num_blocks
@@ -67,8 +67,8 @@ class PrefixPool(BlockPool):
         free = self.free
         if count > len(free):
             raise OutOfBlocks(f"asked for {count} blocks, {len(free)} of {self.num_blocks} are free")
-        pop, references, keys, found = free.popitem, self.references, self.keys, self._found
-        blocks = [pop(False)[0] for _ in range(count)]
+        blocks = free.take(count)
+        references, keys, found = self.references, self.keys, self._found
         forgotten = 0
         for block in blocks:
             references[block] = 1
@@ -94,13 +94,13 @@ class PrefixPool(BlockPool):
             if references[block]:
                 self.extra_references += 1
             else:
-                del self.free[block]
+                self.free.remove(block)
             references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each block; those without any are free again, in this order. Raises ValueError."""
-        references, keys, free = self.references, self.keys, self.free
-        head = []
+        references, keys, keyless_first = self.references, self.keys, self.keyless_first
+        head, tail = [], []
         for block in blocks:
             count = references[block]
             if count == 0:
@@ -108,13 +108,19 @@ class PrefixPool(BlockPool):
             references[block] = count - 1
             if count > 1:
                 self.extra_references -= 1
-            elif keys[block] is None and self.keyless_first:
+            elif keyless_first and keys[block] is None:
                 head.append(block)
             else:
-                free[block] = None
-        for block in reversed(head):
-            free[block] = None
-            free.move_to_end(block, last=False)
+                tail.append(block)
+        self.free.put_first(head)
+        self.free.put_last(tail)
+
+    def requeue(self, blocks: Iterable[int]) -> None:
+        """Move those of the blocks that queue up at the tail behind all others, in this order."""
+        for block in blocks:
+            if not self.references[block] and not (self.keyless_first and self.keys[block] is None):
+                self.free.remove(block)
+                self.free.put_last((block,))
 
     def give_full(self, block: int, key: Hashable) -> None:
         """Drop the one reference of a full block, which can be found by this key if it has none yet."""
@@ -126,7 +132,7 @@ class PrefixPool(BlockPool):
                 self.register(block, key)
         assert self.references[block] == 1
         self.references[block] = 0
-        self.free[block] = None
+        self.free.put_last((block,))
 
     def register(self, block: int, key: Hashable) -> None:
         """Let the block be found by the key of its content."""

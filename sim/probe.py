@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,6 +46,15 @@ class Witness(Protocol):
 
     def swap(self, tier: str, pairs: Ordered[tuple[int, int]], sequences: Ordered[Sequence] = ()) -> None:
         """Blocks of these sequences move to `tier`; (source, target) each, the source on the other tier."""
+
+    def offload(self, sequences: Iterable[Sequence]) -> None:
+        """All tokens of these sequences are written now: blocks of theirs are about to be copied away."""
+
+    def lift(self, block: int) -> None:
+        """What a device block holds will be copied from it as "lifted", though others may write there before."""
+
+    def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
+        """A block of one tier is copied to another; to the device, for the sequence that begins next."""
 
     def lose(self, sequence: Sequence) -> None:
         """The sequence lost its tokens from `num_tokens` on, and will write them again."""

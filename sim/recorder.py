@@ -22,7 +22,7 @@ CHUNK = 1 << 15
 REQUEST_COLUMNS = (
     "request_id", "arrival_time", "prompt_tokens", "output_tokens", "status", "reason",
     "first_scheduled_time", "first_token_time", "finish_time", "preemptions", "cached_tokens",
-    "reused_tokens", "prefills",
+    "reused_tokens", "prefills", "tenant",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class Recorder:
         self.num_slots = 0
         self.num_steps = 0
         self.last_arrival = 0
-        self._requests = array("q")  # twelve figures a request
+        self._requests = array("q")  # thirteen figures a request
         self._others: dict[int, tuple[str, str]] = {}  # status and reason of those that did not finish
         # One row a stretch of steps: start, steps, prefill tokens, decoding sequences, running and waiting
         # requests, token states in the first step and more per step, blocks saved by sharing, blocks that tables have
@@ -62,15 +62,15 @@ class Recorder:
     def request(self, request: Request) -> None:
         """A request is over."""
         if request.status != "finished":
-            self._others[len(self._requests) // 12] = (request.status, request.reason)
+            self._others[len(self._requests) // 13] = (request.status, request.reason)
         self._requests.extend(
             (
                 request.id, request.arrival_time, request.prompt_tokens, request.output_tokens, request.width,
                 request.first_scheduled_time, request.first_token_time, request.finish_time,
-                request.preemptions, request.cached_tokens, request.reused_tokens, request.prefills,
+                request.preemptions, request.cached_tokens, request.reused_tokens, request.prefills, request.tenant,
             )
         )  # fmt: skip
-        if len(self._requests) >= 12 * CHUNK:
+        if len(self._requests) >= 13 * CHUNK:
             self._flush_requests()
 
     def stretch(
@@ -143,10 +143,10 @@ class Recorder:
     def _flush_requests(self) -> None:
         if not self._requests:
             return
-        rows: Ints = np.array(self._requests).reshape(-1, 12).T
+        rows: Ints = np.array(self._requests).reshape(-1, 13).T
         (
             ids, arrival, prompts, outputs, widths, scheduled, first_token, finish, preemptions, cached, reused,
-            prefills,
+            prefills, tenants,
         ) = rows  # fmt: skip
         status = np.full(len(ids), "finished", object)
         reason = np.full(len(ids), "", object)
@@ -171,6 +171,7 @@ class Recorder:
             "cached_tokens": cached,
             "reused_tokens": reused,
             "prefills": prefills,
+            "tenant": tenants,
         }
         for name, values in times.items():
             columns[name] = np.where(values == NEVER, np.nan, values / 1e9)

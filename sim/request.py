@@ -72,7 +72,8 @@ class Request:
     for a run of tokens, which requests that use it may use the beginning of: equal ids that begin at equal
     positions behind equal ids mean equal tokens. The runs are of `content_grain` tokens each, the last one
     possibly partial; or else they end at the positions `content_ends`, behind which the prompt is of its own. What
-    branch 0 generates is named by `output_content`, for prompts that repeat it. `session` knows what the answer
+    branch 0 generates is named by `output_content`, for prompts that repeat it, or token by token where the grain is
+    1 and the content goes on behind the prompt. `session` knows what the answer
     leads to.
     """
 

@@ -137,4 +137,5 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "blocks_saved_share": memory.saved * engine.allocator.block_slots / unshared if unshared else 0.0,
         **shares,
         **engine.allocator.figures,
+        **(allocator.tiers.figures(prompts) if allocator.tiers is not None else {}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sim.link import Link
 from sim.step import Step
+from sim.tiered_store import TieredStore
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 
@@ -15,10 +16,17 @@ class StepClock:
     for swaps, `transfer_time` how long synchronous ones took on the link.
     """
 
-    def __init__(self, timing: StepTime, transfers: Transfers, link: Link | None) -> None:
+    def __init__(
+        self,
+        timing: StepTime,
+        transfers: Transfers,
+        link: Link[Transfers] | None,
+        tiers: TieredStore | None = None,
+    ) -> None:
         self.timing = timing
         self.transfers = transfers
         self.link = link
+        self.tiers = tiers
         self.preemptions = 0
         self.copied_blocks = 0
         self.swapped_out_blocks = 0
@@ -55,6 +63,8 @@ class StepClock:
             self.stall_time += round((quantizing + swapping) * 1e9)
             self.transfer_time += round(swapping * 1e9)
         duration = round(seconds * 1e9) or 1
+        if self.tiers is not None:
+            return duration + self.tiers.stall(start, duration)
         if self.link is None:
             return duration
         stall = self.link.stall(start, duration)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,11 +11,23 @@ from sim.block_pool import BlockPool
 from sim.identity import UNWRITTEN, Ints
 
 
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """A block that went through tiers: its identities [block_size], and where it was, (tier, block) in order."""
+
+    row: Ints
+    places: tuple[tuple[str, int], ...]
+
+
+NOWHERE = Journey(np.empty(0, np.int64), ())
+"""In the place of a journey: nothing was ever written there."""
+
+
 class Tier:
     """What every slot of a memory holds, as the identity of the last write.
 
     `slots` [num_slots] and `rows` [num_blocks, block_size] are views of the same identities; `quantized`, of the
-    same shape as `rows`, says what has lost precision by a swap. The pool flags in
+    same shape as `rows`, says what has lost precision. The pool flags in
     `fresh` what it hands out; those blocks become UNWRITTEN together.
     """
 

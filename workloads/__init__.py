@@ -9,9 +9,11 @@ from workloads.sampling import Sampling
 from workloads.sessions import Agent, Conversation, Script, SessionKind, session
 from workloads.shared_prefixes import FewShot, SystemPrompts
 from workloads.streams import Streams
+from workloads.synthetic import Synthetic
+from workloads.trace_replay import Trace
 from workloads.traces import TraceFormat, TraceRows, trace_format
 from workloads.trees import Tree
-from workloads.workload import Synthetic, Trace, Workload, workload
+from workloads.workload import Workload, workload
 
 __all__ = [
     "Agent", "Alpaca", "ArrivalProcess", "Azure", "Bailian", "BurstGpt", "Conversation", "Csv", "Empirical",

@@ -19,12 +19,14 @@ from sim.link import Link
 from sim.probe import Witness
 from sim.registry import Registry
 from sim.request import Request, Sequence
+from sim.tiered_store import TieredStore
 from sim.units import FOREVER
 
 if TYPE_CHECKING:
     from sim.allocators.counted_beams import CountedBeams
     from sim.beams import BeamSearch
     from sim.decode_set import DecodeSet
+    from sim.timing.transfers import Transfers
 
 allocator: Registry[type[Allocator]] = Registry("allocator")
 
@@ -44,7 +46,7 @@ class Capacity:
     `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`. `token_bytes` is what
     a token's K, or its V, takes in one of `num_layers` layers on one device; both are 0 where no model is known.
     A model whose layers are of several kinds says so in `layers`, with the bytes that there are for all of them;
-    `num_slots` are then tokens without any window.
+    `num_slots` are then tokens without any window. A quantised cache has its precision in `kv_cache_dtype`.
     """
 
     num_slots: int
@@ -54,6 +56,7 @@ class Capacity:
     num_layers: int = 0
     layers: tuple[LayerKind, ...] = ()
     kv_bytes: int = 0
+    kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_model_len"):
@@ -123,6 +126,8 @@ class Allocator(ABC):
     block_size: int = 1
     slots_per_token: int = 1
     """Token states that a further token adds, before any slides out of a window."""
+    can_offload: ClassVar[bool] = False
+    """Whether the cached prefixes can go on to tiers behind the device."""
     keeps_freed: bool = False
     """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
     foresees: bool = False
@@ -130,12 +135,15 @@ class Allocator(ABC):
     probe: Witness | None = None
     quantization: str | None = None
     """Precision of what is swapped out, where that is not the cache's own."""
-    link: Link | None = None
+    tiers: TieredStore | None = None
+    """Where cached prefixes go on, behind the device."""
+    link: Link[Transfers] | None = None
     """Where swaps take their time beside the computation; without one they are over at once."""
 
     def __init__(self, capacity: Capacity) -> None:
         self.entry_log: list[tuple[int, int]] = []
         self.num_slots = capacity.num_slots
+        self.kv_cache_dtype = capacity.kv_cache_dtype
         self.max_model_len = capacity.max_model_len
         self.num_tokens = 0
         self.num_ticks = 0
@@ -230,6 +238,9 @@ class Allocator(ABC):
     def computed(self, sequence: Sequence) -> None:  # noqa: B027 - most need not know
         """The sequence's prompt is computed by now; told to allocators that keep freed blocks."""
 
+    def pass_windows(self, sequence: Sequence) -> None:  # noqa: B027 - most have none
+        """Give back what no further token of a sequence that does not decode looks at."""
+
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Fill the next slots of a sequence that does not decode, after taking those that it lacks."""
         filled = sequence.origin + num_tokens
@@ -316,6 +327,8 @@ class Allocator(ABC):
     def watch(self, probe: Witness) -> None:
         """Tell a probe of everything that happens to slots."""
         self.probe = probe
+        if self.tiers is not None:
+            self.tiers.probe = probe
 
     def held_slots(self, sequence: Sequence) -> NDArray[np.int64]:
         """Slots of all tokens that the sequence has room for, shape [capacity]."""
@@ -330,7 +343,11 @@ class Allocator(ABC):
         """Whether its next token needs a copy of its last block, which a cache gave to another request too."""
         return False
 
-    # Optional powers, refused unless `can_fork`, `can_stop`, `can_swap` or `can_fly` says otherwise
+    # Optional powers, refused unless `can_fork`, `can_stop`, `can_swap`, `can_fly` or `can_offload` says otherwise
+
+    def open_tiers(self, tiers: TieredStore) -> None:
+        """Keep cached prefixes in these tiers too; to be called before the first request."""
+        raise TypeError(f"{type(self).__name__} has no cached prefixes to offload")
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let the child share everything that the parent holds."""
@@ -452,6 +469,11 @@ class Allocator(ABC):
 
     def check_books(self) -> None:  # noqa: B027 - most have no more books than those here
         """Compare a policy's own books; called by `check_integrity`."""
+
+    @classmethod
+    def finds_prefixes(cls, fields: dict[str, Any]) -> bool:
+        """Whether an allocator of this kind with these fields finds blocks again by their content."""
+        return cls.keeps_freed and bool(fields.get("prefix_caching", True))
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:

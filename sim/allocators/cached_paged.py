@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 
 from sim.allocators.base import Capacity
 from sim.allocators.shared_tails import TailSharingAllocator
@@ -38,6 +39,7 @@ class CachedPagedAllocator(TailSharingAllocator):
         self._tails: dict[
             Sequence, int
         ] = {}  # where in its table a sequence has a block known by a part of it
+        self._moves = 0  # blocks that were swapped without a key
         self._ready: set[Sequence] = set()  # whose prompts are computed
         self._last_full: dict[Sequence, int] = {}  # the last full block of a prompt when it was computed
         self._last: dict[int, list[Sequence]] = {}  # the same by block
@@ -79,7 +81,7 @@ class CachedPagedAllocator(TailSharingAllocator):
 
     def _find_tail(self, request: Request, num_tokens: int) -> tuple[int | None, int | None]:
         """The key of a prompt's last block that it fills in part, and the block that has it."""
-        key = tail_key(request, num_tokens)
+        key = self._tail_key(request, num_tokens)
         block = None if key is None else self.pool.find(key)
         if block is not None:
             end = -(-num_tokens // self.block_size) * self.block_size
@@ -94,6 +96,10 @@ class CachedPagedAllocator(TailSharingAllocator):
             return prefix_keys(request, num_blocks, self.block_size)
         prompt = min(num_blocks, request.prompt_tokens // self.block_size)
         return prefix_keys(request, prompt, self.block_size) + own_keys(request, prompt, num_blocks)
+
+    def _tail_key(self, request: Request, num_tokens: int) -> int | None:
+        """The key of a prompt's last block, which it fills in part; None if nobody else can have it."""
+        return tail_key(request, num_tokens)
 
     def cached_tokens(self, request: Request, num_tokens: int) -> int:
         """Those in the leading blocks that are known and computed."""
@@ -140,13 +146,7 @@ class CachedPagedAllocator(TailSharingAllocator):
         table: list[int] = []
         sequence.block_table = table
         for key in self._keys(request, sequence.branch, filled // size):
-            block = pool.find(key)
-            if block is None:
-                (block,) = pool.take()
-                pool.rename(block, key)
-            else:
-                pool.hold(block)
-            table.append(block)
+            table.append(pool.obtain(key))
         if whole and filled % size:
             self._hold_tail(sequence, filled)
         known = len(table)
@@ -193,7 +193,9 @@ class CachedPagedAllocator(TailSharingAllocator):
 
     def _flag(self, sequence: Sequence, full: int) -> None:
         computed = self.pool.computed
-        for block in sequence.block_table[: max(0, full - 1)]:
+        for block in reversed(sequence.block_table[: max(0, full - 1)]):
+            if computed[block]:
+                break  # those before it are not looked at
             computed[block] = 1
 
     def _name(self, sequence: Sequence, full: int) -> None:
@@ -332,18 +334,22 @@ class CachedPagedAllocator(TailSharingAllocator):
         for index, block in enumerate(sequence.block_table):
             there = places.get(block)
             if there is None:
-                key = (
-                    source.keys[block] if index < full else None
-                )  # others may have written on in the last one
-                there = None if key is None else target.find(key)
-                if there is None:
-                    (there,) = target.take()
-                    if key is not None:
-                        target.rename(there, key)
-                else:
-                    target.hold(there)
-                places[block] = there
+                key = self._key_to_move(source, block, whole=index < full)
+                places[block] = there = target.obtain(key)
+                if isinstance(key, tuple) and target is self.pool:
+                    target.rename(there, None)  # it is held again
             else:
                 target.hold(there)
             moved.append(there)
         return moved
+
+    def _key_to_move(self, source: HashedPool, block: int, whole: bool) -> Hashable | None:
+        """What a block is known by on the other tier: one without a key gets its own, and may find its old place."""
+        key = source.keys[block]
+        if key is None:
+            self._moves += 1
+            key = (self._moves,)
+            source.rename(block, key)
+        elif not whole and not isinstance(key, tuple):
+            return None  # known by a part of it, and somebody may have written on in it since
+        return key

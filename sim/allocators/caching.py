@@ -14,7 +14,9 @@ from sim.allocators.base import Admission, Allocator, Capacity
 from sim.allocators.blocks import block_slots, grow_by_block
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
+from sim.prefix_keys import prefix_keys
 from sim.request import Request, Sequence
+from sim.tiered_store import TieredStore
 
 
 class CachingAllocator(Allocator):
@@ -56,6 +58,10 @@ class CachingAllocator(Allocator):
         """
 
     @abstractmethod
+    def _keys(self, request: Request, num_tokens: int) -> list[int]:
+        """Keys of the request's leading full blocks, as far as anybody may ask for them."""
+
+    @abstractmethod
     def hold(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """The cached leading blocks, with one more reference each."""
 
@@ -88,8 +94,13 @@ class CachingAllocator(Allocator):
         if needed > self.num_blocks:
             return Admission.NEVER
         hits, unreferenced = self.cached(request, num_tokens)
-        spare = self.pool.num_free - (self.watermark_blocks if self.sequences else 0)
+        spare = self.pool.num_free - self.kept_free
         return Admission.OK if needed - hits + unreferenced <= spare else Admission.LATER
+
+    @property
+    def kept_free(self) -> int:
+        """Blocks that an admission leaves free: the watermark, unless nobody else runs."""
+        return self.watermark_blocks if self.sequences else 0
 
     def _group_admission(self, request: Request, num_tokens: int) -> Admission:
         """`admission` of a group that gave way: room for all branches, as if only what is cached now were shared."""
@@ -99,7 +110,7 @@ class CachingAllocator(Allocator):
         needed = shared + len(request.sequences) * (needed - shared)
         if needed > self.num_blocks:
             return Admission.NEVER
-        spare = self.pool.num_free - (self.watermark_blocks if self.sequences else 0)
+        spare = self.pool.num_free - self.kept_free
         return Admission.OK if needed - hits + unreferenced <= spare else Admission.LATER
 
     def refusal(self, request: Request, num_tokens: int) -> str:
@@ -129,8 +140,17 @@ class CachingAllocator(Allocator):
     # The life of a sequence
 
     def cached_tokens(self, request: Request, num_tokens: int) -> int:
-        """Those in the leading blocks that are cached."""
-        return self.cached(request, num_tokens)[0] * self.block_size
+        """Those in the leading blocks that are cached, on the device or worth loading from a tier behind it."""
+        hits = self.cached(request, num_tokens)[0]
+        if self.tiers is not None:
+            hits += len(self._to_load(self.tiers, request, num_tokens, hits))
+        return hits * self.block_size
+
+    def _to_load(self, tiers: TieredStore, request: Request, num_tokens: int, hits: int) -> list[int]:
+        """Keys of blocks in tiers that go on behind the hits of the device; one token at least is left to compute."""
+        keys = self._keys(request, num_tokens)[hits : (num_tokens - 1) // self.block_size]
+        del keys[tiers.lookup(request, keys, hits * self.block_size) :]
+        return keys
 
     def shared_tokens(self, request: Request, num_tokens: int) -> int:
         """Those in cached blocks that somebody references."""
@@ -141,7 +161,11 @@ class CachingAllocator(Allocator):
         """Give a sequence its cached blocks and new ones behind them; the tokens that it need not compute."""
         if filled is None:
             filled = num_tokens
-        size, pool = self.block_size, self.pool
+        size, pool, tiers = self.block_size, self.pool, self.tiers
+        loads: list[int] = []
+        if tiers is not None:
+            found = self.cached(sequence.request, num_tokens)[0]
+            loads = self._to_load(tiers, sequence.request, num_tokens, found)
         free = pool.num_free
         hits = self.hold(sequence, num_tokens)
         if hits:
@@ -158,10 +182,24 @@ class CachingAllocator(Allocator):
         if held > sequence.final_tokens:
             self.num_internal += held - sequence.final_tokens
         self.sequences.add(sequence)
+        if tiers is not None:
+            tokens += self._load(tiers, sequence, hits, tokens, loads)
         self.held(sequence, filled)
         if self.probe is not None:
             self.probe.begin(sequence)
         return tokens
+
+    def _load(
+        self, tiers: TieredStore, sequence: Sequence, table: list[int], cached: int, loads: list[int]
+    ) -> int:
+        """Count the hits of the device, and load what the tiers have behind them; the tokens of that."""
+        request, hits = sequence.request, cached // self.block_size
+        if hits and tiers.counts_hits:
+            tiers.hit(sequence, prefix_keys(request, hits, self.block_size), table[:hits])
+        if not request.preemptions:
+            tiers.device_hit_tokens += cached
+        tiers.load(request, loads, table[hits : hits + len(loads)])
+        return len(loads) * self.block_size
 
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Fill the next slots of a prompt that is computed in part."""
@@ -287,6 +325,8 @@ class CachingAllocator(Allocator):
     def check_books(self) -> None:
         """Reference counts against tables, and the counters against a recount of the blocks."""
         size = self.block_size
+        if self.tiers is not None:
+            self.tiers.check_integrity()
         self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
         filled: dict[int, int] = {}
         wasted: dict[int, int] = {}  # by last blocks, which branches may share

@@ -83,13 +83,11 @@ class GroupedAllocator(GroupedBooks):
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Fill the next slots of a sequence that does not decode: what is out of the window first returns."""
         start = sequence.origin
+        self.pass_windows(sequence)
         holding = self.holdings[sequence]
         for edge in holding.edges:
             self._disclaim(edge)
-            edge.moving = False
-            edge.left = max(edge.left, start - edge.window + 1)
             edge.turn = max(start + num_tokens + 1, edge.window)
-            self._give_back(holding, edge, edge.left // self.block_size)
         self._lengthen(sequence, holding, start + num_tokens)
         for edge in holding.edges:
             if edge.left > edge.freed * self.block_size:
@@ -97,6 +95,17 @@ class GroupedAllocator(GroupedBooks):
         sequence.origin += num_tokens
         self.num_tokens += num_tokens * self.slots_per_token
         self._await(sequence, holding)
+
+    def pass_windows(self, sequence: Sequence) -> None:
+        """Return the pages that are out of the window."""
+        holding = self.holdings[sequence]
+        for edge in holding.edges:
+            self._disclaim(edge)
+            edge.moving = False
+            edge.left = max(edge.left, sequence.origin - edge.window + 1)
+            self._give_back(holding, edge, edge.left // self.block_size)
+            if edge.left > edge.freed * self.block_size:
+                self._claim(edge)
 
     def _lengthen(self, sequence: Sequence, holding: Holding, tokens: int) -> None:
         size = self.block_size

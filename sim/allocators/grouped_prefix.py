@@ -20,7 +20,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
 
     The rules are those of `sim/prefix_cache.py`: a hit has to be one in every group, a window's from its right
     end; a request is refused on the sum over the groups; a window gives its blocks back before it takes others.
-    States are not cached, so that with them nothing is.
+    No checkpoints of states are kept, so that with states nothing is cached.
     """
 
     pool: PrefixPool
@@ -84,15 +84,18 @@ class GroupedPrefixAllocator(GroupedAllocator):
         """
         cache = self.cache
         nothing: list[list[int]] = [[] for _ in self.token_groups]
-        needed = cache.needed(nothing, nothing, num_tokens, min(chunk, num_tokens)) + self._states
-        if needed > self.num_blocks:
-            return Admission.NEVER
         keys = self._keys(request, num_tokens)
-        if keys:
-            hit, hits = cache.hit(keys, num_tokens)
-            needed = cache.needed(nothing, hits, num_tokens, min(chunk, num_tokens - hit)) + self._states
-        spare = self.pool.num_free - (self.watermark_blocks if self.sequences else 0)
+        hit, hits = cache.hit(keys, num_tokens) if keys else (0, nothing)
+        needed = cache.needed(nothing, hits, num_tokens, min(chunk, num_tokens - hit)) + self._states
+        if needed > self.num_blocks:  # windows need less behind a hit
+            return Admission.NEVER
+        spare = self.pool.num_free - self.kept_free
         return Admission.OK if needed <= spare else Admission.LATER
+
+    @property
+    def kept_free(self) -> int:
+        """Blocks that an admission leaves free: the watermark, unless nobody else runs."""
+        return self.watermark_blocks if self.sequences else 0
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Pages needed against pages there."""
@@ -152,7 +155,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
         self.begin(sequence, tables, num_tokens, filled, tokens)
         holding = self.holdings[sequence]
         holding.registered = holding.found = tokens // self.block_size
-        self._register(sequence, filled)
+        self.held(sequence, filled)
         if self.keeps_freed and self.probe is not None:
             self.probe.begin(sequence)
         return tokens
@@ -166,9 +169,9 @@ class GroupedPrefixAllocator(GroupedAllocator):
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Fill the next slots of a prompt that is computed in part."""
         super().extend(sequence, num_tokens)
-        self._register(sequence, sequence.origin)
+        self.held(sequence, sequence.origin)
 
-    def _register(self, sequence: Sequence, num_tokens: int) -> None:
+    def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found in every group."""
         keys = self._keys(sequence.request, num_tokens)
         self._head = None, []
@@ -246,13 +249,11 @@ class GroupedPrefixAllocator(GroupedAllocator):
     def settle(self) -> None:
         """Queue what windows gave back in this tick in the order of `grow`, in whichever order sequences were asked."""
         super().settle()
-        given, free = self._given, self.pool.free
+        given = self._given
         if given:
             in_order = sorted(given, key=_order)
             if in_order != given:
-                for _, page in in_order:
-                    if page in free:
-                        free.move_to_end(page)
+                self.pool.requeue([page for _, page in in_order])
             given.clear()
 
     def leave(self, sequence: Sequence, holding: Holding, group: int, freed: int) -> None:

@@ -23,7 +23,7 @@ class NanoAllocator(PrefixAllocator):
         block_size: KV slots per block; nano-vllm's own is 256.
     """
 
-    can_fork = recomputes_groups = False
+    can_fork = can_offload = groups_layers = recomputes_groups = False
 
     def __init__(self, capacity: Capacity, *, block_size: PositiveInt = 16) -> None:
         super().__init__(capacity, block_size=block_size, keyless_first=False)

@@ -334,6 +334,11 @@ class PagedAllocator(Allocator):
         return distinct
 
     @classmethod
+    def finds_prefixes(cls, fields: dict[str, Any]) -> bool:
+        """Where it is said so."""
+        return bool(fields.get("prefix_caching"))
+
+    @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """What cached blocks rule out: others find them as they are, and at the precision of their key."""
         if not config["allocator"].get("prefix_caching"):
@@ -341,9 +346,13 @@ class PagedAllocator(Allocator):
         transfers = config.get("transfers") or {}
         if config["scheduler"].get("preemption") == "partial":
             yield "scheduler.preemption", "partial preemption is not there for cached blocks (prefix_caching)"
-        for field in ("asynchronous", "quantization"):
-            if transfers.get(field):
-                yield f"transfers.{field}", "is not there for cached blocks (prefix_caching)"
+        if transfers.get("asynchronous"):
+            yield "transfers.asynchronous", "is not there for cached blocks (prefix_caching)"
+        if transfers.get("quantization"):
+            yield (
+                "transfers.quantization",
+                "blocks come back less precise, and two precisions would be under one prefix key (prefix_caching)",
+            )
 
     # Where tokens live
 

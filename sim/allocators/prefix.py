@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
+from sim.offloading_pools import OffloadingPool
 from sim.prefix_keys import prefix_keys, sequence_keys
 from sim.prefix_pool import PrefixPool
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
+from sim.tiered_store import TieredStore
 
 
 @allocator("prefix")
@@ -39,11 +42,12 @@ class PrefixAllocator(CachingAllocator):
     """
 
     groups_layers = True
+    can_offload = True
     pool: PrefixPool
 
     def __new__(cls, capacity: Capacity, **fields: Any) -> Any:
         """The allocator of one group that sees all tokens, or that of several."""
-        if fields.get("windows") is None and not capacity.layers:
+        if not cls.groups_layers or (fields.get("windows") is None and not capacity.layers):
             return super().__new__(cls)
         return GroupedPrefixAllocator(capacity, **fields)
 
@@ -63,9 +67,19 @@ class PrefixAllocator(CachingAllocator):
         self.prefix_caching = self.keeps_freed = prefix_caching
         self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
 
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """What states of a model rule out."""
+        states = cls.groups_layers and (config["model"] or {}).get("num_state_layers")
+        if states and config["allocator"].get("prefix_caching"):
+            yield (
+                "allocator.prefix_caching",
+                "no checkpoints of states are kept, and without a state nobody can go on from a cached prefix",
+            )
+
     def _keys(self, request: Request, num_tokens: int) -> list[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
-        if not self.prefix_caching or (not request.content and not request.preemptions):
+        if not self.prefix_caching or not (request.content or request.preemptions or self.tiers):
             return []
         blocks = num_tokens // self.block_size
         known, keys = self._head
@@ -79,6 +93,22 @@ class PrefixAllocator(CachingAllocator):
         if len(keys) * self.block_size == num_tokens:
             keys = keys[:-1]
         return self.pool.find_leading(keys)
+
+    def open_tiers(self, tiers: TieredStore) -> None:
+        """Tell the tiers of every full block that can be found, and of what is evicted."""
+        self.tiers = tiers
+        tiers.block_size = self.block_size
+        self.pool = OffloadingPool(self.num_blocks, tiers, keyless_first=self.pool.keyless_first)
+        tiers.device_keys = self.pool.keys
+
+    def _register(self, sequence: Sequence, keys: list[int], first: int = 0) -> None:
+        """Let the sequence's blocks be found from the block `first` on, those that have no key yet."""
+        table = sequence.block_table[first:] if first else sequence.block_table
+        if self.tiers is not None:
+            known = self.pool.keys
+            named = next((at for at, block in enumerate(table) if known[block] is None), len(keys))
+            self.tiers.found(sequence, [*keys[named:]], table[named : len(keys)])
+        self.pool.register_table(table, keys)
 
     def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:
         """The leading blocks that are found."""
@@ -102,7 +132,7 @@ class PrefixAllocator(CachingAllocator):
             keys = self._keys(sequence.request, num_tokens)
         else:
             keys = self._own_keys(sequence, num_tokens)
-        self.pool.register_table(sequence.block_table, keys)
+        self._register(sequence, keys)
         self._head = None, []
 
     def _own_keys(self, sequence: Sequence, num_tokens: int) -> list[int]:
@@ -120,15 +150,15 @@ class PrefixAllocator(CachingAllocator):
         if self.prefix_caching:
             full = sequence.num_tokens // self.block_size
             request = sequence.request
-            if request.output_content is None:
+            if request.output_content is None and self.tiers is None:
                 self.pool.mark_full(sequence.block_table[:full])
             else:
                 known = request.prefill_tokens // self.block_size
                 keys = sequence_keys(sequence, full, self.block_size, known)
-                self.pool.register_table(sequence.block_table[known:], keys)
+                self._register(sequence, keys, known)
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
         if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
-            self.pool.register_table(sequence.block_table, self._own_keys(sequence, sequence.num_tokens))
+            self._register(sequence, self._own_keys(sequence, sequence.num_tokens))
         self.pool.release(sequence.block_table[::-1])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from sim.allocators.base import Capacity, allocator
 from sim.allocators.caching import CachingAllocator
 from sim.eviction import Eviction, belady, lru
 from sim.eviction import eviction as evictions
 from sim.foresight import Foresight
+from sim.offloading_pools import OffloadingPagePool
 from sim.page_pool import PagePool
 from sim.prefix_keys import prefix_keys, sequence_keys
 from sim.radix_tree import Node, RadixTree
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
+from sim.tiered_store import TieredStore
 
 
 @allocator("radix")
@@ -32,7 +34,9 @@ class RadixAllocator(CachingAllocator):
         eviction: Which leaf goes first; belady takes what is asked for last in the whole workload, page by page.
     """
 
+    can_offload = True
     pool: PagePool
+    refresh: Literal["whole", "visited"] = "visited"
 
     def __init__(
         self,
@@ -43,7 +47,7 @@ class RadixAllocator(CachingAllocator):
         eviction: Annotated[Eviction, evictions] = lru,
     ) -> None:
         super().__init__(capacity, block_size, watermark)
-        self.tree = RadixTree(eviction=eviction, refresh="visited")
+        self.tree = RadixTree(eviction=eviction, refresh=self.refresh)
         self.foresees = eviction is belady
         self.pool = PagePool(self.num_blocks, self.tree)
         self._nodes: dict[Sequence, Node] = {}  # where a sequence's part of the tree ends
@@ -65,6 +69,13 @@ class RadixAllocator(CachingAllocator):
     def foresee(self, requests: Iterable[Request]) -> None:
         """Know which content will be asked for."""
         self.tree.foresight = Foresight(requests, self.block_size)
+
+    def open_tiers(self, tiers: TieredStore) -> None:
+        """Tell the tiers of every page that enters the tree, and of what is evicted."""
+        self.tiers = tiers
+        tiers.block_size = self.block_size
+        self.pool = self._named = OffloadingPagePool(self.num_blocks, self.tree, tiers)
+        tiers.device_keys = self._named.keys
 
     def _keys(self, request: Request, num_tokens: int) -> list[int]:
         """Keys of the pages that may be found: not the last token's."""
@@ -123,6 +134,9 @@ class RadixAllocator(CachingAllocator):
         keys = sequence_keys(sequence, full, self.block_size)
         known, node = self.tree.insert(keys, table, sequence.request.priority)
         self.pool.keep(table[known:full])
+        if self.tiers is not None and known < full:
+            self._named.name(keys[known:], table[known:full], known)
+            self.tiers.found(sequence, [*keys[known:]], table[known:full])
         self.tree.lock(node)
         self.tree.unlock(self._nodes[sequence])
         self._nodes[sequence], self._shared[sequence] = node, full

@@ -11,6 +11,7 @@ from sim.allocators.base import allocator as allocators
 from sim.decode_set import arrival_order
 from sim.registry import Registry
 from sim.request import Request, Sequence
+from sim.schedulers.orders import meaningless
 from sim.schedulers.queues import Preemption, Queues, arrival, branches
 from sim.step import Step
 from sim.units import FOREVER
@@ -261,7 +262,8 @@ class Scheduler(Queues, ABC):
                 if link is not None:
                     link.awaited = max(link.awaited, link.in_free_at)
             request.status = "running"
-            self.running[request] = None
+            self.num_admitted += 1
+            self.running[request] = self.num_admitted
             self.num_seqs += count
             budget -= tokens
             if first.origin < request.prefill_tokens:
@@ -307,3 +309,5 @@ class Scheduler(Queues, ABC):
                 "scheduler.preemption",
                 "a group of samples or beams cannot be recomputed, it is swapped (auto)",
             )
+        for field, complaint in meaningless(config["scheduler"].get("order"), config["workload"]):
+            yield f"scheduler.order.{field}".removesuffix("."), complaint

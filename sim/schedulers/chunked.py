@@ -49,6 +49,10 @@ class ChunkedScheduler(Scheduler):
     def begin(self) -> None:
         """Start a plan: whoever rested takes part again."""
         self.head_refused = False
+        self.wake()
+
+    def wake(self) -> None:
+        """Let all who rest take part again."""
         self.resting_seqs = 0
         self._woken = bool(self.resting)
         for sequence in self.resting:
@@ -127,9 +131,16 @@ class ChunkedScheduler(Scheduler):
     def _serve_who_needs(self, step: Step, longest: int) -> None:
         """`serve_all` where slots are short: who needs none is not looked at, and the last one gives way."""
         decodes, running, partial = self.decodes, self.running, self.partial
-        for request in self.who_need_slots(partial):
+        needing = self.who_need_slots(partial)
+        served = 0
+        for index, request in enumerate(needing):
+            if index < served:
+                continue
             if request not in running:
                 break  # nor is anybody behind it
+            served = index + self.grow_first(needing, index)
+            if index < served:
+                continue
             tokens = len(request.sequences)
             if request in partial:
                 left = self.max_num_batched_tokens - decodes.size - step.num_prefill_tokens
@@ -149,13 +160,29 @@ class ChunkedScheduler(Scheduler):
                     self.append(request, step)
         self.decode_walked(step)
 
+    def grow_first(self, needing: list[Request], first: int) -> int:
+        """Give those of a list from an index on that decode their slots, until some run out; how many have them."""
+        allocator, decodes, partial = self.allocator, self.decodes, self.partial
+        single = self.widest == 1 and not decodes.copy_pending
+        if not single or allocator.growth is None or allocator.slides or allocator.yielding:
+            return 0  # not all growths take one of the headroom, in any order
+        growing: list[Sequence] = []
+        for request in needing[first : first + allocator.headroom]:
+            if request in partial or request not in self.running:
+                break
+            growing += request.sequences
+        count = len(growing)
+        if count:
+            allocator.grow([(decodes.clock + 1, growing)])
+        return count
+
     def who_need_slots(self, others: Collection[Request] = ()) -> list[Request]:
         """Requests whose decodes need a slot or a copy at the next tick, and others, in order of admission."""
         decodes = self.decodes
         growing = decodes.growths.get(decodes.clock + 1, [])
         needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
         needing.update(others)
-        return [request for request in self.running if request in needing]
+        return sorted(needing, key=self.running.__getitem__)
 
     def has_room(self, request: Request, tokens: int) -> bool:
         """Whether a running request can have its next tokens."""

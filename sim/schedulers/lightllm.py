@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from itertools import accumulate, count
 from operator import mul, sub
-from typing import Annotated
+from typing import Annotated, Any
 
 from sim.allocators.base import Admission, Allocator
 from sim.registry import Fraction, PositiveInt
@@ -228,3 +229,10 @@ class LightLLM(PromisingScheduler):
     def open_to_arrivals(self) -> bool:
         """Behind a head that waits, and while a group is swapped out, nobody is looked at."""
         return not self.head_stays and not self.swapped
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """Nothing is estimated where the pool always counts as busy."""
+        yield from super().check(config)
+        if not config["scheduler"].get("busy_share"):
+            yield "scheduler.estimated_output", "nothing is estimated without a busy_share above 0"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from sim.registry import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -14,9 +16,14 @@ from sim.step import Step
 from sim.units import FOREVER, to_ns
 
 if TYPE_CHECKING:
+    from sim.allocators.base import Allocator
     from sim.schedulers.base import Scheduler
+    from sim.schedulers.queues import Queues
 
 _FEW = 1024
+
+_Entry = tuple[int, int, int, Request]
+"""A level or the tick of a fall, the request's number, how often it was preempted before, and the request."""
 
 
 class _Place:
@@ -37,7 +44,8 @@ class MultiLevelFeedback(Ranking):
     A request joins the first level whose quantum covers its prompt (skip-join), and moves down one level
     whenever it has generated its quantum's worth. Within a level the earliest arrival goes first. When the head of
     the queue cannot be admitted, running requests of lower levels give way, the lowest and latest first, until it
-    can; those of its own level do not. What waits too long is back in the first level with a fresh quantum.
+    can; those of its own level do not, and nobody does where all of them together would not make room for it. What
+    waits too long is back in the first level with a fresh quantum.
 
     Service is counted in tokens, not in seconds of a profile. FastServe moves the memory of who gives way to the
     host ahead of time; here it is dropped and computed again, and groups of samples or beams never give way.
@@ -66,6 +74,13 @@ class MultiLevelFeedback(Ranking):
         self._places: dict[Request, _Place] = {}
         self._many = _FEW  # places from which on those that are not needed are dropped
         self._waits: deque[tuple[int, Request]] = deque()  # in order of time, those that are over among them
+        # Those that run, as far as they can give way; who has left since is among them.
+        self._joining: list[Request] = []  # they do not decode yet
+        self._running: list[_Entry] = []  # sorted by level and arrival
+        self._falls: list[list[_Entry]] = [
+            [] for _ in range(levels - 1)
+        ]  # by level, heaps of when they leave it
+        self._in_vain = False
 
     def __call__(self, request: Request) -> tuple[int, int]:
         """Level and arrival."""
@@ -78,6 +93,8 @@ class MultiLevelFeedback(Ranking):
             self._join(request)
             self.insert(scheduler, request)
         self._promote(scheduler)
+        self._follow(scheduler)
+        self._in_vain = False
         waiting = scheduler.waiting
         if waiting and scheduler.running and scheduler.open_to_arrivals:
             self._make_room(scheduler, step)
@@ -142,35 +159,97 @@ class MultiLevelFeedback(Ranking):
             place.bound = outputs(request) + self.quantum
             self.insert(scheduler, request)
 
+    # Those that run
+
+    def admitted(self, queues: Queues, request: Request) -> None:
+        """It falls level by level once it decodes; groups of samples or beams never give way."""
+        if request.width == 1:
+            self._joining.append(request)
+
+    def _follow(self, scheduler: Scheduler) -> None:
+        """Bring the levels of those that run up to date."""
+        clock = scheduler.decodes.clock
+        if self._joining:
+            joining, self._joining = self._joining, []
+            for request in joining:
+                if request.status == "running":
+                    self._enter(request)
+        for level, falls in enumerate(self._falls):
+            while falls and falls[0][0] <= clock:
+                _, _, stint, request = heappop(falls)
+                if _runs(request, stint):
+                    place = self._places[request]
+                    known = bisect_left(self._running, (place.level, request.id, stint))
+                    if known < len(self._running) and self._running[known][3] is request:
+                        del self._running[known]
+                    if place.level <= level:
+                        self._enter(request)
+        if len(self._running) > 64 + 2 * len(scheduler.running):
+            self._running = [entry for entry in self._running if _runs(entry[3], entry[2])]
+
+    def _enter(self, request: Request) -> None:
+        """Note its level, and when it falls below that and those after it."""
+        sequence = request.sequences[0]
+        if sequence.decodes is None:
+            self._joining.append(request)
+            return
+        level = self._level(request)
+        stint = request.preemptions
+        insort(self._running, (level, request.id, stint, request))
+        tick = self._places[request].bound + request.prompt_tokens - 1 - sequence.origin
+        for at in range(level, self.last):
+            heappush(self._falls[at], (tick, request.id, stint, request))
+            tick += self.quantum << (at + 1)
+
     def _make_room(self, scheduler: Scheduler, step: Step) -> None:
         head = scheduler.waiting[0]
         level = self._places[head].level
         if level == self.last or scheduler.could_admit(head):
             return
-        lower = [(self._level(request), request.id, request) for request in _preemptible(scheduler)]
-        lower = sorted(entry for entry in lower if entry[0] > level)
+        running = self._running
+        first = bisect_left(running, (level + 1,))
+        lower = [entry[3] for entry in running[first:] if _runs(entry[3], entry[2])]
+        lower = [request for request in lower if request.sequences[0].decodes is not None]
+        if lower and not _would_fit(scheduler.allocator, head, lower):
+            self._in_vain = True
+            return
         while lower and not scheduler.could_admit(head):
-            scheduler.give_way(lower.pop()[2], step)
+            scheduler.give_way(lower.pop(), step)
 
     def quiet_for(self, scheduler: Scheduler) -> int:
         """Until a running request falls below the level of the head of the queue."""
         if not scheduler.waiting:
             return FOREVER
         level = self._places[scheduler.waiting[0]].level
-        steps = FOREVER
-        if level < self.last:
-            for request in _preemptible(scheduler):
-                if self._level(request) > level:
-                    return 0  # with the token that is on its way
-                place = self._places[request]
-                bound = place.bound + sum(self.quantum << each for each in range(place.level + 1, level + 1))
-                steps = min(steps, bound - outputs(request))
-        return steps
+        if level == self.last:
+            return FOREVER
+        running = self._running
+        for at in range(len(running) - 1, -1, -1):
+            if running[at][0] <= level or self._in_vain:
+                break
+            _, _, stint, request = running[at]
+            if _runs(request, stint) and request.sequences[0].decodes is not None:
+                return 0
+        falls = self._falls[level]
+        while falls:
+            tick, _, stint, request = falls[0]
+            if _runs(request, stint):
+                return max(0, tick - scheduler.decodes.clock)
+            heappop(falls)
+        return FOREVER
 
 
-def _preemptible(scheduler: Scheduler) -> list[Request]:
-    return [
-        request
-        for request in scheduler.running
-        if len(request.sequences) == 1 and request.width == 1 and request.sequences[0].decodes is not None
-    ]
+def _runs(request: Request, stint: int) -> bool:
+    """Whether it has run without a break since it had been preempted so often."""
+    return request.status == "running" and request.preemptions == stint
+
+
+def _would_fit(allocator: Allocator, head: Request, others: list[Request]) -> bool:
+    """Whether the head could have memory without these others; where that cannot be told, yes."""
+    size = allocator.growth
+    if size is None:
+        return True
+    tokens = head.prefill_tokens
+    needed = -(-(tokens - allocator.cached_tokens(head, tokens)) // size)
+    held = sum([-(-request.sequences[0].capacity // size) for request in others])
+    return needed <= allocator.headroom + held

@@ -14,6 +14,7 @@ from sim.schedulers.orders import order as orders
 from sim.schedulers.victims import Victim, earliest, latest
 from sim.schedulers.victims import victim as victims
 from sim.step import Step
+from sim.units import FOREVER
 
 
 @scheduler("nano_vllm")
@@ -59,7 +60,7 @@ class NanoVLLM(ChunkedScheduler):
     def plan(self, now: int) -> Step:
         """Prompts if any can be scheduled, else one token for the sequences that run."""
         step = Step()
-        self.begin()
+        self.head_refused = False
         if not self.swapped:
             self._admit_prompts(step, now)
             if step.chunks:
@@ -93,12 +94,39 @@ class NanoVLLM(ChunkedScheduler):
                 return
 
     def _decode(self, step: Step) -> None:
+        in_turn = self._last_gives_way and len(self.running) == self.num_seqs  # single sequences
+        if in_turn and not self.allocator.slides:
+            self._rest_the_last()
+        else:
+            self.wake()
         if self.decodes.size <= self.max_num_seqs and self.ample(0):
             self.grow(step)
-            return
-        if self.decodes.size <= self.max_num_seqs and self._last_gives_way:
+        elif self.decodes.size <= self.max_num_seqs and in_turn:
             self._grow_who_needs(step)
-            return
+        else:
+            self._walk(step)
+
+    def _rest_the_last(self) -> None:
+        """Let all but the first max_num_seqs rest; who rested in the last step does so still, or goes on."""
+        decodes, resting = self.decodes, self.resting
+        new: list[Request] = []
+        excess = len(self.running) - len(self.partial) - self.max_num_seqs
+        for request in reversed(self.running) if excess > 0 else ():
+            if request in self.partial:
+                continue
+            if request.sequences[0].decodes is None or (not resting and len(new) == excess):
+                break
+            new.append(request)
+        self.rest(reversed(new))
+        while resting and decodes.size < self.max_num_seqs:
+            sequence = resting.pop(0)
+            decodes.join(sequence)
+            if self.allocator.shares_tail(sequence):
+                decodes.copy_pending.append(sequence)
+        self.resting_seqs = len(resting)
+
+    def _walk(self, step: Step) -> None:
+        """Give requests their slots in order of admission, as many as a step has sequences."""
         queue = [request for request in self.running if request not in self.partial]
         left = self.max_num_seqs
         index = 0
@@ -119,11 +147,20 @@ class NanoVLLM(ChunkedScheduler):
         self.decode_walked(step)
 
     def _grow_who_needs(self, step: Step) -> None:
-        """Where every decode has its turn and the last gives way: who has a slot already is not looked at."""
+        """Where the last gives way, one that rests first: who has a slot already is not looked at."""
         running, partial = self.running, self.partial
-        for request in self.who_need_slots():
+        needing = self.who_need_slots()
+        served = 0
+        for index, request in enumerate(needing):
+            if index >= served:
+                served = index + self.grow_first(needing, index)
+            if index < served:
+                continue
             while request in running and self.demanded([request]) > self.allocator.headroom:
-                self.preempt(next(each for each in reversed(running) if each not in partial), step)
+                last = next(each for each in reversed(running) if each not in partial)
+                if self.resting and last.sequences[0] is self.resting[-1]:
+                    self.resting.pop()
+                self.preempt(last, step)
             if request in running:
                 self.append(request, step)
         self.decode_walked(step)
@@ -136,6 +173,10 @@ class NanoVLLM(ChunkedScheduler):
     def could_admit(self, request: Request) -> bool:
         """Memory for the prompt, however many run."""
         return self.allocator.admission(request, request.prefill_tokens) is not Admission.LATER
+
+    def quiet_for(self, now: int) -> int:
+        """Who rests does so until another has left; where the requests were walked, every step is different."""
+        return 0 if self.partial or self._woken or (self.resting and self.tight) else FOREVER
 
     @property
     def open_to_arrivals(self) -> bool:

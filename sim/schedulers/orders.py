@@ -6,7 +6,7 @@ An order whose ranks change while requests wait is a class, a `Ranking` (sim/sch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
 from typing import Any
 
@@ -71,6 +71,21 @@ def earliest_deadline(
     """
     allowed = target_s * 1e9 + per_prompt_token_ms * 1e6 * request.prompt_tokens
     return request.arrival_time + round(allowed)
+
+
+def meaningless(order: Any, workload: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, complaint) for what changes nothing in an order; the field is empty for all of the order."""
+    chosen = order if isinstance(order, dict) else {"kind": order}
+    kind = chosen.get("kind")
+    if kind == "sjf" and chosen.get("seed") and not chosen.get("noise"):
+        yield "seed", "without noise nothing is drawn"
+    elif kind == "edf" and "target_s" in chosen and not chosen.get("per_prompt_token_ms"):
+        yield "target_s", "with one target for all (per_prompt_token_ms: 0) the order is that of arrival"
+    elif kind == "mlfq" and chosen.get("levels") == 1:
+        for field in chosen.keys() - {"kind", "levels"}:
+            yield field, "there is only one level"
+    elif kind == "vtc" and "tenants" in workload and len(workload["tenants"] or ()) < 2:
+        yield "", "vtc shares between tenants, and all requests are of one: set workload.tenants"
 
 
 def _normal(seed: int, number: int) -> float:

@@ -44,12 +44,13 @@ class Queues:
         self.ranking = order if isinstance(order, Ranking) else None
         self.decodes = DecodeSet() if self.ranking is None else self.ranking.decode_set()
         self.waiting: deque[Request] = deque()
-        self.running: dict[Request, None] = {}
+        self.running: dict[Request, int] = {}  # in order of admission, which is numbered
         self.partial: dict[Request, None] = {}  # of those, whose prompts are not computed to their ends
         self.swapped: dict[Request, None] = {}
         self.incoming: dict[
             Request, tuple[int, int]
         ] = {}  # of those, swap-ins in flight: end (ns) and blocks
+        self.num_admitted = 0  # those that were swapped in included
         self.num_seqs = 0  # branches that running requests have or will fork, those that are done aside
         self.resting_seqs = 0  # of them, those whose requests have no token of this step
         self.head_refused = False  # the head of the queue waits for memory
@@ -165,7 +166,8 @@ class Queues:
         if cached > request.reused_tokens:
             request.reused_tokens = cached
         request.status = "running"
-        self.running[request] = None
+        self.num_admitted += 1
+        self.running[request] = self.num_admitted
         if self.ranking is not None:
             self.ranking.admitted(self, request)
         tokens = filled - cached

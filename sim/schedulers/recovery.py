@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from sim.link import Link
-from sim.request import NEVER, Request
+from sim.request import NEVER, Request, Sequence
 from sim.step import Step
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class Recovery:
         if allocator.can_fly:
             allocator.quantization = transfers.quantization
             allocator.link = Link(transfers) if transfers.asynchronous else None
+        if allocator.tiers is not None:
+            allocator.tiers.asynchronous = transfers.asynchronous
+            allocator.tiers.layers = transfers.overlapping_layers
+            if allocator.tiers.cost is not None:
+                allocator.tiers.cost.price = self.prefill_seconds
 
     def swaps(self, request: Request) -> bool:
         """Whether the request would be moved to the host if it gave way now; a tie is computed again."""
@@ -74,11 +79,19 @@ class Recovery:
 
     def recompute_seconds(self, request: Request) -> float:
         """Seconds to compute again what the request's one sequence has, hits of the prefix cache aside."""
-        timing, queues = self._timing, self._queues
-        assert timing is not None, "recovery has no price before a run"
         (sequence,) = request.sequences
         known = sequence.num_tokens
-        cached = min(queues.allocator.cached_tokens(request, known), known - 1)
+        cached = min(self._queues.allocator.cached_tokens(request, known), known - 1)
+        return self._prefill_seconds(sequence, cached, known)
+
+    def prefill_seconds(self, request: Request, cached: int) -> float:
+        """Seconds to compute a request's prompt behind so many cached tokens."""
+        sequence = request.sequences[0] if request.sequences else Sequence(request, 0, 0, 0)
+        return self._prefill_seconds(sequence, cached, request.prefill_tokens)
+
+    def _prefill_seconds(self, sequence: Sequence, cached: int, known: int) -> float:
+        timing, queues = self._timing, self._queues
+        assert timing is not None, "recovery has no price before a run"
         step = Step()
         step.chunks.append((sequence, cached, known - cached))
         step.num_prefill_tokens = known - cached

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from sim.allocators.base import Admission, Allocator
+from sim.allocators.base import Admission, Allocator, allocator
 from sim.registry import NonNegativeInt, PositiveFloat, PositiveInt
 from sim.request import Request, outputs
 from sim.schedulers.base import Preemption, branches, scheduler
@@ -246,6 +246,7 @@ class SGLang(PromisingScheduler):
             return
         self._sorter.sort(self.waiting, self.limit)
         while self.waiting:
+            self._sorter.draw_head(self.waiting)
             request = self.waiting[0]
             admission = self.head_admission(step)
             if admission is Admission.NEVER:
@@ -288,10 +289,15 @@ class SGLang(PromisingScheduler):
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """(dotted path, complaint): an order sorts nothing under a policy that sorts by itself."""
+        """An order sorts nothing under a policy that sorts by itself, nor a policy what is not there."""
         yield from super().check(config)
-        settings = config["scheduler"]
+        settings, memory = config["scheduler"], config["allocator"]
         order = settings.get("order") or "fcfs"
         kind = order["kind"] if isinstance(order, dict) else order
-        if kind != "fcfs" and settings.get("policy") not in (None, "fcfs"):
-            yield "scheduler.order", f"policy {settings['policy']} sorts the queue itself: set policy to fcfs"
+        policy = settings.get("policy")
+        if kind != "fcfs" and policy not in (None, "fcfs"):
+            yield "scheduler.order", f"policy {policy} sorts the queue itself: set policy to fcfs"
+        if policy in ("lpm", "dfs-weight") and not allocator[memory["kind"]].finds_prefixes(memory):
+            yield "scheduler.policy", f"{policy} sorts by cached prefixes, and the allocator caches none"
+        if policy != "random" and settings.get("seed"):
+            yield "scheduler.seed", "only the policy random draws"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from sim.allocators.base import Admission, Allocator
+from sim.allocators.base import Admission, Allocator, allocator
 from sim.registry import PositiveInt
 from sim.request import Request
 from sim.schedulers.base import Preemption, arrival, scheduler
@@ -136,6 +137,19 @@ class TensorRTLLM(PromisingScheduler):
     def open_to_arrivals(self) -> bool:
         """Behind a head that waits, and while a group is swapped out, nobody is looked at."""
         return not self.head_stays and not self.swapped
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """Where nobody grows, whoever is admitted comes to its end; only a guarantee looks at what may come."""
+        yield from super().check(config)
+        owner = config["allocator"]["kind"]
+        if config["scheduler"].get("capacity") == "max_utilization":
+            yield "scheduler.max_new_tokens", "max_utilization does not count on what is to come"
+        if not allocator[owner].can_grow:
+            yield (
+                "scheduler.capacity",
+                f"has no meaning with allocator {owner}: nobody outgrows a reservation",
+            )
 
 
 def _shared_within(request: Request) -> int:

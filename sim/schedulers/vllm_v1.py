@@ -108,6 +108,7 @@ class VllmV1(ChunkedScheduler):
             tokens = len(request.sequences)
             if request in partial:
                 tokens = min(self.left(request), self.longest_chunk, left)
+                allocator.pass_windows(sequence)  # whether the chunk then fits or not
             elif (
                 exact and tokens == 1 and sequence.origin + clock < sequence.capacity
             ):  # most have their slot
@@ -249,8 +250,15 @@ class VllmV1(ChunkedScheduler):
         mine = config["scheduler"]
         if mine.get("skip_unfit") and mine.get("chunked_prefill", True):
             yield "scheduler.skip_unfit", "with chunked prefill no prompt exceeds the budget of a step"
-        if mine.get("reserve_full_prompt") is False and config["allocator"]["kind"] == "contiguous":
-            yield "scheduler.reserve_full_prompt", "contiguous reserves the whole sequence at admission"
+        if mine.get("reserve_full_prompt") is False:
+            whole = not mine.get("chunked_prefill", True) and not mine.get("long_prefill_token_threshold")
+            if config["allocator"]["kind"] == "contiguous":
+                yield "scheduler.reserve_full_prompt", "contiguous reserves the whole sequence at admission"
+            elif whole:
+                yield (
+                    "scheduler.reserve_full_prompt",
+                    "without chunked prefill the first chunk is the whole prompt",
+                )
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from sim.errors import UserError
 from sim.hardware import Device, Model
@@ -106,15 +107,23 @@ class Calibrated(StepTime):
         """One token for each sequence."""
         return self.overhead + (self._dense(num_decodes) + self._decodes(num_decodes, context))
 
+    def attention_seconds(self, num_decodes: float, context: float, entries: float) -> float:
+        """Attention of so many decodes over so many tokens, in block tables of so many entries in all."""
+        return self.decode_base + (
+            self.per_bare_decode * num_decodes + self.per_bare_context * context + self.per_entry * entries
+        )
+
     def _decodes(self, num_decodes: int, context: int) -> float:
         if self.num_entries is not None:
-            return self.decode_base + (
-                self.per_bare_decode * num_decodes
-                + self.per_bare_context * context
-                + self.per_entry * self.num_entries
-            )
+            return self.attention_seconds(num_decodes, context, self.num_entries)
         return self.decode_base + (self.per_decode * num_decodes + self.per_context * context)
 
     def _dense(self, tokens: int) -> float:
         read = self.read_weight * min(self.weights, self.active_weights * tokens)
         return self.dense_base + max(read, self.curve(tokens) * self.active_weights)
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """A profile has no figures of kernels that dequantise."""
+        if config.get("kv_cache_dtype"):
+            yield "kv_cache_dtype", "profiles were not measured with quantised caches: take timing roofline"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from sim.errors import UserError
 from sim.hardware import Device, Model
+from sim.kv_precision import OPERATIONS
 from sim.registry import Bounds, NonNegativeFloat, PositiveFloat
 from sim.step import Step
 from sim.timing.base import StepTime, timing
@@ -26,7 +28,8 @@ class Roofline(StepTime):
     follow from the mean context, which is an upper bound where some contexts are shorter and others longer than
     the window. Tensor parallel devices share both evenly. Each layer ends in two all-reduces of its tokens'
     activations (Shoeybi et al., Megatron-LM, 2019), as rings of 2 (n - 1) sends of a part in n; without a link's
-    bandwidth they are part of the step overhead.
+    bandwidth they are part of the step overhead. Of a quantised cache (`kv_cache_dtype`) attention reads fewer bytes,
+    and every value that it reads or writes passes through the vector units before the matrix units have it.
 
     Fields:
         step_overhead_ms: Time per step beside the operators: scheduling, launches, sampling, communication.
@@ -35,6 +38,10 @@ class Roofline(StepTime):
         memory_efficiency: Share of the datasheet's memory bandwidth that they reach; likewise.
         link_gb_per_s: Bandwidth from one tensor parallel device to the next, one way.
         link_latency_us: Time of a send beside its bytes.
+        dequantize_ops: Vector operations for each value of a quantised cache; by default 2 for int8 and fp8 (convert,
+            multiply), 4 for int4 (shift, mask, convert, multiply).
+        vector_share: Share of the datasheet's FLOP/s that vector units have in operations per second; 1/32 is that of
+            an A100 (9.75e12 of 312e12), an H100 has 1/30.
     """
 
     def __init__(
@@ -47,6 +54,8 @@ class Roofline(StepTime):
         memory_efficiency: Efficiency = 1.0,
         link_gb_per_s: PositiveFloat | None = None,
         link_latency_us: NonNegativeFloat = 0.0,
+        dequantize_ops: NonNegativeFloat | None = None,
+        vector_share: Efficiency = 1 / 32,
     ) -> None:
         if model is None or device is None:
             missing = "model" if model is None else "device"
@@ -62,6 +71,10 @@ class Roofline(StepTime):
         attending = model.num_layers - model.num_state_layers
         self.pair = 4.0 * attending * model.num_heads * model.head_dim / flops
         self.kv_token = model.kv_bytes_per_token / bandwidth
+        self.dequantize_token = 0.0
+        if model.kv_cache_dtype is not None:
+            each = OPERATIONS[model.kv_cache_dtype] if dequantize_ops is None else dequantize_ops
+            self.dequantize_token = model.kv_values * each / (flops * vector_share)
         self.reduced_token = 0.0
         if link_gb_per_s is not None:
             sends = 2 * model.num_layers * 2 * (device.count - 1)  # two all-reduces a layer
@@ -104,5 +117,13 @@ class Roofline(StepTime):
 
     def _fused(self, tokens: int, pairs: float, context: float, states: float = 0.0) -> float:
         linear = max(self.linear_per_token * tokens, min(self.weights, self.active_weights * tokens))
-        attention = max(self.pair * pairs, self.kv_token * context + states)
+        computing = self.pair * pairs + self.dequantize_token * (context + tokens)
+        attention = max(computing, self.kv_token * context + states)
         return self.overhead + linear + attention + self.reduced_token * tokens
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """Nothing is dequantised where nothing is quantised."""
+        if not config.get("kv_cache_dtype"):
+            for field in ("dequantize_ops", "vector_share"):
+                yield f"timing.{field}", "has no meaning where the cache is not quantised (kv_cache_dtype)"

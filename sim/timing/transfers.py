@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from sim.errors import UserError
 from sim.hardware import Device, Model
+from sim.kv_precision import Precision, quantized_bytes
 from sim.registry import InFile, NonNegativeFloat, PositiveFloat, PositiveInt
 from sim.step import Step
 from sim.timing.profile import S_PER_BYTE, US, MoveCost, Profile
-
-Quantization = Literal["int8", "fp8", "int4"]
 
 
 class Transfers:
@@ -49,7 +48,7 @@ class Transfers:
         asynchronous: bool = False,
         prefetch: bool = True,
         layer_wise: bool = False,
-        quantization: Quantization | None = None,
+        quantization: Precision | None = None,
         profile: Annotated[Profile, InFile("profiles")] | None = None,
     ) -> None:
         self.asynchronous = asynchronous
@@ -112,6 +111,12 @@ class Transfers:
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """(dotted path, complaint) for options of a whole experiment that contradict each other."""
         transfers = config.get("transfers") or {}
+        if transfers.get("quantization") and config.get("kv_cache_dtype"):
+            kept = f"kv_cache_dtype: {config['kv_cache_dtype']}"
+            yield (
+                "transfers.quantization",
+                f"swapped blocks have the precision of the cache ({kept}), and keep it",
+            )
         if not transfers.get("asynchronous"):
             for field in ("prefetch", "layer_wise"):
                 if field in transfers:
@@ -120,17 +125,15 @@ class Transfers:
             yield "transfers.asynchronous", "nothing can be swapped without a host pool (num_host_blocks: 0)"
 
 
-def _quantized(precision: Quantization, model: Model | None, block_size: int) -> int:
+def _quantized(precision: Precision, model: Model | None, block_size: int) -> int:
     """Bytes of a swapped block: codes, and a scale of four bytes for each token and head, K and V."""
     if model is None:
         raise UserError("transfers.quantization needs a model: name one, for example opt-13b")
-    values = model.kv_values_per_token or 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    bits = 4 if precision == "int4" else 8
-    swapped = values * bits // 8 + 4 * values // model.head_dim
-    if swapped >= model.kv_bytes_per_token:
+    swapped = quantized_bytes(model.kv_values, model.head_dim, precision)
+    if swapped >= model.full_kv_bytes_per_token:
         raise UserError(
             f"transfers.quantization: {precision} takes {swapped:,} bytes a token, expected less than the "
-            f"{model.kv_bytes_per_token:,} of the cache"
+            f"{model.full_kv_bytes_per_token:,} of the cache"
         )
     return swapped * block_size
 

@@ -91,5 +91,5 @@ class Forgetful(Ledger):
 
 def test_the_audit_tells_a_slot_of_the_wrong_precision(monkeypatch):
     monkeypatch.setattr("sim.audit.Ledger", Forgetful)
-    with pytest.raises(ProbeError, match=r"expected precision int8, found the cache's own"):
+    with pytest.raises(ProbeError, match=r"expected precision int8, found the model's own"):
         serve("int8", 1)

@@ -304,7 +304,7 @@ QUANTISED = [
 ]
 
 
-@pytest.mark.parametrize("quantization", QUANTISED, ids=str)
+@pytest.mark.parametrize("quantization", QUANTISED, ids=[*QUANTISED[:-1], "int4 in pairs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantised_swap_is_within_its_bound(quantization, dtype, device):
     twin = twins(dtype=dtype, device=device, form=Form(4, 6, 2, 6, num_layers=3))

@@ -46,7 +46,7 @@ def test_our_implementations_are_within_every_bound(sound):
     assert {row.implementation for row in sound if row.name.startswith("decoding")} == {"reference", "torch"}
 
 
-def test_bounds_are_those_of_the_issue(sound):
+def test_bounds_are_those_that_are_documented(sound):
     for row in sound:
         if row.dtype == "float32" and row.name in PROPERTIES[:8]:
             assert 1e-6 < row.bound < 1e-4  # 1e-5 times the largest output or 1
@@ -194,7 +194,7 @@ def test_tables_are_shuffled_and_unwritten_slots_are_not_numbers():
         assert len(used) == sum(-(-len(k) // problem.form.block_size) for k, _ in problem.histories)
 
 
-def test_the_whole_matrix_has_what_the_issue_lists():
+def test_the_matrix_is_whole():
     forms: list[tuple[str, Problem]] = list(matrix(torch.float32, CPU))
     sizes = {problem.form.block_size for name, problem in forms if name == "block sizes"}
     assert {1, 16, 256} <= sizes

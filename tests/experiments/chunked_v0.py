@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterable
 
 from experiments.parity import Row
-from experiments.parity_v0 import ENDLESS, build_memory
+from experiments.parity_tokens import ENDLESS
+from experiments.parity_v0_manager import build_memory
 from sim import Admission, Request, Sequence
 from sim.beams import fork
 

@@ -42,7 +42,9 @@ def test_a_command_that_is_not_understood(arguments: list[str], line: str, kvsim
 def test_list_of_a_word_that_names_nothing(kvsim: Kvsim) -> None:
     said = kvsim("list", "pagd")
     assert (said.code, said.out) == (2, "")
-    assert said.err.startswith("kvsim list: unknown kind, got 'pagd', expected experiment, model, device, ")
+    assert said.err.startswith(
+        "kvsim list: unknown kind, got 'pagd', expected experiment, combinations, model, "
+    )
     assert said.err.endswith(" or a policy, did you mean 'paged'?\n")
 
 

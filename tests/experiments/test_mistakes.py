@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from experiments import hardware
+from experiments.config import load
 from experiments.experiment import Experiment
 from experiments.mistakes import listed
 from sim.allocators import allocator
@@ -234,7 +236,32 @@ SWAPS = {
     (
         "allocator.prefix_caching=true",
         "transfers.quantization=int8",
-    ): "--set:2:24: transfers.quantization: is not there for cached blocks (prefix_caching)",
+    ): "--set:2:24: transfers.quantization: blocks come back less precise, and two precisions would be under one "
+    "prefix key (prefix_caching)",
+    (
+        "kv_cache_dtype=int8",
+        "transfers.quantization=int4",
+    ): "--set:2:24: transfers.quantization: swapped blocks have the precision of the cache (kv_cache_dtype: int8), "
+    "and keep it",
+    (
+        "kv_cache_dtype=int8",
+        "model={kind: opt-13b, kv_bytes_per_value: 1}",
+    ): "--set:1:16: kv_cache_dtype: saves nothing, got int8, which takes 422,400 bytes a token with its scales, "
+    "expected less than the 409,600 of opt-13b",
+    (
+        "kv_cache_dtype=fp8",
+        "model=null",
+        "num_blocks=9",
+        "kv_memory=null",
+        "max_model_len=99",
+    ): "--set:1:16: kv_cache_dtype: a precision of nobody's K and V, got fp8, expected a model that has them",
+    (
+        "kv_cache_dtype=int8",
+        "timing={kind: calibrated, profile: cpu-xeon}",
+    ): "--set:1:16: kv_cache_dtype: profiles were not measured with quantised caches: take timing roofline",
+    (
+        "timing={kind: roofline, dequantize_ops: 1}",
+    ): "--set:1:41: timing.dequantize_ops: has no meaning where the cache is not quantised (kv_cache_dtype)",
     (
         "allocator.num_host_blocks=0",
         "transfers.asynchronous=true",
@@ -252,6 +279,78 @@ def test_ways_to_recover_that_contradict_the_memory_are_refused(settings, write:
     written = [part for setting in settings for part in ("--set", setting)]
     refused = kvsim("check", "small.yaml", *written)
     assert (refused.code, refused.lines) == (2, [named(SWAPS[settings])])
+
+
+MEANINGLESS = {
+    ("scheduler={kind: sglang, policy: lpm}",): "scheduler.policy: lpm sorts by cached prefixes, and "
+    "the allocator caches none",
+    ("allocator={kind: prefix, prefix_caching: false}", "scheduler={kind: sglang, policy: dfs-weight}"):
+    "scheduler.policy: dfs-weight sorts by cached prefixes, and the allocator caches none",
+    ("scheduler={kind: sglang, seed: 3}",): "scheduler.seed: only the policy random draws",
+    ("allocator=contiguous", "scheduler={kind: trtllm, capacity: max_utilization}"):
+    "scheduler.capacity: has no meaning with allocator contiguous: nobody outgrows a reservation",
+    ("scheduler={kind: trtllm, capacity: max_utilization, max_new_tokens: 9}",): "scheduler.max_new_tokens: "
+    "max_utilization does not count on what is to come",
+    ("scheduler={kind: lightllm, estimated_output: 9}",): "scheduler.estimated_output: nothing is "
+    "estimated without a busy_share above 0",
+    ("scheduler={kind: vllm_v1, chunked_prefill: false, reserve_full_prompt: false}",):
+    "scheduler.reserve_full_prompt: without chunked prefill the first chunk is the whole prompt",
+    ("scheduler.order={kind: sjf, seed: 3}",): "scheduler.order.seed: without noise nothing is drawn",
+    ("scheduler.order={kind: edf, target_s: 3}",): "scheduler.order.target_s: with one target for all "
+    "(per_prompt_token_ms: 0) the order is that of arrival",
+    ("scheduler.order={kind: mlfq, levels: 1, quantum: 3}",): "scheduler.order.quantum: there is only "
+    "one level",
+    ("scheduler.order=vtc",): "scheduler.order: vtc shares between tenants, and all requests are of one: "
+    "set workload.tenants",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", MEANINGLESS)
+def test_what_changes_nothing_beside_the_rest_is_refused(settings, write: Write, kvsim: Kvsim) -> None:
+    written = [part for setting in settings for part in ("--set", setting)]
+    refused = kvsim("check", "small.yaml", *written)
+    place = f"--set:{len(settings)}:"
+    assert refused.code == 2
+    assert [(line[: len(place)], line.split(": ", 1)[1]) for line in refused.lines] == [
+        (place, MEANINGLESS[settings])
+    ]
+
+
+MEANINGFUL = [
+    ("allocator=radix", "scheduler={kind: sglang, policy: lpm}"),
+    ("allocator.prefix_caching=true", "scheduler={kind: sglang, policy: dfs-weight}"),
+    ("scheduler={kind: sglang, policy: random, seed: 3}",),
+    ("scheduler={kind: trtllm, capacity: max_utilization}",),
+    ("scheduler={kind: lightllm, busy_share: 0.5, estimated_output: 9}",),
+    ("scheduler={kind: vllm_v1, reserve_full_prompt: false}",),
+    ("scheduler.order={kind: sjf, noise: 0.5, seed: 3}",),
+    ("scheduler.order=vtc", "workload.tenants=[1, 2]"),
+    # What is the default may be written anywhere.
+    ("scheduler={kind: sglang, policy: fcfs, seed: 0}",),
+    ("allocator=contiguous", "scheduler={kind: trtllm, capacity: guaranteed_no_evict, victim: latest}"),
+    ("scheduler={kind: lightllm, busy_share: 0, estimated_output: 1024}",),
+    ("transfers={asynchronous: false, prefetch: true, layer_wise: false}",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", MEANINGFUL)
+def test_what_means_something_and_what_is_the_default_is_not(settings, write: Write, kvsim: Kvsim) -> None:
+    written = [part for setting in settings for part in ("--set", setting)]
+    assert kvsim("check", "small.yaml", *written).lines == []
+
+
+@pytest.mark.parametrize("kind", list(scheduler))
+@pytest.mark.parametrize("owner", ["paged", "contiguous", "radix"])
+def test_settings_with_all_defaults_written_out_mean_the_same(
+    kind, owner, write: Write, kvsim: Kvsim
+) -> None:
+    """What a run stores as its configuration can be read again."""
+    base = ["--set", f"scheduler={kind}", "--set", f"allocator={owner}"]
+    (point,) = load(Path("small.yaml"), base[1::2]).points
+    write("again.yaml", json.dumps(point.settings))
+    assert kvsim("check", "again.yaml").lines == []
+    (again,) = load(Path("again.yaml")).points
+    assert again.settings == point.settings
 
 
 def test_all_mistakes_are_told_at_once_in_order_of_place(write: Write, kvsim: Kvsim) -> None:

@@ -1,18 +1,20 @@
-"""Recorded engine cases: our own recordings in `recordings`, and all shared ones where they are."""
+"""Recorded engine cases: copies of a few in `recordings`, and all shared ones where they are."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.parity import Difference, block_keys, canonical, replay
-from sim.errors import IntegrityError
+from experiments.parity import Difference, canonical, replay
+from sim.errors import IntegrityError, UserError
 from tests.experiments.conftest import Kvsim
+from tests.experiments.keys import block_keys
 
 RECORDINGS = Path(__file__).parent / "recordings"
 
@@ -70,7 +72,7 @@ def test_a_line_for_each_file(kvsim: Kvsim, recording):
         (("main 2026-08-17", "0.11.0"), r":1: got a recording of vllm-V1 '0.11.0', expected version main 2026-08-17"),
         (("vllm-V1 KV", "tgi KV"), r":1: got a recording of 'tgi KVCacheManager', expected one of vllm-V0, vllm-V1"),
         (('"kind":"header"', '"kind":"foot"'), r':1: got no header, expected an object with "kind": "header"'),
-        (('"block_size":4,', ""), r":1: the configuration lacks 'block_size'"),
+        (('"block_size":4,', ""), r":1: config: lacks block_size, expected a whole number"),
         (('"i":3', '"i":4'), r":5: got operation 4, expected 3"),
         (('"op":{"op":"admit"', '"op":{"op":"bid"'), r":2: got the operation .*bid.*, which is not of this format"),
         (('"out":{"ok":true', '"aut":{"ok":true'), r":2: got None as out, expected an object"),
@@ -249,29 +251,164 @@ def test_where_nothing_can_be_scheduled_nano_dies():
 
 
 def test_the_recordings_are_small():
-    assert sum(path.stat().st_size for path in RECORDINGS.iterdir()) < 100_000
+    assert sum(path.stat().st_size for path in RECORDINGS.iterdir()) < 120_000
     assert all(json.loads(path.open(encoding="utf-8").readline()) for path in RECORDINGS.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ('"usable_blocks":', '"usable_blocks":"x","was":', ":1: the configuration does not make sense: "),
-        (
-            '"policy":',
-            '"policy":"foo","was":',
-            ":1: the configuration does not make sense: unknown queue order 'foo'",
-        ),
-    ],
-)
-def test_a_header_that_makes_no_sense_is_the_files_fault(old, new, said, kvsim: Kvsim, tmp_path):
-    text = (RECORDINGS / "v1_head_sched_preempt_lifo.jsonl").read_text()
-    assert old in text
+def spoil(tmp_path, name: str, line: int, change) -> Path:
+    """A copy of a recording in which one line (from 1) is changed: its object is given to `change`."""
+    lines = (RECORDINGS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[line - 1])
+    change(row)
+    lines[line - 1] = json.dumps(row)
     path = tmp_path / "odd.jsonl"
-    path.write_text(text.replace(old, new, 1))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+BLOCKS = "a whole number from 1 to 1,000,000"
+NONSENSE = [
+    ("v1_head_no_caching", {"block_size": 0}, f"config.block_size: got 0, expected {BLOCKS}"),
+    ("v1_head_no_caching", {"block_size": True}, f"config.block_size: got True, expected {BLOCKS}"),
+    ("v1_head_no_caching", {"block_size": 4.0}, f"config.block_size: got 4.0, expected {BLOCKS}"),
+    ("v1_head_no_caching", {"usable_blocks": 10**12}, f"config.usable_blocks: got {10**12}, expected {BLOCKS}"),
+    ("v1_head_no_caching", {"usable_blocks": 5}, "config.usable_blocks: got 5, expected all of 12 but the null"),
+    ("v1_head_no_caching", {"prefix_caching": "yes"}, "config.prefix_caching: got 'yes', expected true or false"),
+    ("v1_head_no_caching", {"groups": []}, "config.groups: got [], expected a list with full, null or a window"),
+    ("v1_head_no_caching", {"groups": [0]}, "config.groups: got [0], expected a list with full, null or a window"),
+    ("v1_head_no_caching", {"watermark_blocks": -1}, "config.watermark_blocks: got -1, expected a whole number"),
+    ("nano_directed", {"num_blocks": -1}, f"config.num_blocks: got -1, expected {BLOCKS}"),
+    ("minisgl_directed_ps1", {"page_size": None}, f"config.page_size: got None, expected {BLOCKS}"),
+    ("v1_head_sched_preempt_lifo", {"max_num_seqs": None}, f"config.max_num_seqs: got None, expected {BLOCKS}"),
+    ("v1_head_sched_preempt_lifo", {"policy": "foo"}, "config.policy: got 'foo', expected fcfs or priority"),
+    ("v1_head_sched_preempt_lifo", {"max_model_len": 12}, "request r0: 12 prompt tokens leave nothing of max_mod"),
+    ("v0_exhaustion", {"watermark_blocks": 8}, "config.watermark_blocks: 8 leave nothing of 8 blocks"),
+    ("v0_exhaustion", {"watermark": 0.5}, "config.watermark_blocks: got 0, and 0.5 of 8 blocks are 4"),
+    ("v0_sched_prefill_priority", {"prompt_limit": 63}, "config.prompt_limit: got 63, expected 64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config", "said"), NONSENSE)
+def test_a_header_that_makes_no_sense_is_the_files_fault(name, config, said, kvsim: Kvsim, tmp_path):
+    path = spoil(tmp_path, name, 1, lambda header: header["config"].update(config))
     answer = kvsim("parity", str(path))
     assert answer.code == 2
-    assert f"{path}{said}" in answer.err
+    assert f"{path}:1: {said}" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("v1_head_sched_preempt_lifo", {"requests": None}, "requests: got None, expected a list"),
+        ("v1_head_sched_preempt_lifo", {"requests": [3]}, "requests[0]: got 3, expected an object"),
+        ("v1_head_sched_preempt_lifo", {"requests": [{"id": "a"}]}, "requests[0]: lacks arrival_step"),
+        ("v0_sched_prefill_priority", {"requests": [{"id": "a", "arrival_step": 0, "prompt_len": 3, "n": 2,
+                                                     "out_lens": [1]}]}, "request a: got 1 out_lens, expected one"),
+        ("v1_head_sched_preempt_lifo", {"requests": [{"id": "a", "arrival_step": 0, "prompt": [[0, 10**9]],
+                                                      "max_tokens": 1}]}, "requests[0].prompt: got [[0, 1000000000]]"),
+        ("v1_head_sched_preempt_lifo", {"requests": 2 * [{"id": "a", "arrival_step": 0, "prompt": [[0, 1]],
+                                                          "max_tokens": 1}]}, "requests[1].id: got 'a' a second time"),
+        ("minisgl_directed_ps1", {"requests": []}, "got requests, expected a recording of mini-sglang's manager"),
+        ("minisgl_directed_ps1", {"peer": None}, "got a recording of 'None', expected one of vllm-V0"),
+        ("minisgl_directed_ps1", {"config": []}, "got no header, expected an object with"),
+    ],
+)  # fmt: skip
+def test_requests_that_make_no_sense(name, change, said, kvsim: Kvsim, tmp_path):
+    path = spoil(tmp_path, name, 1, lambda header: header.update(change))
+    answer = kvsim("parity", str(path))
+    assert answer.code == 2
+    assert f"{path}:1: {said}" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "said"),
+    [
+        ("nano_directed", {"op": "state"}, "got the operation 'state', which is not of this format; expected one of"),
+        ("nano_directed", {"op": "admit", "r": "x"}, "op: lacks tokens, expected a list of tokens"),
+        ("nano_directed", {"op": "admit", "r": "x", "tokens": []}, "op.tokens: got [], expected a list of tokens"),
+        ("nano_directed", {"op": "admit", "r": "x", "tokens": [2**64]}, "op.tokens: got [18446744073709551616]"),
+        ("nano_directed", {"op": "free", "r": "x"}, "op: x is not there, after"),
+        ("nano_directed", {"op": "free", "r": "a", "x": 1}, "op.x: free has no such field; expected op, r"),
+        ("v1_head_no_caching", {"op": "admit", "r": "x", "tokens": [1], "chunk": 0}, "op.chunk: got 0, expected"),
+        ("v0_exhaustion", {"op": "finish", "g": "z", "s": 0}, "op: group z is not there"),
+        ("v0_exhaustion", {"op": "append", "g": "a", "tokens": {"7": 1}}, "op: got tokens for 7, and group a has"),
+        ("v0_sched_prefill_priority", {"step": "two"}, "op.step: got 'two', expected a whole number"),
+    ],
+)  # fmt: skip
+def test_an_operation_that_nobody_asked_for(name, op, said, kvsim: Kvsim, tmp_path):
+    path = spoil(tmp_path, name, 3, lambda row: row.update(op=op))
+    answer = kvsim("parity", str(path))
+    assert answer.code == 2
+    assert f"{path}:3: {said}" in answer.err
+
+
+def test_who_is_there_already_is_not_admitted_again(kvsim: Kvsim, tmp_path):
+    lines = (RECORDINGS / "nano_directed.jsonl").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "twice.jsonl"
+    path.write_text("\n".join([*lines[:2], lines[1].replace('"i":0', '"i":1')]), encoding="utf-8")
+    answer = kvsim("parity", str(path))
+    assert answer.code == 2
+    assert f"{path}:3: op: a is there already" in answer.err
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, "\x00", "null", "[]", '{"kind": "header"', "\ufeff{}", "\n\n"]
+)
+def test_what_is_no_recording_at_all(text, kvsim: Kvsim, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(text, encoding="utf-8")
+    answer = kvsim("parity", str(path))
+    assert answer.code == 2
+    assert answer.err.startswith(f"{path}:1: ")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDINGS.glob("*.jsonl")))
+def test_wherever_a_recording_is_cut_there_is_an_answer(name, tmp_path):
+    """In the middle of a line it is truncated; between lines of a manager nobody can tell."""
+    whole = (RECORDINGS / f"{name}.jsonl").read_bytes()
+    path = tmp_path / "cut.jsonl"
+    for at in range(1, 30):
+        path.write_bytes(whole[: len(whole) * at // 30])
+        said = f"{path}: truncated"
+        try:
+            replay(path)
+        except UserError as error:
+            said = str(error)
+        assert re.match(re.escape(str(path)) + r"(:\d+)?: truncated", said)
+
+
+def nodes(value, where=()):
+    """Every place inside a JSON value, with the keys that lead there."""
+    yield where
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inside:
+        yield from nodes(each, (*where, key))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(path.stem for path in RECORDINGS.glob("*.jsonl"))),
+    random=st.randoms(use_true_random=False),
+    value=st.sampled_from([None, 0, -1, 1, 7, 2.5, True, "x", "", [], {}, [[]], {"a": 1}, 10**30]),
+    drop=st.booleans(),
+)
+def test_whatever_stands_somewhere_else_there_is_an_answer(name, random, value, drop, tmp_path):
+    """One value of a header or of an operation is another one, or is missing."""
+    rows = [json.loads(line) for line in (RECORDINGS / f"{name}.jsonl").open(encoding="utf-8")]
+    line = random.choice([0, random.randrange(len(rows))])
+    where = random.choice([each for each in nodes(rows[line]) if each])
+    *path, last = where
+    inside = rows[line]
+    for key in path:
+        inside = inside[key]
+    if drop:
+        del inside[last]
+    else:
+        inside[last] = value
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with contextlib.suppress(UserError, Difference):
+        replay(odd)
 
 
 def test_a_header_alone_is_a_truncated_recording(kvsim: Kvsim, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.parity import Difference, replay
 from experiments.parity_v0 import SchedulerDriver
-from experiments.parity_v0_cached import CachedManagerDriver
+from experiments.parity_v0_manager import CachedManagerDriver
 from tests.experiments.chunked_v0 import ChunkedDriver
 
 

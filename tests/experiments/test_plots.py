@@ -20,7 +20,7 @@ from experiments import plots, plots_recovery, plots_style
 from experiments.plots import draw, stored_plots
 from experiments.plots_rate import Saturation, saturation
 from experiments.plots_reading import read_experiment
-from experiments.plots_results import Case, spread
+from experiments.plots_results import BLOCK_SIZE, Case, spread
 from experiments.plots_series import Mean
 from experiments.plots_shares import apart
 from sim.errors import UserError
@@ -197,6 +197,16 @@ def test_a_number_zipped_with_policies_is_no_axis(tmp_path: Path) -> None:
     experiment = read_experiment(write_results(tmp_path / "a", Sweep(zipped, {RATE: [1, 2]}, requests=3)))
     assert experiment.policies == ["contiguous max", "paged 16"]
     assert list(experiment.axes) == [RATE]
+
+
+def test_a_figure_that_some_runs_lack_is_no_policy(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "a", Sweep({}, {BLOCK_SIZE: [8, 16]}, requests=3))
+    table = pq.read_table(folder / "runs.parquet")
+    told = pa.array([None, 0.01])
+    pq.write_table(table.append_column("quantization_max_error", told), folder / "runs.parquet")
+    experiment = read_experiment(folder)
+    assert (len(experiment.policies), list(experiment.axes)) == (1, [BLOCK_SIZE])
+    assert [run.summary["quantization_max_error"] for run in experiment.runs] == [None, 0.01]
 
 
 def test_a_swept_seed_gives_replications(tmp_path: Path) -> None:

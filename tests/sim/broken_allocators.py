@@ -267,9 +267,10 @@ class SwappedToTheWrongPlace(Paged):
         probe = self.probe
 
         class Misled:
-            def swap(self, tier, pairs):
+            def swap(self, tier, pairs, sequences=()):
                 sources, targets = zip(*pairs, strict=True)
-                probe.swap(tier, list(zip(sources, [*targets[1:], targets[0]], strict=True)))
+                led = list(zip(sources, [*targets[1:], targets[0]], strict=True))
+                probe.swap(tier, led, sequences)
 
         self.probe = Misled()
         moved = super()._move(request, source, target)

@@ -184,6 +184,8 @@ def run_naively(
             allocator.land(now)
             link.now = now
             link.awaited = 0 if not replanned else link.awaited
+        if allocator.tiers is not None and not replanned:
+            allocator.tiers.begin(now)
         step = scheduler.next_step(now)
         allocator.check_integrity()
         for request in step.rejected:
@@ -243,6 +245,8 @@ def run_naively(
             stall = max(0, link.awaited - now - hidden)
             waited += stall
             duration += stall
+        if allocator.tiers is not None:
+            duration += allocator.tiers.stall(now, duration)
         running, waiting = len(scheduler.running), scheduler.num_waiting
         prefill = sum(tokens for _, _, tokens in step.chunks)
         assert step.num_decodes in (0, scheduler.decodes.size)
@@ -281,6 +285,9 @@ def run_naively(
             search.turn_over(scheduler)
     outcome.counters = {**counters, "recomputed_tokens": scheduler.recomputed_tokens}
     saved = outcome.saved * allocator.block_slots
+    if allocator.tiers is not None:
+        asked = sum(row[2] for row in outcome.requests if row[5] != NEVER)
+        outcome.counters |= allocator.tiers.figures(asked)
     outcome.counters["swap_stall_s"] = waited / 1e9
     outcome.counters["blocks_saved_share"] = saved / (outcome.held + saved) if outcome.held else 0.0
     return outcome

@@ -66,7 +66,13 @@ SETTINGS = {
 }
 
 CASES = [
-    pytest.param(kind, fields, id=" ".join([kind, *(f"{name}={value}" for name, value in fields.items())]))
+    pytest.param(
+        kind,
+        fields,
+        id=" ".join(
+            [kind, *(f"{name}={getattr(value, '__name__', value)}" for name, value in fields.items())]
+        ),
+    )
     for kind in allocator.kinds
     for fields in SETTINGS.get(kind, [{}])
 ]

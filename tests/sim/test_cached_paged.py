@@ -238,7 +238,12 @@ class Reference:
     def take(self) -> int:
         if self.unmade:
             return self.unmade.pop(0)
-        block = min(self.freed, key=lambda each: (self.freed[each][0], -self.freed[each][1]))
+        block = next(iter(self.freed))
+        for each, (used, depth) in self.freed.items():
+            if self.freed[block][0] < used:
+                break
+            if self.freed[block][1] < depth:
+                block = each
         del self.freed[block]
         return block
 
@@ -266,6 +271,19 @@ def test_eviction_is_that_of_a_walk_over_all_free_blocks(events):
             pool.release((block,), depth, used)  # found, and let go without a use
             reference.freed[block] = used, depth
     pool.check_integrity(tables)
+
+
+@pytest.mark.parametrize(("held_again", "evicted"), [(False, 1), (True, 5)])
+def test_the_evictor_looks_no_further_than_the_first_that_was_used_later(held_again, evicted):
+    """Freed: 0 and 1, used at 9; 2, used at 12; 3 to 5, used at 5 and deeper, which 2 hides while it is free."""
+    pool = HashedPool(6)
+    pool.take(6)
+    pool.release([0, 1], now=9)
+    pool.release([2], now=12)
+    pool.release([3, 4, 5], first=2, now=5)
+    if held_again:
+        pool.hold(2)
+    assert pool.take() == [evicted]
 
 
 def test_a_key_has_one_block_and_a_full_duplicate_gives_way():

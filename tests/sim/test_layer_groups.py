@@ -262,3 +262,20 @@ def test_time_of_a_step_follows_the_windows():
     step.chunks = [(None, 70, 60)]
     pairs = sum(min(position + 1, 100) for position in range(70, 130))
     assert sliding.seconds(step) == pytest.approx(2e6 * 60 / 1e9 + 4 * 8 * 64 * pairs / 1e9)
+
+
+def test_behind_a_hit_a_window_needs_less_than_the_whole_prompt():
+    """Four blocks, and 20 tokens: too many at once, but of 16 that are cached the window looks at one block."""
+    over = allocator["prefix"](Capacity(1, 64, 4), block_size=4, windows=[4])
+    tokens = {"content": tuple(range(20)), "content_grain": 1}
+    request = Request(0, 0, 20, 1, **tokens)
+    sequence = Sequence(request, 0, 0, 20)
+    request.sequences.append(sequence)
+    over.admit(sequence, 4)
+    for _ in range(4):
+        over.extend(sequence, 4)
+    over.free(sequence)
+    again = Request(1, 0, 20, 1, **tokens)
+    assert over.cached_tokens(again, 20) == 16
+    assert over.admission(again, 20) is Admission.OK
+    assert over.admission(Request(2, 0, 20, 1), 20) is Admission.NEVER

@@ -386,6 +386,13 @@ def test_swaps_beside_the_computation(
     assert_equal(*both(workload, memory, scheduler_kind, clock, slots, link, **fields))
 
 
+def test_a_growth_whose_sequences_have_all_left_changes_no_books():
+    """Windows that move in a stretch, in which a tick of the calendar is left without members by a preemption."""
+    made = [(0, 1, 5, 1, False), (0, 47, 7, 1, False), (0, 47, 4, 1, False), (0, 41, 3, 1, False)]
+    fields = {"max_num_seqs": 32, "victim": "most_blocks"}
+    assert_equal(*both(Given(made), "prefix 4 full and windows", "lightllm", "fixed", 96, **fields))
+
+
 def test_memory_that_a_swap_in_took_ahead_is_not_counted_on():
     """A step that only grew its batch, and whose plan then gave the last blocks to a swap-in."""
     rows = [

@@ -81,3 +81,15 @@ def test_an_answer_is_found_by_the_prompt_that_repeats_it():
     again = Request(1, 0, 20, 4, content=(1, 2, 3), content_ends=(10, 17, 20), output_content=4)
     assert prefix_keys(first, 4, 4) == prefix_keys(again, 4, 4)
     assert prefix_keys(again, 5, 4)[4] not in prefix_keys(first, 5, 4)
+
+
+def test_tokens_behind_the_prompt_may_have_names_of_their_own():
+    """A grain of 1 names tokens one by one; a trace's last name ends with the prompt."""
+    told = Request(0, 0, 4, 9, content=tuple(range(12)), content_grain=1)
+    prompt = Request(1, 0, 12, 1, content=tuple(range(12)), content_grain=1)
+    assert prefix_keys(told, 3, 4) == prefix_keys(prompt, 3, 4)
+    assert prefix_keys(told, 4, 4)[3] not in prefix_keys(prompt, 4, 4)
+    tokens = [History.of(each).identities(0, 12)[0].tolist() for each in (told, prompt)]
+    assert tokens[0] == tokens[1]
+    trace = Request(2, 0, 4, 9, content=(0, 1, 2), content_grain=4)
+    assert prefix_keys(trace, 3, 4)[1:] == prefix_keys(Request(2, 0, 4, 9), 3, 4)[1:]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sim import Request, order, scheduler, victim
 from sim.schedulers.prefix_order import PrefixOrder
@@ -288,6 +290,31 @@ def test_longest_outputs_and_chance():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@given(
+    moves=st.lists(
+        st.one_of(st.integers(1, 9), st.sampled_from(["admit", "admit", "retract"])), min_size=1, max_size=60
+    )
+)
+def test_a_queue_in_which_new_ones_are_inserted_is_sorted(moves):
+    """By a plain, stable sort of the whole queue before each admission."""
+    sorter = PrefixOrder("lof", sglang(400).allocator, 0)
+    queue, plain, left = deque(), [], []
+    for number, move in enumerate(moves):
+        if isinstance(move, int):
+            queue.append(Request(number, 0, 1, move))
+        elif move == "retract" and left:
+            left[0].preemptions += 1
+            queue.append(left.pop(0))
+        plain += [each for each in queue if each not in plain]
+        if not queue or move != "admit":
+            continue
+        plain.sort(key=lambda each: each.output_tokens, reverse=True)
+        sorter.sort(queue, lambda each: each.output_tokens)
+        assert list(queue) == plain
+        left.append(queue.popleft())
+        plain.pop(0)
+
+
 def test_a_cached_prefix_that_is_locked_is_no_longer_free():
     """At 30 ms 24 slots are free, 16 of them cached, and 1 has 8 tokens to come. 2 would lock the 16 and have 9."""
     requests = named((0, (1, 2, 3, 4), 1), (20, (9,), 3), (25, (1, 2, 3, 4), 1))
@@ -309,7 +336,7 @@ def test_decodes_of_a_mixed_step_need_slots_too(mixed, at):
 
 def test_an_order_is_refused_beside_a_policy_that_sorts():
     config = {
-        "scheduler": {"policy": "lpm", "order": {"kind": "sjf"}}, "allocator": {}, "workload": {},
+        "scheduler": {"policy": "lpm", "order": {"kind": "sjf"}}, "allocator": {"kind": "radix"}, "workload": {},
     }  # fmt: skip
     assert [where for where, _ in scheduler["sglang"].check(config)] == ["scheduler.order"]
     for settings in ({"policy": "fcfs"}, {"policy": None}, {}):

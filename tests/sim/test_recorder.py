@@ -269,6 +269,15 @@ def test_tables_that_are_switched_off_stay_off():
     assert recorder.memory.held == 20
 
 
+def test_who_sent_a_request_stands_beside_it():
+    tables = {}
+    recorder = Recorder(tables.setdefault)
+    for tenant in (2, 0):
+        recorder.request(Request(tenant, 0, 1, 1, tenant=tenant))
+    recorder.close()
+    assert list(tables["requests"]["tenant"]) == [2, 0]
+
+
 def test_a_stretch_is_spread_over_its_steps():
     tables = {}
     recorder = Recorder(lambda table, columns: tables.setdefault(table, columns))

@@ -109,6 +109,28 @@ def test_roofline_fields():
     assert roofline(OPT, pair).seconds(step(decodes=30, context=9000)) == near(plain / 2)
 
 
+def test_roofline_of_a_quantised_cache_reads_less_and_dequantises():
+    """409,600 values a token: a byte each, or half of one, and 3,200 scales; 9.75e12 vector operations a second."""
+    weights = 25.7e9 / 1555e9
+    decodes = step(decodes=30, context=9000)
+    for precision, size, ops in (("int8", 422_400, 2), ("fp8", 422_400, 2), ("int4", 217_600, 4)):
+        clock = roofline(replace(OPT, kv_cache_dtype=precision))
+        computing = 4 * 40 * 40 * 128 * 9000 / 312e12 + 409_600 * ops * 9030 / 9.75e12
+        assert clock.seconds(decodes) == near(weights + max(9000 * size / 1555e9, computing))
+        assert clock.decode_seconds(30, 9000) == clock.seconds(decodes)
+    int4 = replace(OPT, kv_cache_dtype="int4")
+    assert computing > 9000 * 217_600 / 1555e9  # as QServe finds on this device
+    free = roofline(int4, dequantize_ops=0)
+    assert free.seconds(decodes) == near(weights + 9000 * 217_600 / 1555e9)
+    assert roofline(int4, vector_share=1 / 16).seconds(decodes) < roofline(int4).seconds(decodes)
+    prompt = step(chunks=((0, 512),))
+    pairs = 4 * 40 * 40 * 128 * (512 * 513 // 2) / 312e12
+    attention = max(
+        pairs + 409_600 * 4 * 1024 / 9.75e12, 512 * 217_600 / 1555e9
+    )  # each token read, and written
+    assert roofline(int4).seconds(prompt) == near(2 * 12.85e9 * 512 / 312e12 + attention)
+
+
 def test_tensor_parallel_devices_reduce_what_every_layer_leaves():
     """Two all-reduces a layer, each a ring of 2 (n - 1) sends of 5120 / n values for every token."""
     four = Device(

@@ -1,0 +1,84 @@
+"""The queue of free blocks: handed out from its head, put back at either end, taken from the middle by hits."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+
+class FreeQueue:
+    """Block numbers in order, each at most once; every operation costs what it moves, however long the queue is.
+
+    A block that is removed from the middle stays where it was until it reaches the head or too many have
+    gathered; if it has been put back at the tail by then, the place farther to the head is the one that does not
+    count. What is put at the head is not removed from there.
+    """
+
+    __slots__ = ("_front", "_left", "_num_left", "_queue")
+
+    def __init__(self, blocks: Iterable[int]) -> None:
+        self._front: list[int] = []  # before the queue, its first at the end
+        self._queue = deque(blocks)
+        self._left: dict[int, int] = {}  # places of each block in the queue that do not count
+        self._num_left = 0
+
+    def __len__(self) -> int:
+        return len(self._front) + len(self._queue) - self._num_left
+
+    def __iter__(self) -> Iterator[int]:
+        """From the head on."""
+        yield from reversed(self._front)
+        left = dict(self._left)
+        for block in self._queue:
+            if left.get(block):
+                left[block] -= 1
+            else:
+                yield block
+
+    def take(self, count: int) -> list[int]:
+        """The first `count`, which have to be there."""
+        front = self._front
+        blocks: list[int] = []
+        if front and count:
+            blocks = front[: -count - 1 : -1]
+            del front[-len(blocks) :]
+            count -= len(blocks)
+        pop = self._queue.popleft
+        if not self._num_left:
+            blocks += [pop() for _ in range(count)]
+            return blocks
+        left = self._left
+        while count:
+            block = pop()
+            places = left.get(block)
+            if places is None:
+                blocks.append(block)
+                count -= 1
+            else:
+                self._num_left -= 1
+                if places == 1:
+                    del left[block]
+                else:
+                    left[block] = places - 1
+        return blocks
+
+    def put_first(self, blocks: list[int]) -> None:
+        """Put these at the head, in this order."""
+        self._front += blocks[::-1]
+
+    def put_last(self, blocks: Iterable[int]) -> None:
+        """Put these at the tail, in this order."""
+        self._queue.extend(blocks)
+
+    def remove(self, block: int) -> None:
+        """Take out a block that was put at the tail."""
+        self._left[block] = self._left.get(block, 0) + 1
+        self._num_left += 1
+        if self._num_left > 64 + len(self._queue) // 2:
+            self._compact()
+
+    def _compact(self) -> None:
+        kept = list(self)[len(self._front) :]
+        self._queue = deque(kept)
+        self._left.clear()
+        self._num_left = 0
