@@ -349,7 +349,10 @@ class TieredStore:
             sampling = config["workload"].get("sampling") or {}
             for field in ("n", "best_of", "beam_width"):
                 if (sampling.get(field) or 1) > 1:
-                    yield f"workload.sampling.{field}", "tiers keep blocks by request, not those of several branches"
+                    yield (
+                        f"workload.sampling.{field}",
+                        "tiers keep blocks by request, not those of several branches",
+                    )
 
     def check_integrity(self) -> None:
         """Recount the tiers. Raises IntegrityError with the equation that failed."""
