@@ -39,7 +39,8 @@ class Visit:
     remain. One that is rejected leads to nothing, and the others go on.
 
     Content is named by the visit: the new tokens of a request and its output each have a name, and a prompt is the
-    names on its path. Of several samples nobody knows which one is gone on from: their names are found nowhere.
+    names on its path. Of several samples, any of which might be the one, the first is gone on from; of beams nobody
+    knows which one lives, and their output has no name.
     """
 
     __slots__ = (
@@ -142,7 +143,7 @@ class Visit:
         request = self._make(
             0, arrival, prompt, planned.output, content=names, content_ends=(*ends, prompt), session=self
         )
-        if request.width == 1:
+        if request.beam_width == 1:
             request.output_content = self._number + 2 * planned.number + 1
         self._on_their_way[request] = planned.place
         return request

@@ -77,12 +77,14 @@ def test_sessions_in_chunks(scheduler_kind, allocator_name, seed, kind, slots, b
     assert_equal(*both(asked(seed, kind, True), allocator_name, scheduler_kind, "fixed", slots, **fields))
 
 
-@settings(max_examples=20)
+@pytest.mark.parametrize("allocator_name", [*CACHING, "paged 4 cached", "token", "multi size", "adaptive"])
+@settings(max_examples=15)
 @given(
-    seed=st.integers(0, 10**6), kind=st.sampled_from(list(SESSIONS)), slots=st.sampled_from([96, 150, 400])
-)
-def test_sessions_of_samples(seed, kind, slots):
-    assert_equal(*both(asked(seed, kind, False, n=3), "paged 4", "vllm_v0", "fixed", slots))
+    seed=st.integers(0, 10**6), kind=st.sampled_from(list(SESSIONS)), slots=st.sampled_from([96, 150, 400]),
+    policy=st.sampled_from(["vllm_v0", "vllm_v1", "sglang", "trtllm"]),
+)  # fmt: skip
+def test_sessions_of_samples(allocator_name, seed, kind, slots, policy):
+    assert_equal(*both(asked(seed, kind, False, n=3), allocator_name, policy, "fixed", slots))
 
 
 @pytest.mark.parametrize("allocator_name", [*CACHING, *[name for name in ALLOCATORS if "oracle" in name]])
@@ -90,12 +92,13 @@ def test_sessions_of_samples(seed, kind, slots):
 @given(
     seed=st.integers(0, 10**6), kind=st.sampled_from(list(SESSIONS)), slots=st.sampled_from([64, 96, 150, 400]),
     when=st.sampled_from(list(ARRIVALS)), policy=st.sampled_from(["vllm_v0", "static", "sarathi"]),
+    samples=st.sampled_from([1, 3]),
 )  # fmt: skip
-def test_the_probe_finds_every_token_in_its_place(allocator_name, seed, kind, slots, when, policy):
+def test_the_probe_finds_every_token_in_its_place(allocator_name, seed, kind, slots, when, policy, samples):
     memory, over = build(allocator_name, policy, slots)
     audit = Audit(every=1)
     summary = simulate(
-        asked(seed, kind, True, when=when),
+        asked(seed, kind, True, samples if memory.can_fork else 1, when),
         scheduler=over,
         timing=TIMINGS["fixed"],
         transfers=Transfers(MODEL, DEVICE, memory.block_size),

@@ -156,8 +156,14 @@ def test_a_rejected_request_leads_to_nothing():
     assert sum(map(len, visits)) < 2000
 
 
-def test_of_several_samples_none_is_found_again():
+def test_the_first_of_several_samples_is_gone_on_from():
     for visit in served(workload(100, session=Conversation(), sampling=Sampling(n=2))):
+        for (_, before), (_, after) in pairwise(visit):
+            assert before.output_content in after.content
+
+
+def test_what_beams_answer_is_not_found_again():
+    for visit in served(workload(100, session=Conversation(), sampling=Sampling(beam_width=2))):
         assert {request.output_content for _, request in visit} == {None}
         assert all(len(request.content) == 2 * turn + 1 for turn, (_, request) in enumerate(visit))
 
