@@ -69,7 +69,7 @@ def test_options_without_a_meaning_are_refused(tmp_path):
     )
     assert "only the selective policy counts hits" in mistakes(tmp_path, offload={"min_hits": 3})
     assert "transfers.prefetch: what tiers have is loaded for the step" in mistakes(
-        tmp_path, transfers={"asynchronous": True, "prefetch": True}
+        tmp_path, transfers={"asynchronous": True, "prefetch": False}
     )
     assert "allocator prefix cannot swap beside the computation" in mistakes(tmp_path, tiers=None)
     loaded(tmp_path, offload={"policy": "selective", "min_hits": 3})
