@@ -79,6 +79,7 @@ TECHNIQUES = [
     Technique("asynchronous swap", ["scheduler.preemption=swap", "transfers.asynchronous=true"]),
     Technique("quantised swap", ["scheduler.preemption=swap", "transfers.quantization=int8"]),
     Technique("quantised cache", ["kv_cache_dtype=int8"]),
+    Technique("tiers", ["tiers=[{kind: host, capacity_gb: 0.02}]", "transfers.asynchronous=true"]),
     Technique("windows", asks=_windows),
     Technique("states", ["model.num_state_layers=2", "model.state_values_per_layer=8192"]),
     Technique("chunked prefill", ["scheduler.chunked_prefill=true", "scheduler.max_num_batched_tokens=64"]),

@@ -31,7 +31,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
         *,
         block_size: int = 16,
         watermark: float = 0.0,
-        prefix_caching: bool = True,
+        prefix_caching: bool | None = None,
         keyless_first: bool = True,
         windows: Ordered[int | None] | None = None,
     ) -> None:
@@ -52,7 +52,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
             raise UserError(f"a page of all layer groups has {page:,} slots, and there are {slots:,}")
         self._remainder = self.num_slots - self.num_blocks * page  # too short for a page
         states = len(self.groups) - len(self.token_groups)
-        self.prefix_caching = self.keeps_freed = prefix_caching and not states
+        self.prefix_caching = self.keeps_freed = prefix_caching is not False and not states
         self.cache = PrefixCache(
             self.num_blocks,
             self.block_size,

@@ -35,7 +35,7 @@ class PrefixAllocator(CachingAllocator):
     Fields:
         block_size: KV slots per block.
         watermark: Share of the blocks that an admission leaves free while others run.
-        prefix_caching: Whether blocks are found again at all.
+        prefix_caching: Whether blocks are found again at all; by default they are, unless the model has states.
         keyless_first: Whether freed blocks without a hash are reused first (vLLM of 2026), or queue up behind
             the others (false, vLLM 0.10.0).
         windows: Tokens that each group of layers attends to, null for all; by default as the model has it.
@@ -57,14 +57,14 @@ class PrefixAllocator(CachingAllocator):
         *,
         block_size: PositiveInt = 16,
         watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.0,
-        prefix_caching: bool = True,
+        prefix_caching: bool | None = None,
         keyless_first: bool = True,
         windows: list[PositiveInt | None] | None = None,
     ) -> None:
         assert windows is None  # see __new__
         super().__init__(capacity, block_size, watermark)
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
-        self.prefix_caching = self.keeps_freed = prefix_caching
+        self.prefix_caching = self.keeps_freed = prefix_caching is not False
         self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
 
     @classmethod
