@@ -189,7 +189,8 @@ class Comparison:
         before = [cache[start].clone() for cache in caches]
         for cache in caches:
             cache[end] = math.nan
-        rows, empty = torch.from_numpy(journey.row % NUM_ROWS), torch.from_numpy(journey.row == UNWRITTEN)
+        rows = torch.from_numpy(journey.row % NUM_ROWS + NUM_ROWS * journey.quantized)
+        empty = torch.from_numpy(journey.row == UNWRITTEN)
         for cache, values in zip(caches, (self._k, self._v), strict=True):
             cache[start] = values[rows].masked_fill(empty[:, None, None], math.nan).to(self.device)
         kept = [torch.zeros(1, *cache.shape[1:]) for cache in caches]

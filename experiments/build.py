@@ -14,6 +14,7 @@ from attention.probe import AttentionProbe
 from experiments import hardware, profiles
 from experiments.annotations import alternatives, fields_of, file_in, registry_in, section_in
 from experiments.experiment import Experiment
+from experiments.figures import further_figures
 from experiments.mistakes import Mistake, Mistakes, Path
 from sim.allocators import Allocator, Capacity, allocator
 from sim.errors import ProbeError, UserError
@@ -24,7 +25,7 @@ from sim.schedulers import Scheduler, scheduler
 from sim.simulation import simulate
 from sim.tier_kinds import tier
 from sim.tiered_store import TieredStore
-from sim.timing import Calibrated, StepTime, Transfers, timing
+from sim.timing import StepTime, Transfers, timing
 from workloads.streams import Streams
 from workloads.workload import workload
 
@@ -55,34 +56,10 @@ def run(
         max_model_len=capacity.max_model_len,
         progress=progress,
     )
-    figures["prefix_hits_exact"] = _hits_exact(scheduler.allocator, workload.content_grain)
-    if model is not None:
-        figures["kv_bytes_per_token"] = model.kv_bytes_per_token
-        figures["kv_bytes_saved_share"] = 1 - model.kv_bytes_per_token / model.full_kv_bytes_per_token
-    if isinstance(step_time, Calibrated):
-        figures["decode_attention_ms"] = _attention_ms(step_time, figures, scheduler.allocator)
+    figures |= further_figures(figures, scheduler.allocator, model, step_time, workload.content_grain)
     if probe is None:
         return {**figures, "probe_steps": 0, "probe_max_error": None}, 0.0
     return {**figures, **probe.figures}, probe.cpu_s
-
-
-def _attention_ms(clock: Calibrated, figures: Mapping[str, Any], over: Allocator) -> float | None:
-    """What attention of one token takes in the mean batch: exact, as the profile is linear in batch, context, entries.
-
-    None where sequences share slots, as those are counted once and read by each.
-    """
-    batch, entries = figures["mean_running"], figures["mean_table_length"]
-    if figures["blocks_saved_share"] or not batch > 0 or math.isnan(entries):
-        return None
-    context = figures["token_states_share"] * over.num_slots
-    return float(1e3 * clock.attention_seconds(batch, context, batch * entries) / batch)
-
-
-def _hits_exact(over: Allocator, grain: int) -> bool | None:
-    """Whether prefix hits are exact, not a lower bound; None where nothing is cached."""
-    if not over.keeps_freed:
-        return None
-    return not grain or over.block_size % grain == 0
 
 
 def _simulate(probe: AttentionProbe | None, *arguments: Any, **options: Any) -> dict[str, Any]:

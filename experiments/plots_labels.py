@@ -189,6 +189,8 @@ def _word(field: str, value: Any) -> str:
         return field.replace("_", " ") if value else f"no {field.replace('_', ' ')}"
     if field == "kv_cache_dtype":
         return str(value or "full")
+    if field == "prefix_caching":
+        value = value is not False  # by default
     if value is None:
         return f"no {field.replace('_', ' ')}"
     if field == "tiers":

@@ -174,7 +174,8 @@ class Ledger:
         """Keep what the block holds."""
         if self.device.fresh[block]:
             self.device.reset()
-        journey = Journey(self.device.rows[block].copy(), (("device", block),))
+        device = self.device
+        journey = Journey(device.rows[block].copy(), device.quantized[block].copy(), (("device", block),))
         self._lifted.setdefault(block, []).append(journey)
 
     def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
@@ -188,12 +189,13 @@ class Ledger:
             journey = self.stored.get((source, block), NOWHERE)
             if journey is NOWHERE:
                 raise self.error(f"{source} slot {block} is copied to {tier}, and nothing was written there")
-        journey = Journey(journey.row, (*journey.places, (tier, slot)))
+        journey = Journey(journey.row, journey.quantized, (*journey.places, (tier, slot)))
         if tier != "device":
             self.stored[tier, slot] = journey
             return
         device.fresh[slot] = 0
         device.rows[slot] = journey.row
+        device.quantized[slot] = journey.quantized
         self.changed.add(slot)
         self._touched.add(slot)
         self.loaded[slot] = journey

@@ -13,13 +13,17 @@ from sim.identity import UNWRITTEN, Ints
 
 @dataclass(frozen=True, slots=True)
 class Journey:
-    """A block that went through tiers: its identities [block_size], and where it was, (tier, block) in order."""
+    """A block that went through tiers: where it was, (tier, block) in order, and what is in it, [block_size] each.
+
+    `row` has the identities, `quantized` which of them have lost precision.
+    """
 
     row: Ints
+    quantized: NDArray[np.bool_]
     places: tuple[tuple[str, int], ...]
 
 
-NOWHERE = Journey(np.empty(0, np.int64), ())
+NOWHERE = Journey(np.empty(0, np.int64), np.empty(0, np.bool_), ())
 """In the place of a journey: nothing was ever written there."""
 
 

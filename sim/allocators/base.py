@@ -473,7 +473,7 @@ class Allocator(ABC):
     @classmethod
     def finds_prefixes(cls, fields: dict[str, Any]) -> bool:
         """Whether an allocator of this kind with these fields finds blocks again by their content."""
-        return cls.keeps_freed and bool(fields.get("prefix_caching", True))
+        return cls.keeps_freed and fields.get("prefix_caching") is not False
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from attention.comparison import Comparison
 from attention.probe import AttentionProbe
-from sim import Capacity, Model, ProbeError, allocator, scheduler
+from sim import Capacity, Model, ProbeError, Recorder, allocator, scheduler, simulate
 from sim.grouped_ledger import GroupedLedger
 from sim.layer_groups import LayerKind
 from sim.ledger import Ledger
 from tests.sim.probing import requests, run
+from tests.sim.test_oracle import TIMINGS
+from tests.sim.test_oracle_sessions import asked
+from tests.sim.tiers import tiered, transfers
 
 PRECISIONS = ["int8", "fp8", "int4"]
 CAPACITY = {"num_slots": 400, "max_model_len": 128}
@@ -62,11 +66,33 @@ def test_swaps_and_forks_keep_the_precision(every):
     for seed in (1, 2):
         shape = Capacity(num_slots=100, max_model_len=64, kv_cache_dtype="int8")
         probe = AttentionProbe(every=every)
-        asked = requests(seed, groups=True, longest=40)
-        summary = run(allocator["paged"](shape, block_size=4), asked, probe, preemption="swap")
+        wanted = requests(seed, groups=True, longest=40)
+        summary = run(allocator["paged"](shape, block_size=4), wanted, probe, preemption="swap")
         assert summary["swapped_in_blocks"] > 0
         assert summary["copied_blocks"] > 0
         assert probe.max_error < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["prefix 4", "radix 4 lfu"])
+def test_blocks_come_back_through_tiers_with_the_precision_they_left_with(kind, monkeypatch):
+    journeys = []
+    travel = Comparison._travel
+
+    def watch(self, journey, end, first):
+        journeys.append(journey)
+        travel(self, journey, end, first)
+
+    monkeypatch.setattr(Comparison, "_travel", watch)
+    memory, over = tiered(kind, "vllm_v1", 64, "three", {"policy": "write_through", "min_hits": 1})
+    memory.kv_cache_dtype = "int4"
+    probe = AttentionProbe(every=1)
+    simulate(
+        asked(0, "talk", True, count=24), scheduler=over, timing=TIMINGS["fixed"], transfers=transfers(memory),
+        recorder=Recorder(), max_model_len=64, probe=probe,
+    )  # fmt: skip
+    assert probe.max_error < 2e-6
+    assert journeys
+    assert all(journey.quantized.all() for journey in journeys)
 
 
 class Fresh(Ledger):

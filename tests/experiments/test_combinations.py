@@ -112,6 +112,7 @@ NEVER = {
     "contiguous with forks": (("contiguous", "parallel samples"), "it cannot fork"),
     "contiguous with prefixes": (("contiguous", "prefixes"), "has no `prefix_caching`"),
     "contiguous with partial preemption": (("contiguous", "partial"), "nobody outgrows a reservation"),
+    "contiguous with tiers": (("contiguous", "tiers"), "keeps no cached prefixes"),
     "adaptive sizes with prefix chains": (("adaptive", "prefixes"), "has no `prefix_caching`"),
     "several sizes with prefix chains": (("multi_size", "prefixes"), "has no `prefix_caching`"),
     "partial preemption of layer groups": (("prefix", "partial"), "cannot take a part of what a sequence"),
