@@ -1,7 +1,8 @@
 """Allocators: who owns which KV slots. Importing the package registers the built-in ones."""
 
 from sim.allocators.adaptive import AdaptiveAllocator
-from sim.allocators.base import Admission, Allocator, Capacity, MemoryUsage, allocator
+from sim.allocators.base import Allocator, allocator
+from sim.allocators.capacity import Admission, Capacity, MemoryUsage
 from sim.allocators.contiguous import ContiguousAllocator
 from sim.allocators.jenga import JengaAllocator
 from sim.allocators.multi_size import MultiSizeAllocator

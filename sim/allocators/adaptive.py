@@ -7,7 +7,8 @@ from typing import Annotated
 
 import numpy as np
 
-from sim.allocators.base import Capacity, allocator
+from sim.allocators.base import allocator
+from sim.allocators.capacity import Capacity
 from sim.allocators.runs import RunsAllocator
 from sim.registry import Bounds, NonNegativeFloat, NonNegativeInt, PositiveInt
 from sim.request import Request, Sequence

@@ -5,87 +5,24 @@ from __future__ import annotations
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.allocators.capacity import Admission, Capacity, MemoryUsage
+from sim.allocators.integrity import recount
+from sim.allocators.powers import Powers
 from sim.block_pool import BlockPool
-from sim.errors import IntegrityError
-from sim.layer_groups import LayerKind
-from sim.link import Link
 from sim.probe import Witness
 from sim.registry import Registry
 from sim.request import Request, Sequence
-from sim.tiered_store import TieredStore
 from sim.units import FOREVER
-
-if TYPE_CHECKING:
-    from sim.allocators.counted_beams import CountedBeams
-    from sim.beams import BeamSearch
-    from sim.decode_set import DecodeSet
-    from sim.timing.transfers import Transfers
 
 allocator: Registry[type[Allocator]] = Registry("allocator")
 
 
-class Admission(Enum):
-    """Whether a request can be given memory: now, after others have left, or not in this pool at all."""
-
-    OK = "ok"
-    LATER = "later"
-    NEVER = "never"
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What a device offers: KV slots (one token each), and the longest sequence that the engine serves.
-
-    `num_blocks` is set when the user gave a number of blocks; it then wins over `num_slots`. `token_bytes` is what
-    a token's K, or its V, takes in one of `num_layers` layers on one device; both are 0 where no model is known.
-    A model whose layers are of several kinds says so in `layers`, with the bytes that there are for all of them;
-    `num_slots` are then tokens without any window. A quantised cache has its precision in `kv_cache_dtype`.
-    """
-
-    num_slots: int
-    max_model_len: int
-    num_blocks: int | None = None
-    token_bytes: float = 0.0
-    num_layers: int = 0
-    layers: tuple[LayerKind, ...] = ()
-    kv_bytes: int = 0
-    kv_cache_dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_slots", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryUsage:
-    """Where the KV slots of the device are at an instant; the five parts add up to the capacity.
-
-    token_states: slots that hold a live token, a shared slot once. reserved: held, and used later by their
-    holder. internal: held, and never used by their holder. external: rounding of a reservation up to its
-    chunk, and free chunks that no reservation fits into. free: everything else.
-    """
-
-    token_states: int
-    reserved: int
-    internal: int
-    external: int
-    free: int
-
-    @property
-    def total(self) -> int:
-        """All slots."""
-        return self.token_states + self.reserved + self.internal + self.external + self.free
-
-
-class Allocator(ABC):
+class Allocator(Powers, ABC):
     """Owner of the KV slots of one device.
 
     A policy says whether a request fits (`admission`), gives slots (`reserve`), takes them back (`release`)
@@ -94,51 +31,6 @@ class Allocator(ABC):
     `num_ticks` with every step that decodes.
     Its first parameter is the `Capacity`; the keyword-only ones are its YAML fields.
     """
-
-    can_fork: ClassVar[bool] = False
-    recomputes_groups: ClassVar[bool] = False
-    """Whether a group of branches that gives way can be computed again, each branch on its own."""
-    can_swap: ClassVar[bool] = False
-    can_grow: ClassVar[bool] = True
-    """Whether a running sequence may need more slots, and others may have to give way for it."""
-    can_stop: ClassVar[bool] = False
-    """Whether a sequence that does not run may keep its blocks until somebody needs them (partial preemption)."""
-    can_fly: ClassVar[bool] = False
-    """Whether swaps may go on beside the computation, and at another precision than the cache's."""
-    yielding: int = 0
-    """Part of the headroom: blocks that somebody still has, and gives up when they are asked for."""
-    asks_exactly: ClassVar[bool] = False
-    """Whether `can_append` refuses only requests that need a slot, and takes one out of the headroom for each."""
-    growth: int | None = None
-    """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
-    groups_layers: ClassVar[bool] = False
-    """Whether layers of several kinds each keep what they need, states too; else all keep every token."""
-    grows_foreseeably: ClassVar[bool] = False
-    """Whether growths that differ change no more than what `grow` tells, `num_external` for one."""
-    slides: bool = False
-    """Whether running sequences give slots back, as windows slide past them."""
-    gave_back: bool = False
-    """Whether a running sequence gave slots back since somebody last looked (and cleared it)."""
-    counts_beams: bool = False
-    """Whether the blocks of a beam group can be counted without a table for each beam (`count_beams`)."""
-    counted: CountedBeams | None = None
-    """Groups that are counted now."""
-    block_size: int = 1
-    slots_per_token: int = 1
-    """Token states that a further token adds, before any slides out of a window."""
-    can_offload: ClassVar[bool] = False
-    """Whether the cached prefixes can go on to tiers behind the device."""
-    keeps_freed: bool = False
-    """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
-    foresees: bool = False
-    """Whether it is told all requests of the workload beforehand, by `foresee`: a bound, as no server knows them."""
-    probe: Witness | None = None
-    quantization: str | None = None
-    """Precision of what is swapped out, where that is not the cache's own."""
-    tiers: TieredStore | None = None
-    """Where cached prefixes go on, behind the device."""
-    link: Link[Transfers] | None = None
-    """Where swaps take their time beside the computation; without one they are over at once."""
 
     def __init__(self, capacity: Capacity) -> None:
         self.entry_log: list[tuple[int, int]] = []
@@ -235,10 +127,10 @@ class Allocator(ABC):
             self.probe.begin(sequence)
         return 0
 
-    def computed(self, sequence: Sequence) -> None:  # noqa: B027 - most need not know
+    def computed(self, sequence: Sequence) -> None:
         """The sequence's prompt is computed by now; told to allocators that keep freed blocks."""
 
-    def pass_windows(self, sequence: Sequence) -> None:  # noqa: B027 - most have none
+    def pass_windows(self, sequence: Sequence) -> None:
         """Give back what no further token of a sequence that does not decode looks at."""
 
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
@@ -277,7 +169,7 @@ class Allocator(ABC):
         """
         return False
 
-    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+    def settle(self) -> None:
         """All decoding sequences have the slots of the coming tick; told to allocators that slide."""
 
     def unfill(self, sequence: Sequence, num_tokens: int) -> None:
@@ -343,79 +235,6 @@ class Allocator(ABC):
         """Whether its next token needs a copy of its last block, which a cache gave to another request too."""
         return False
 
-    # Optional powers, refused unless `can_fork`, `can_stop`, `can_swap`, `can_fly` or `can_offload` says otherwise
-
-    def open_tiers(self, tiers: TieredStore) -> None:
-        """Keep cached prefixes in these tiers too; to be called before the first request."""
-        raise TypeError(f"{type(self).__name__} has no cached prefixes to offload")
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let the child share everything that the parent holds."""
-        raise TypeError(f"{type(self).__name__} cannot share slots between sequences")
-
-    def count_beams(self, decodes: DecodeSet, search: BeamSearch) -> CountedBeams:
-        """What counts the blocks of beam groups in this decode set."""
-        raise TypeError(f"{type(self).__name__} has no count of the blocks of beams")
-
-    def stop(self, sequence: Sequence) -> None:
-        """Leave a sequence that does not decode what it holds until others need it: its last blocks go first.
-
-        Only blocks that it shares with nobody are given up; `admit` brings back what it lacks then.
-        """
-        raise TypeError(f"{type(self).__name__} cannot take a part of what a sequence holds")
-
-    def swap_blocks(self, request: Request) -> int:
-        """Blocks that swapping the request out would move."""
-        return 0
-
-    def can_swap_out(self, request: Request) -> bool:
-        """Whether the host has room for what the request holds."""
-        return False
-
-    def swap_out(self, request: Request) -> int:
-        """Move what the request holds to the host; the number of blocks moved."""
-        raise TypeError(f"{type(self).__name__} cannot swap")
-
-    def swap_in_admission(self, request: Request) -> Admission:
-        """Whether a swapped request can come back."""
-        return Admission.NEVER
-
-    def swap_in(self, request: Request) -> int:
-        """Move a swapped request back to the device; the number of blocks moved."""
-        raise TypeError(f"{type(self).__name__} cannot swap")
-
-    def land(self, now: int) -> None:  # noqa: B027 - most have nothing in flight
-        """Free what has been copied by now (ns)."""
-
-    @property
-    def next_landing(self) -> int:
-        """When the next copy in flight ends (ns); FOREVER if there is none."""
-        return FOREVER
-
-    @property
-    def blocks_saved(self) -> int:
-        """Blocks that would be held beside those held now if nothing were shared."""
-        return 0
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """Figures of a finished run that only this policy has, by their names in the summary."""
-        return {}
-
-    @property
-    def num_entries(self) -> int | None:
-        """Entries of all block tables on the device where blocks differ in size; None where each block has one.
-
-        Where it says so, a growth changes nothing but what is held, wasted and listed, and `entry_log` has the ticks
-        of growths with the blocks less the entries after each; the engine clears it.
-        """
-        return None
-
-    @property
-    def block_slots(self) -> int:
-        """Slots of a block as `blocks_saved` counts them."""
-        return self.block_size
-
     # Books
 
     def usage(self, head_refused: bool = False) -> MemoryUsage:
@@ -431,43 +250,10 @@ class Allocator(ABC):
 
     def check_integrity(self) -> None:
         """Recount everything from the sequences' slots. Raises IntegrityError with the equation that failed."""
-        tables = [self.slots(sequence) for sequence in self.sequences]
-        for sequence, table in zip(self.sequences, tables, strict=True):
-            tokens = sequence.num_tokens
-            if len(table) != tokens:
-                raise IntegrityError(f"{sequence}: slots({len(table)}) != tokens({tokens})")
-            if tokens > sequence.capacity:
-                raise IntegrityError(f"{sequence}: tokens({tokens}) > held({sequence.capacity})")
-        slots = np.concatenate(tables) if tables else np.empty(0, np.int64)
-        if len(slots) and (slots.min() < 0 or slots.max() >= self.num_slots):
-            raise IntegrityError(f"slots {slots.min()}..{slots.max()} are not inside 0..{self.num_slots - 1}")
-        used = np.zeros(self.num_slots, np.bool_)
-        used[slots] = True
-        distinct = int(np.count_nonzero(used))
-        if distinct < len(slots):
-            for sequence, table in zip(self.sequences, tables, strict=True):
-                _equal(f"{sequence}: distinct slots", len(np.unique(table)), "slots", len(table))
-        if not self.can_fork and not self.keeps_freed:
-            _equal("distinct slots of all sequences", distinct, "slots of all sequences", len(slots))
-            held = [(sequence.capacity, sequence.final_tokens) for sequence in self.sequences]
-            _equal("held", self.num_held, "slots held by all sequences", sum(slots for slots, _ in held))
-            unused = sum(max(0, slots - final) for slots, final in held)
-            _equal("internal", self.num_internal, "slots that no sequence will use", unused)
-        _equal("token states", self.num_tokens, "distinct slots", distinct)
-        for refused in (False, True):
-            usage = self.usage(refused)
-            _equal(
-                "token_states + reserved + internal + external + free",
-                usage.total,
-                "capacity",
-                self.num_slots,
-            )
-            for name in ("token_states", "reserved", "internal", "external", "free"):
-                if getattr(usage, name) < 0:
-                    raise IntegrityError(f"{name}({getattr(usage, name)}) < 0 in {usage}")
+        recount(self)
         self.check_books()
 
-    def check_books(self) -> None:  # noqa: B027 - most have no more books than those here
+    def check_books(self) -> None:
         """Compare a policy's own books; called by `check_integrity`."""
 
     @classmethod
@@ -479,8 +265,3 @@ class Allocator(ABC):
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """(dotted path, complaint) for options of a whole experiment that contradict each other."""
         return ()
-
-
-def _equal(left: str, left_value: int, right: str, right_value: int) -> None:
-    if left_value != right_value:
-        raise IntegrityError(f"{left}({left_value}) != {right}({right_value})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 
-from sim.allocators.base import Capacity
+from sim.allocators.capacity import Capacity
 from sim.allocators.shared_tails import TailSharingAllocator
 from sim.hashed_blocks import HashedPool
 from sim.prefix_keys import own_keys, prefix_keys, tail_key

@@ -10,8 +10,9 @@ from collections.abc import Sequence as Ordered
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.base import Admission, Allocator, Capacity
+from sim.allocators.base import Allocator
 from sim.allocators.blocks import block_slots, grow_by_block
+from sim.allocators.capacity import Admission, Capacity
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
 from sim.prefix_keys import prefix_keys

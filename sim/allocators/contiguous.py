@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.base import Admission, Allocator, Capacity, allocator
+from sim.allocators.base import Allocator, allocator
+from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.placement import PLACEMENTS, Placement
 from sim.errors import IntegrityError
 from sim.request import Request, Sequence

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.base import Allocator, Capacity
+from sim.allocators.base import Allocator
+from sim.allocators.capacity import Capacity
 from sim.allocators.window_edge import NULL, Edge, Holding
 from sim.errors import IntegrityError
 from sim.layer_groups import Pages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
 
-from sim.allocators.base import Admission, Capacity
+from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.grouped import GroupedAllocator
 from sim.allocators.window_edge import NULL, Edge, Holding
 from sim.errors import UserError

@@ -7,7 +7,8 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.base import Admission, Capacity, allocator
+from sim.allocators.base import allocator
+from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.grouped import GroupedAllocator
 from sim.allocators.window_edge import NULL, Holding
 from sim.errors import UserError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from sim.allocators.base import Capacity, allocator
+from sim.allocators.base import allocator
+from sim.allocators.capacity import Capacity
 from sim.allocators.runs import RunsAllocator
 from sim.registry import Bounds, Fraction, NonNegativeInt, PositiveInt
 from sim.request import Sequence

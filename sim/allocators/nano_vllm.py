@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sim.allocators.base import Capacity, allocator
+from sim.allocators.base import allocator
+from sim.allocators.capacity import Capacity
 from sim.allocators.prefix import PrefixAllocator
 from sim.prefix_keys import prefix_keys
 from sim.prefix_pool import PrefixPool

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.base import Admission, Allocator, Capacity, allocator
+from sim.allocators.base import Allocator, allocator
 from sim.allocators.blocks import block_slots, grow_by_block
+from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.counted_beams import CountedBeams
 from sim.allocators.yielding import InFlight, Stopped
 from sim.block_pool import BlockPool

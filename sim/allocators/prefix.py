@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from sim.allocators.base import Capacity, allocator
+from sim.allocators.base import allocator
 from sim.allocators.caching import CachingAllocator
+from sim.allocators.capacity import Capacity
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
 from sim.offloading_pools import OffloadingPool
 from sim.prefix_keys import prefix_keys, sequence_keys

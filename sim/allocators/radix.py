@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from sim.allocators.base import Capacity, allocator
+from sim.allocators.base import allocator
 from sim.allocators.caching import CachingAllocator
+from sim.allocators.capacity import Capacity
 from sim.eviction import Eviction, belady, lru
 from sim.eviction import eviction as evictions
 from sim.foresight import Foresight

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection
 from itertools import pairwise
 
-from sim.allocators.base import Admission, Capacity
+from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.paged import PagedAllocator
 from sim.errors import IntegrityError, UserError
 from sim.request import Request, Sequence

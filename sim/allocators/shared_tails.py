@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 
-from sim.allocators.base import Capacity
+from sim.allocators.capacity import Capacity
 from sim.allocators.paged import PagedAllocator
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError

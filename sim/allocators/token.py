@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sim.allocators.base import Capacity, allocator
+from sim.allocators.base import allocator
+from sim.allocators.capacity import Capacity
 from sim.allocators.paged import PagedAllocator
 from sim.registry import NonNegativeInt
 from sim.request import Sequence

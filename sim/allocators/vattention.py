@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.base import Admission, Allocator, Capacity, allocator
+from sim.allocators.base import Allocator, allocator
 from sim.allocators.blocks import block_slots
+from sim.allocators.capacity import Admission, Capacity
 from sim.errors import IntegrityError, UserError
 from sim.group_pool import GroupPool
 from sim.registry import Bounds

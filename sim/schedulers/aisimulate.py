@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Ordered
 from typing import Annotated
 
-from sim.allocators.base import Admission, Allocator
+from sim.allocators.base import Allocator
+from sim.allocators.capacity import Admission
 from sim.registry import PositiveInt
 from sim.request import NEVER, Request
 from sim.schedulers.base import Preemption, scheduler

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from sim.allocators.base import Admission
 from sim.allocators.base import allocator as allocators
+from sim.allocators.capacity import Admission
 from sim.decode_set import arrival_order
 from sim.registry import Registry
 from sim.request import Request, Sequence

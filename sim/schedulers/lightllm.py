@@ -8,7 +8,8 @@ from itertools import accumulate, count
 from operator import mul, sub
 from typing import Annotated, Any
 
-from sim.allocators.base import Admission, Allocator
+from sim.allocators.base import Allocator
+from sim.allocators.capacity import Admission
 from sim.registry import Fraction, PositiveInt
 from sim.request import Request
 from sim.schedulers.base import Preemption, branches, scheduler

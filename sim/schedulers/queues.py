@@ -6,7 +6,8 @@ from bisect import insort, insort_left
 from collections import deque
 from typing import Annotated
 
-from sim.allocators.base import Admission, Allocator
+from sim.allocators.base import Allocator
+from sim.allocators.capacity import Admission
 from sim.decode_set import DecodeSet
 from sim.request import Request, Sequence
 from sim.schedulers.orders import Order, fcfs

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from sim.allocators.base import Admission, Allocator
+from sim.allocators.base import Allocator
+from sim.allocators.capacity import Admission
 from sim.registry import PositiveInt
 from sim.schedulers.base import Preemption, arrival, scheduler
 from sim.schedulers.chunked import ChunkedScheduler

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from sim.allocators.base import Admission, Allocator, allocator
+from sim.allocators.base import Allocator, allocator
+from sim.allocators.capacity import Admission
 from sim.registry import NonNegativeInt, PositiveFloat, PositiveInt
 from sim.request import Request, outputs
 from sim.schedulers.base import Preemption, branches, scheduler

@@ -6,7 +6,8 @@ from bisect import insort
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from sim.allocators.base import Admission, Allocator
+from sim.allocators.base import Allocator
+from sim.allocators.capacity import Admission
 from sim.registry import NonNegativeInt, PositiveInt
 from sim.request import Request
 from sim.schedulers.base import Preemption, scheduler

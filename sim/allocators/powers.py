@@ -1,0 +1,138 @@
+"""What an allocator may be able to do beyond giving and taking slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from sim.allocators.capacity import Admission
+from sim.probe import Witness
+from sim.request import Request, Sequence
+from sim.units import FOREVER
+
+if TYPE_CHECKING:
+    from sim.allocators.counted_beams import CountedBeams
+    from sim.beams import BeamSearch
+    from sim.decode_set import DecodeSet
+    from sim.link import Link
+    from sim.tiered_store import TieredStore
+    from sim.timing.transfers import Transfers
+
+
+class Powers:
+    """Optional powers: what says whether an allocator has them, and their methods, which refuse by default."""
+
+    can_fork: ClassVar[bool] = False
+    recomputes_groups: ClassVar[bool] = False
+    """Whether a group of branches that gives way can be computed again, each branch on its own."""
+    can_swap: ClassVar[bool] = False
+    can_grow: ClassVar[bool] = True
+    """Whether a running sequence may need more slots, and others may have to give way for it."""
+    can_stop: ClassVar[bool] = False
+    """Whether a sequence that does not run may keep its blocks until somebody needs them (partial preemption)."""
+    can_fly: ClassVar[bool] = False
+    """Whether swaps may go on beside the computation, and at another precision than the cache's."""
+    yielding: int = 0
+    """Part of the headroom: blocks that somebody still has, and gives up when they are asked for."""
+    asks_exactly: ClassVar[bool] = False
+    """Whether `can_append` refuses only requests that need a slot, and takes one out of the headroom for each."""
+    growth: int | None = None
+    """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
+    groups_layers: ClassVar[bool] = False
+    """Whether layers of several kinds each keep what they need, states too; else all keep every token."""
+    grows_foreseeably: ClassVar[bool] = False
+    """Whether growths that differ change no more than what `grow` tells, `num_external` for one."""
+    slides: bool = False
+    """Whether running sequences give slots back, as windows slide past them."""
+    gave_back: bool = False
+    """Whether a running sequence gave slots back since somebody last looked (and cleared it)."""
+    counts_beams: bool = False
+    """Whether the blocks of a beam group can be counted without a table for each beam (`count_beams`)."""
+    counted: CountedBeams | None = None
+    """Groups that are counted now."""
+    block_size: int = 1
+    slots_per_token: int = 1
+    """Token states that a further token adds, before any slides out of a window."""
+    can_offload: ClassVar[bool] = False
+    """Whether the cached prefixes can go on to tiers behind the device."""
+    keeps_freed: bool = False
+    """Whether freed blocks keep what they hold and may be handed out again with it (prefix caching)."""
+    foresees: bool = False
+    """Whether it is told all requests of the workload beforehand, by `foresee`: a bound, as no server knows them."""
+    probe: Witness | None = None
+    quantization: str | None = None
+    """Precision of what is swapped out, where that is not the cache's own."""
+    tiers: TieredStore | None = None
+    """Where cached prefixes go on, behind the device."""
+    link: Link[Transfers] | None = None
+    """Where swaps take their time beside the computation; without one they are over at once."""
+
+    def open_tiers(self, tiers: TieredStore) -> None:
+        """Keep cached prefixes in these tiers too; to be called before the first request."""
+        raise TypeError(f"{type(self).__name__} has no cached prefixes to offload")
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let the child share everything that the parent holds."""
+        raise TypeError(f"{type(self).__name__} cannot share slots between sequences")
+
+    def count_beams(self, decodes: DecodeSet, search: BeamSearch) -> CountedBeams:
+        """What counts the blocks of beam groups in this decode set."""
+        raise TypeError(f"{type(self).__name__} has no count of the blocks of beams")
+
+    def stop(self, sequence: Sequence) -> None:
+        """Leave a sequence that does not decode what it holds until others need it: its last blocks go first.
+
+        Only blocks that it shares with nobody are given up; `admit` brings back what it lacks then.
+        """
+        raise TypeError(f"{type(self).__name__} cannot take a part of what a sequence holds")
+
+    def swap_blocks(self, request: Request) -> int:
+        """Blocks that swapping the request out would move."""
+        return 0
+
+    def can_swap_out(self, request: Request) -> bool:
+        """Whether the host has room for what the request holds."""
+        return False
+
+    def swap_out(self, request: Request) -> int:
+        """Move what the request holds to the host; the number of blocks moved."""
+        raise TypeError(f"{type(self).__name__} cannot swap")
+
+    def swap_in_admission(self, request: Request) -> Admission:
+        """Whether a swapped request can come back."""
+        return Admission.NEVER
+
+    def swap_in(self, request: Request) -> int:
+        """Move a swapped request back to the device; the number of blocks moved."""
+        raise TypeError(f"{type(self).__name__} cannot swap")
+
+    def land(self, now: int) -> None:
+        """Free what has been copied by now (ns)."""
+
+    @property
+    def next_landing(self) -> int:
+        """When the next copy in flight ends (ns); FOREVER if there is none."""
+        return FOREVER
+
+    @property
+    def blocks_saved(self) -> int:
+        """Blocks that would be held beside those held now if nothing were shared."""
+        return 0
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures of a finished run that only this policy has, by their names in the summary."""
+        return {}
+
+    @property
+    def num_entries(self) -> int | None:
+        """Entries of all block tables on the device where blocks differ in size; None where each block has one.
+
+        Where it says so, a growth changes nothing but what is held, wasted and listed, and `entry_log` has the ticks
+        of growths with the blocks less the entries after each; the engine clears it.
+        """
+        return None
+
+    @property
+    def block_slots(self) -> int:
+        """Slots of a block as `blocks_saved` counts them."""
+        return self.block_size
