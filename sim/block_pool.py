@@ -71,6 +71,10 @@ class BlockPool:
             references[block] += 1
         self.extra_references += len(blocks)
 
+    def count(self, block: int) -> int:
+        """References of a block that somebody holds."""
+        return self.references[block]
+
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each block; those without any are free again. Raises ValueError on a double free."""
         references = self.references

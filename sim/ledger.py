@@ -288,6 +288,7 @@ class Ledger:
 
     def _enter_one(self, sequence: Sequence) -> None:
         """`enter` for one sequence, where its block table says."""
+        self.allocator.list_blocks(sequence)
         written = self._state(sequence)
         begin, end = written.tokens, sequence.num_tokens
         size, rows = self.device.block_size, self.device.rows

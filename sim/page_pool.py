@@ -5,88 +5,105 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from sim.block_pool import BlockPool, OutOfBlocks
+from sim.block_pool import OutOfBlocks
 from sim.errors import IntegrityError
 from sim.radix_tree import RadixTree
+from sim.uncounted_pool import UncountedPool
 
 
-class PagePool(BlockPool):
-    """Pages that are free, held, or cached in a radix tree; those in the tree are evicted when others run out."""
+class PagePool(UncountedPool):
+    """Pages that are free, held, or cached in a radix tree; those in the tree are evicted when others run out.
 
-    __slots__ = ("cached", "tree")
+    Who holds a page of the tree has locked it there, so the tree has the references of its pages and nothing is
+    counted per page. Pages may be taken on account (`owe`) and drawn later, when somebody looks which they are.
+    """
+
+    __slots__ = ("_more", "owed", "tree")
 
     def __init__(self, num_blocks: int, tree: RadixTree) -> None:
-        super().__init__(num_blocks)
         self.tree = tree
-        self.cached = bytearray(num_blocks)  # pages that are in the tree
+        self.owed = 0  # pages on the stack that are somebody's already
+        super().__init__(num_blocks)
+
+    @property
+    def extra_references(self) -> int:
+        """References beyond the first of every page."""
+        return self.tree.extra_locks + self._more
+
+    @extra_references.setter
+    def extra_references(self, count: int) -> None:
+        """Those of pages that are not in the tree."""
+        self._more = count - self.tree.extra_locks
+
+    @property
+    def references(self) -> list[int]:
+        """References of every page, counted anew."""
+        counts = super().references
+        for node in self.tree.nodes():
+            if node.locks:
+                for page in node.pages:
+                    counts[page] = node.locks
+        return counts
+
+    @references.setter
+    def references(self, counts: list[int]) -> None:
+        """None at first."""
 
     @property
     def num_free(self) -> int:
         """Pages that can be taken now, by eviction too."""
-        return len(self.free) + self.tree.evictable
+        return len(self.free) - self.owed + self.tree.evictable
 
     @property
     def num_used(self) -> int:
         """Pages that somebody holds."""
         return self.num_blocks - self.num_free
 
-    def take(self, count: int = 1) -> list[int]:
-        """Hand out pages, after evicting from the tree as many as are missing. Raises OutOfBlocks."""
-        missing = count - len(self.free)
+    def _make_free(self, count: int) -> None:
+        """Evict as many pages from the tree as are missing."""
+        missing = count + self.owed - len(self.free)
         if missing > 0:
             if missing > self.tree.evictable:
                 raise OutOfBlocks(f"asked for {count} blocks, {self.num_free} of {self.num_blocks} are free")
             evicted = self.tree.evict(missing)
             self.forget(evicted)
             self.free += evicted
+
+    def take(self, count: int = 1) -> list[int]:
+        """Hand out pages, after evicting from the tree as many as are missing. Raises OutOfBlocks."""
+        self._make_free(count)
+        return super().take(count)
+
+    def owe(self, count: int) -> None:
+        """Take pages as `take` does, and hand them out when they are drawn. Raises OutOfBlocks."""
+        self._make_free(count)
+        self.owed += count
+
+    def draw(self, count: int) -> list[int]:
+        """Pages that are owed."""
+        assert count <= self.owed
+        self.owed -= count
         return super().take(count)
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Note that these pages are not in the tree any more."""
-        for page in pages:
-            self.cached[page] = 0
-
-    def touch(self, pages: Sequence[int]) -> None:
-        """Add a reference to each of these pages of the tree."""
-        references = self.references
-        for page in pages:
-            if references[page]:
-                self.extra_references += 1
-            references[page] += 1
-
-    def release(self, blocks: Sequence[int]) -> None:
-        """Drop a reference to each page; those without any are free again, or cached. Raises ValueError."""
-        references, cached = self.references, self.cached
-        if not self.extra_references and 0 not in map(references.__getitem__, blocks):  # each is held once
-            for page in blocks:
-                references[page] = 0
-            self.free += [page for page in blocks if not cached[page]]
-            return
-        for page in blocks:
-            count = references[page]
-            if count == 0:
-                raise ValueError(f"double free of block {page}")
-            references[page] = count - 1
-            if count > 1:
-                self.extra_references -= 1
-            elif not cached[page]:
-                self.free.append(page)
+        """These pages are not in the tree any more."""
 
     def keep(self, pages: Iterable[int]) -> None:
-        """Note that these pages are in the tree now."""
-        for page in pages:
-            self.cached[page] = 1
+        """These pages, which are held, are in the tree from now on: references to them are locks."""
+        extra = self._extra
+        if extra:
+            for page in pages:
+                self._more -= extra.pop(page, 0)
 
     def unheld(self) -> Iterable[int]:
         """Free pages, and cached ones without a reference."""
-        references = self.references
-        return chain(
-            self.free, (page for page, there in enumerate(self.cached) if there and not references[page])
-        )
+        return chain(self.free, *[node.pages for node in self.tree.nodes() if not node.locks])
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare counts, tables and tree. Raises IntegrityError with the equation that failed."""
         super().check_integrity(tables)
+        if self.owed:
+            raise IntegrityError(f"pages owed({self.owed}) != 0 where every table is complete")
         self.tree.check_integrity()
         there = bytearray(self.num_blocks)
         for node in self.tree.nodes():
@@ -94,11 +111,6 @@ class PagePool(BlockPool):
                 if there[page]:
                     raise IntegrityError(f"page {page} is in the tree twice")
                 there[page] = 1
-                if node.locks != self.references[page]:
-                    raise IntegrityError(
-                        f"page {page}: locks({node.locks}) != references({self.references[page]})"
-                    )
-        if there != self.cached:
-            raise IntegrityError(
-                f"pages in the tree({sum(there)}) != pages noted as cached({sum(self.cached)})"
-            )
+        for page in self._extra:
+            if there[page]:
+                raise IntegrityError(f"page {page} of the tree has references beside its locks")

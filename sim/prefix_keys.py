@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
+
 import numpy as np
 
 from sim.identity import mixed, mixed_words
@@ -13,7 +15,7 @@ _TAIL = 0x8EBC6AF09C88C6E3
 _MASK = (1 << 64) - 1
 
 
-def prefix_keys(request: Request, num_blocks: int, block_size: int, first: int = 0) -> list[int]:
+def prefix_keys(request: Request, num_blocks: int, block_size: int, first: int = 0) -> Ordered[int]:
     """The keys of a request's first blocks, all of them full, from the block `first` on.
 
     A block that ends inside named content has a key of 64 bits, chained along the names, where their runs begin and
@@ -31,7 +33,7 @@ def prefix_keys(request: Request, num_blocks: int, block_size: int, first: int =
     return [*keys, *own_keys(request, first + len(keys), num_blocks)]
 
 
-def sequence_keys(sequence: Sequence, num_blocks: int, block_size: int, first: int = 0) -> list[int]:
+def sequence_keys(sequence: Sequence, num_blocks: int, block_size: int, first: int = 0) -> Ordered[int]:
     """`prefix_keys` for any branch: blocks from before a fork have the same keys for all who come from it.
 
     What is named of the output is what branch 0 generates; another branch has keys of its own from its fork on.
@@ -107,12 +109,12 @@ def _keys_of_grains(request: Request, num_blocks: int, block_size: int, first: i
     return whole
 
 
-def own_keys(request: Request, first: int, stop: int, branch: int = 0) -> list[int]:
+def own_keys(request: Request, first: int, stop: int, branch: int = 0) -> range:
     """Keys of blocks that nobody else has: negative, so that they are none of named content."""
     base = own_key(request, 0)
     if branch:  # far below those of all branches 0
         base -= mixed(mixed(request.id) + branch & _MASK) + 1 << 64
-    return list(range(base + first, base + stop))
+    return range(base + first, base + stop)
 
 
 def tail_key(request: Request, num_tokens: int) -> int | None:

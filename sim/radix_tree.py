@@ -51,6 +51,7 @@ class RadixTree:
         self.root.locks = 1
         self.evictable = 0  # pages in unlocked nodes
         self.protected = 0  # pages in locked ones
+        self.extra_locks = 0  # locks beyond the first of each of these pages
         self.num_nodes = 0
         self._order = eviction
         self._refresh_split = refresh == "visited"
@@ -84,13 +85,18 @@ class RadixTree:
         return length, unlocked
 
     def insert(
-        self, content: Sequence[Hashable], pages: Sequence[int], priority: int = 0
+        self,
+        content: Sequence[Hashable],
+        pages: Sequence[int],
+        priority: int = 0,
+        below: Node | None = None,
     ) -> tuple[int, Node]:
         """Add a prefix that is in these pages; how much of it was there already, and the node where it ends.
 
-        The tree takes over the pages behind what was there; those before are the caller's to free.
+        The tree takes over the pages behind what was there; those before are the caller's to free. What goes on
+        below a node that is known begins there; all above it is used once more.
         """
-        node, length = self._walk(content, priority)
+        node, length = self._walk(content, priority, below)
         if length < len(content):
             leaf = Node(node, content[length:], list(pages[length : len(content)]), self._tick())
             leaf.priority = priority
@@ -101,9 +107,18 @@ class RadixTree:
             self._offer(leaf)
         return length, node
 
-    def _walk(self, content: Sequence[Hashable], priority: int) -> tuple[Node, int]:
+    def _walk(
+        self, content: Sequence[Hashable], priority: int, below: Node | None = None
+    ) -> tuple[Node, int]:
         now = self._tick()
         node, length = self.root, 0
+        if below is not None:
+            node = below
+            for each in self.path(below):
+                each.used = now
+                each.uses += 1
+                each.priority = max(each.priority, priority)
+                self._offer(each)
         while length < len(content):
             child = node.children.get(content[length])
             if child is None:
@@ -142,7 +157,9 @@ class RadixTree:
     def lock(self, node: Node) -> None:
         """Keep everything up to the node from eviction, once more."""
         for each in self.path(node):
-            if not each.locks:
+            if each.locks:
+                self.extra_locks += len(each.pages)
+            else:
                 self.evictable -= len(each.pages)
                 self.protected += len(each.pages)
             each.locks += 1
@@ -153,7 +170,9 @@ class RadixTree:
             if not each.locks:
                 raise ValueError(f"a node of {len(each.pages)} pages is unlocked, and was not locked")
             each.locks -= 1
-            if not each.locks:
+            if each.locks:
+                self.extra_locks -= len(each.pages)
+            else:
                 self.evictable += len(each.pages)
                 self.protected -= len(each.pages)
                 self._offer(each)
@@ -219,7 +238,7 @@ class RadixTree:
 
     def check_integrity(self) -> None:
         """Recount the tree. Raises IntegrityError with the equation that failed."""
-        evictable = protected = count = 0
+        evictable = protected = extra = count = 0
         for node in self.nodes():
             count += 1
             assert node.parent is not None
@@ -231,12 +250,14 @@ class RadixTree:
                 raise IntegrityError(f"locks({node.locks}) > locks of the parent({node.parent.locks})")
             if node.locks:
                 protected += len(node.pages)
+                extra += (node.locks - 1) * len(node.pages)
             else:
                 evictable += len(node.pages)
         for name, kept, counted in (
             ("nodes", self.num_nodes, count),
             ("evictable", self.evictable, evictable),
             ("protected", self.protected, protected),
+            ("extra locks", self.extra_locks, extra),
         ):
             if kept != counted:
                 raise IntegrityError(f"{name}({kept}) != recount over the tree({counted})")
@@ -245,9 +266,10 @@ class RadixTree:
 def _common(run: Sequence[Hashable], content: Sequence[Hashable], begin: int) -> int:
     """How far a node's run goes along with the content from `begin` on."""
     length = min(len(run), len(content) - begin)
-    if run[:length] == content[begin : begin + length]:
+    here, there = run[:length], content[begin : begin + length]
+    if here == there:
         return length
-    index = 0
-    while run[index] == content[begin + index]:
-        index += 1
-    return index
+    for index, (one, other) in enumerate(zip(here, there, strict=True)):
+        if one != other:
+            return index
+    return length  # the same in sequences of two types

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sim.allocators.base import Allocator
 from sim.block_pool import BlockPool
+from sim.page_pool import PagePool
 from sim.request import Sequence
 
 
@@ -24,16 +25,39 @@ def grow_by_block(
     blocks = iter(pool.take(needed))
     books = []
     for tick, sequences in batches:
-        unfinished = len(sequences)
-        held += unfinished * size
+        held += len(sequences) * size
+        done = []
         for sequence, block in zip(sequences, blocks, strict=False):  # `blocks` serves all batches
             sequence.block_table.append(block)
             sequence.capacity = capacity = sequence.capacity + size
             if capacity >= sequence.final_tokens:
                 internal += capacity - sequence.final_tokens
-                unfinished -= 1
-        if unfinished < len(sequences):
-            sequences[:] = [sequence for sequence in sequences if sequence.capacity < sequence.final_tokens]
+                done.append(sequence)
+        for sequence in done:
+            sequences.remove(sequence)
+        books.append((tick, held, internal))
+    owner.num_held, owner.num_internal = held, internal
+    return books
+
+
+def count_growth(
+    owner: Allocator, pool: PagePool, batches: Collection[tuple[int, list[Sequence]]]
+) -> list[tuple[int, int, int]]:
+    """`grow_by_block` that takes blocks on account and leaves the tables as they are."""
+    size = owner.block_size
+    held, internal = owner.num_held, owner.num_internal
+    pool.owe(sum([len(sequences) for _, sequences in batches]))
+    books = []
+    for tick, sequences in batches:
+        held += len(sequences) * size
+        done = []
+        for sequence in sequences:
+            sequence.capacity = capacity = sequence.capacity + size
+            if capacity >= sequence.final_tokens:
+                internal += capacity - sequence.final_tokens
+                done.append(sequence)
+        for sequence in done:
+            sequences.remove(sequence)
         books.append((tick, held, internal))
     owner.num_held, owner.num_internal = held, internal
     return books

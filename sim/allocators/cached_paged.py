@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
+from collections.abc import Sequence as Ordered
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.shared_tails import TailSharingAllocator
@@ -90,12 +91,12 @@ class CachedPagedAllocator(TailSharingAllocator):
                 block = None
         return key, block
 
-    def _keys(self, request: Request, branch: int, num_blocks: int) -> list[int]:
+    def _keys(self, request: Request, branch: int, num_blocks: int) -> Ordered[int]:
         """Keys of a branch's first full blocks; what is named of the output is what branch 0 generates."""
         if not branch or request.output_content is None:
             return prefix_keys(request, num_blocks, self.block_size)
         prompt = min(num_blocks, request.prompt_tokens // self.block_size)
-        return prefix_keys(request, prompt, self.block_size) + own_keys(request, prompt, num_blocks)
+        return [*prefix_keys(request, prompt, self.block_size), *own_keys(request, prompt, num_blocks)]
 
     def _tail_key(self, request: Request, num_tokens: int) -> int | None:
         """The key of a prompt's last block, which it fills in part; None if nobody else can have it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Ordered
 
 import numpy as np
@@ -59,7 +59,7 @@ class CachingAllocator(Allocator):
         """
 
     @abstractmethod
-    def _keys(self, request: Request, num_tokens: int) -> list[int]:
+    def _keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the request's leading full blocks, as far as anybody may ask for them."""
 
     @abstractmethod
@@ -149,7 +149,7 @@ class CachingAllocator(Allocator):
 
     def _to_load(self, tiers: TieredStore, request: Request, num_tokens: int, hits: int) -> list[int]:
         """Keys of blocks in tiers that go on behind the hits of the device; one token at least is left to compute."""
-        keys = self._keys(request, num_tokens)[hits : (num_tokens - 1) // self.block_size]
+        keys = [*self._keys(request, num_tokens)[hits : (num_tokens - 1) // self.block_size]]
         del keys[tiers.lookup(request, keys, hits * self.block_size) :]
         return keys
 
@@ -170,7 +170,7 @@ class CachingAllocator(Allocator):
         free = pool.num_free
         hits = self.hold(sequence, num_tokens)
         if hits:
-            self.revive(hits)
+            self.revive(sequence, hits)
             if self.probe is not None:
                 self.probe.touch(pool.tier, hits)
         tokens = len(hits) * size
@@ -224,7 +224,7 @@ class CachingAllocator(Allocator):
             self._grow_to(sequence, sequence.capacity + 1)
             return 0
         shared, pool = sequence.block_table[-1], self.pool
-        if pool.references[shared] == 1:
+        if pool.count(shared) == 1:
             return 0
         (own,) = pool.take()
         if self.probe is not None:
@@ -240,26 +240,30 @@ class CachingAllocator(Allocator):
         """Share every block of the parent; needs no memory."""
         if not self.can_fork:
             super().fork(parent, child)
-        self.pool.share(parent.block_table)
+        self.share(parent)
         child.block_table = parent.block_table.copy()
         child.capacity = parent.capacity
         child.origin = parent.num_tokens
         self.sequences.add(child)
+
+    def share(self, parent: Sequence) -> None:
+        """One more reference to every block of the parent."""
+        self.pool.share(parent.block_table)
 
     def free(self, sequence: Sequence) -> None:
         """Take back the sequence's references; only blocks that nobody else holds leave the books."""
         done = sequence in self._done
         if not done and sequence.origin >= sequence.final_tokens:
             self.finished(sequence)
-        size, table = self.block_size, sequence.block_table
+        size, pool = self.block_size, self.pool
         if self._retired:
             self._bury(sequence)
-        shared = unfilled = 0
-        if self.pool.extra_references:
-            references = self.pool.references
-            shared = size * sum([references[block] > 1 for block in table])
-            if references[table[-1]] > 1:  # another branch has it too
-                unfilled = sequence.capacity - sequence.origin
+        unfilled = 0
+        if pool.extra_references and pool.count(sequence.block_table[-1]) > 1:  # another branch has it too
+            unfilled = sequence.capacity - sequence.origin
+        used = pool.num_used
+        self.release(sequence)
+        shared = sequence.capacity - size * (used - pool.num_used)
         self.num_held -= sequence.capacity - shared
         if done:
             self._done.discard(sequence)
@@ -269,7 +273,6 @@ class CachingAllocator(Allocator):
             if not unfilled:
                 self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
         self.sequences.discard(sequence)
-        self.release(sequence)
         sequence.block_table = []
         sequence.capacity = 0
 
@@ -277,13 +280,17 @@ class CachingAllocator(Allocator):
 
     def retire(self, request: Request) -> None:
         """The branches are done: their blocks are internal waste as far as nobody else uses them."""
-        size, references, retired = self.block_size, self.pool.references, self._retired
+        size, retired = self.block_size, self._retired
         for sequence in request.sequences:
             self.finished(sequence)
-            retired.update(sequence.block_table)
-            used = size * sum([references[block] > retired[block] for block in sequence.block_table])
-            tail, unfilled = sequence.block_table[-1], 0
-            if references[tail] > retired[tail]:  # a branch has it whose turn is yet to come
+            table = sequence.block_table
+            retired.update(table)
+            lives = [
+                count > retired[block]
+                for block, count in zip(table, self.counts(sequence, table), strict=True)
+            ]
+            used, unfilled = size * sum(lives), 0
+            if lives[-1]:  # a branch has it whose turn is yet to come
                 unfilled = sequence.capacity - sequence.num_tokens
             self.num_tokens -= sequence.num_tokens - (used - unfilled)
             self.num_internal += sequence.capacity - used
@@ -292,23 +299,32 @@ class CachingAllocator(Allocator):
             sequence.origin = sequence.final_tokens = 0
             self._done.add(sequence)
 
-    def revive(self, blocks: Ordered[int]) -> None:
-        """These blocks got one more reference each: those that only retired sequences held have a user again."""
+    def counts(self, sequence: Sequence, table: Ordered[int]) -> Iterable[int]:
+        """References of the leading blocks of the sequence, which are those of the table."""
+        return [self.pool.count(block) for block in table]
+
+    def _retired_but_for(self, sequence: Sequence, table: Ordered[int], first: int = 0) -> int:
+        """Blocks of the sequence's leading ones, from `first` on, that but for it only retired ones hold."""
+        retired = self._retired
+        counts = [*zip(table, self.counts(sequence, table), strict=True)][first:]
+        return sum([0 < retired[block] == count - 1 for block, count in counts])
+
+    def revive(self, sequence: Sequence, table: Ordered[int], first: int = 0) -> None:
+        """The sequence has got these blocks, from `first` on: those that only retired ones held have a user again."""
         if not self._retired:
             return
-        references, retired = self.pool.references, self._retired
-        revived = sum([0 < retired[block] == references[block] - 1 for block in blocks])
+        revived = self._retired_but_for(sequence, table, first)
         self.num_internal -= revived * self.block_size
         self.num_tokens += revived * self.block_size
 
     def _bury(self, sequence: Sequence) -> None:
         """Before a sequence leaves: blocks that only retired ones hold from then on are waste."""
-        references, retired = self.pool.references, self._retired
+        retired = self._retired
         if sequence in self._done:
             retired.subtract(sequence.block_table)
             self._retired = +retired
             return
-        buried = sum([0 < retired[block] == references[block] - 1 for block in sequence.block_table])
+        buried = self._retired_but_for(sequence, sequence.block_table)
         self.num_tokens -= buried * self.block_size
         self.num_internal += buried * self.block_size
 
@@ -328,6 +344,8 @@ class CachingAllocator(Allocator):
         size = self.block_size
         if self.tiers is not None:
             self.tiers.check_integrity()
+        for sequence in self.sequences:
+            self.list_blocks(sequence)
         self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
         filled: dict[int, int] = {}
         wasted: dict[int, int] = {}  # by last blocks, which branches may share

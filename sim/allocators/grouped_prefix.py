@@ -64,7 +64,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
         self._states = states
         self._number = {group: number for number, group in enumerate(self.token_groups)}
         self._given: list[tuple[int, int]] = []  # order of a sequence, and a block of it, in one tick
-        self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
+        self._head: tuple[Request | None, Ordered[int]] = None, []  # the last request asked for, and its keys
 
     # Room
 
@@ -123,7 +123,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
 
     # The life of a sequence
 
-    def _keys(self, request: Request, num_tokens: int) -> list[int]:
+    def _keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
         if not self.keeps_freed or (not request.content and not request.preemptions):
             return []
@@ -177,7 +177,7 @@ class GroupedPrefixAllocator(GroupedAllocator):
         self._head = None, []
         self._enter_keys(self.holdings[sequence], keys)
 
-    def _enter_keys(self, holding: Holding, keys: list[int]) -> None:
+    def _enter_keys(self, holding: Holding, keys: Ordered[int]) -> None:
         first = holding.registered
         if len(keys) <= first:
             return

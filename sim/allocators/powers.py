@@ -78,6 +78,9 @@ class Powers:
         """What counts the blocks of beam groups in this decode set."""
         raise TypeError(f"{type(self).__name__} has no count of the blocks of beams")
 
+    def list_blocks(self, sequence: Sequence) -> None:
+        """Bring the sequence's block table up to date, where growth only counts blocks."""
+
     def stop(self, sequence: Sequence) -> None:
         """Leave a sequence that does not decode what it holds until others need it: its last blocks go first.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
 from typing import Annotated, Any
 
 from sim.allocators.base import allocator
@@ -66,7 +67,7 @@ class PrefixAllocator(CachingAllocator):
         super().__init__(capacity, block_size, watermark)
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
         self.prefix_caching = self.keeps_freed = prefix_caching is not False
-        self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
+        self._head: tuple[Request | None, Ordered[int]] = None, []  # the last request asked for, and its keys
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -78,7 +79,7 @@ class PrefixAllocator(CachingAllocator):
                 "no checkpoints of states are kept, and without a state nobody can go on from a cached prefix",
             )
 
-    def _keys(self, request: Request, num_tokens: int) -> list[int]:
+    def _keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
         if not self.prefix_caching or not (request.content or request.preemptions or self.tiers):
             return []
@@ -102,7 +103,7 @@ class PrefixAllocator(CachingAllocator):
         self.pool = OffloadingPool(self.num_blocks, tiers, keyless_first=self.pool.keyless_first)
         tiers.device_keys = self.pool.keys
 
-    def _register(self, sequence: Sequence, keys: list[int], first: int = 0) -> None:
+    def _register(self, sequence: Sequence, keys: Ordered[int], first: int = 0) -> None:
         """Let the sequence's blocks be found from the block `first` on, those that have no key yet."""
         table = sequence.block_table[first:] if first else sequence.block_table
         if self.tiers is not None:
@@ -136,7 +137,7 @@ class PrefixAllocator(CachingAllocator):
         self._register(sequence, keys)
         self._head = None, []
 
-    def _own_keys(self, sequence: Sequence, num_tokens: int) -> list[int]:
+    def _own_keys(self, sequence: Sequence, num_tokens: int) -> Ordered[int]:
         """Keys of the full blocks of any branch."""
         if not self.prefix_caching:
             return []

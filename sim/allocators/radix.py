@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Ordered
+from itertools import chain, islice, repeat
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sim.allocators.base import allocator
+from sim.allocators.blocks import count_growth
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.capacity import Capacity
 from sim.eviction import Eviction, belady, lru
@@ -18,6 +24,8 @@ from sim.radix_tree import Node, RadixTree
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
 from sim.tiered_store import TieredStore
+
+_MANY = 1024
 
 
 @allocator("radix")
@@ -53,7 +61,8 @@ class RadixAllocator(CachingAllocator):
         self.pool = PagePool(self.num_blocks, self.tree)
         self._nodes: dict[Sequence, Node] = {}  # where a sequence's part of the tree ends
         self._shared: dict[Sequence, int] = {}  # pages up to there
-        self._head: tuple[Request | None, list[int]] = None, []  # the last request asked for, and its keys
+        self._asked: dict[Request, Ordered[int]] = {}  # keys of requests that wait
+        self._branches: set[Sequence] = set()  # of groups; their tables are always complete
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -78,14 +87,15 @@ class RadixAllocator(CachingAllocator):
         self.pool = self._named = OffloadingPagePool(self.num_blocks, self.tree, tiers)
         tiers.device_keys = self._named.keys
 
-    def _keys(self, request: Request, num_tokens: int) -> list[int]:
+    def _keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the pages that may be found: not the last token's."""
         pages = (num_tokens - 1) // self.block_size
-        known, keys = self._head
-        if known is not request or len(keys) != pages:
-            keys = prefix_keys(request, pages, self.block_size)
-            self._head = request, keys
-        return keys
+        keys = self._asked.get(request)
+        if keys is None or len(keys) < pages:
+            if len(self._asked) == _MANY:
+                self._asked.clear()
+            self._asked[request] = keys = prefix_keys(request, pages, self.block_size)
+        return keys[:pages]
 
     def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:
         """The pages that a match would give, and how many of them nobody has locked."""
@@ -109,11 +119,13 @@ class RadixAllocator(CachingAllocator):
             first in self.sequences and shared < whole
         ):  # a branch of a group that comes back: not in the tree yet
             pages, node, shared = first.block_table[:whole], self._nodes[first], self._shared[first]
+            self.pool.share(pages[shared:])
         self.tree.lock(node)
-        self.pool.touch(pages)
+        if len(request.sequences) > 1:
+            self._branches.add(sequence)
         self._nodes[sequence] = node
         self._shared[sequence] = min(shared, len(pages))
-        self._head = None, []
+        self._asked.pop(request, None)
         return pages
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
@@ -130,14 +142,17 @@ class RadixAllocator(CachingAllocator):
 
     def _enter(self, sequence: Sequence, lives: bool) -> None:
         """Enter the full pages; those that are there already take the place of the sequence's own."""
-        shared, table = self._shared[sequence], sequence.block_table
+        self.list_blocks(sequence)
+        shared, table, pool = self._shared[sequence], sequence.block_table, self.pool
         full = sequence.num_tokens // self.block_size
-        keys = sequence_keys(sequence, full, self.block_size)
-        known, node = self.tree.insert(keys, table, sequence.request.priority)
-        self.pool.keep(table[known:full])
+        keys = sequence_keys(sequence, full, self.block_size, shared)  # those before stand in the tree
+        used, replaced = pool.num_used, dict[int, int]()
+        found, node = self.tree.insert(keys, table[shared:], sequence.request.priority, self._nodes[sequence])
+        known = shared + found
+        pool.keep(table[known:full])
         if self.tiers is not None and known < full:
-            self._named.name(keys[known:], table[known:full], known)
-            self.tiers.found(sequence, [*keys[known:]], table[known:full])
+            self._named.name(keys[found:], table[known:full], known)
+            self.tiers.found(sequence, [*keys[found:]], table[known:full])
         self.tree.lock(node)
         self.tree.unlock(self._nodes[sequence])
         self._nodes[sequence], self._shared[sequence] = node, full
@@ -145,44 +160,87 @@ class RadixAllocator(CachingAllocator):
             if lives and self.probe is not None:
                 self.probe.write(sequence)
             theirs = [page for each in reversed([*self.tree.path(node)]) for page in each.pages][shared:known]
-            references = self.pool.references
-            # A page that nobody else has is given up; what a branch of its own has entered is the same page.
-            pairs = [
-                (own, other) for own, other in zip(table[shared:known], theirs, strict=True) if own != other
-            ]
-            spared = sum([(references[own] == 1) - (references[other] == 0) for own, other in pairs])
-            self.pool.touch(theirs)
-            self.revive(theirs)
-            self.pool.release(table[shared:known])
-            table[shared:known] = theirs
-            self.num_held -= spared * self.block_size
-            self.num_tokens -= spared * self.block_size
+            own, table[shared:known] = table[shared:known], theirs
+            self.revive(sequence, table[:known], shared)
+            replaced = {page: other for page, other in zip(own, theirs, strict=True) if page != other}
+            pool.release([*replaced])  # what a branch of its own has entered is the same page
         for branch in sequence.request.sequences if len(sequence.request.sequences) > 1 else ():
             if branch is not sequence and branch in self._nodes:
-                self._lock_common(branch, table, keys)
+                self._lock_common(sequence, branch, replaced)
+        if replaced:
+            spared = (used - pool.num_used) * self.block_size  # in pages that nobody has now
+            self.num_held -= spared
+            self.num_tokens -= spared
 
-    def _lock_common(self, branch: Sequence, table: list[int], keys: list[int]) -> None:
-        """Let a branch hold what is in the tree now of the pages that it shares with another branch's table."""
-        common = self._shared[branch]
-        for own, other in zip(branch.block_table[common:], table[common : len(keys)], strict=False):
+    def _lock_common(self, entered: Sequence, branch: Sequence, replaced: dict[int, int]) -> None:
+        """Let a branch hold what is in the tree now of the pages that it shares with one that was entered."""
+        table, full, common = entered.block_table, self._shared[entered], self._shared[branch]
+        if replaced:
+            before = branch.block_table[common:]
+            branch.block_table[common:] = [replaced.get(page, page) for page in before]
+            self.pool.release([page for page in before if page in replaced])
+        for own, other in zip(branch.block_table[common:], table[common:full], strict=False):
             if own != other:
                 break
             common += 1
         if common > self._shared[branch]:
-            _, node = self.tree.match(keys[:common])
+            _, node = self.tree.match(sequence_keys(entered, common, self.block_size))
             self.tree.lock(node)
             self.tree.unlock(self._nodes[branch])
             self._nodes[branch], self._shared[branch] = node, common
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Share every page of the parent, and lock its part of the tree once more."""
+        self.list_blocks(parent)
         super().fork(parent, child)
+        self._branches.update((parent, child))
         self._nodes[child] = node = self._nodes[parent]
         self._shared[child] = self._shared[parent]
         self.tree.lock(node)
 
     def release(self, sequence: Sequence) -> None:
         """Unlock; what is not in the tree is free."""
-        self.pool.release(sequence.block_table)
+        self.list_blocks(sequence)
+        self.pool.release(sequence.block_table[self._shared.pop(sequence) :])
         self.tree.unlock(self._nodes.pop(sequence))
-        del self._shared[sequence]
+        self._branches.discard(sequence)
+
+    # Tables that are behind
+
+    def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
+        """One more page for each sequence of each batch; which it is shows when somebody looks."""
+        branches = self._branches
+        behind = [each for _, grown in batches for each in grown if each in branches] if branches else ()
+        books = count_growth(self, self.pool, batches)
+        for sequence in behind:
+            self.list_blocks(sequence)
+        return books
+
+    def list_blocks(self, sequence: Sequence) -> None:
+        """Draw the pages that the sequence has been given since somebody last looked."""
+        missing = sequence.capacity // self.block_size - len(sequence.block_table)
+        if missing > 0:
+            sequence.block_table += self.pool.draw(missing)
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """Append the pages that the table lacks."""
+        self.list_blocks(sequence)
+        return super().reserve(sequence, num_tokens)
+
+    def slots(self, sequence: Sequence) -> NDArray[np.int64]:
+        """Block table times block size plus offset, shape [num_tokens]."""
+        self.list_blocks(sequence)
+        return super().slots(sequence)
+
+    # Books
+
+    def share(self, parent: Sequence) -> None:
+        """One more reference to every page of the parent that is not in the tree."""
+        self.pool.share(parent.block_table[self._shared[parent] :])
+
+    def counts(self, sequence: Sequence, table: Ordered[int]) -> Iterable[int]:
+        """Locks of the pages in the tree, references of the others."""
+        path = reversed([*self.tree.path(self._nodes[sequence])])
+        locks = chain.from_iterable([repeat(node.locks, len(node.pages)) for node in path])
+        own = [self.pool.count(page) for page in table[self._shared[sequence] :]]
+        return islice(chain(locks, own), len(table))

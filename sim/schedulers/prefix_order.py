@@ -90,7 +90,7 @@ class PrefixOrder:
             if request.content or request.preemptions:
                 cached = self._allocator.cached_tokens(request, request.prefill_tokens)
                 if cached >= size:
-                    paths[request] = prefix_keys(request, cached // size, size)
+                    paths[request] = [*prefix_keys(request, cached // size, size)]
         if paths:
             others = [request for request in waiting if request not in paths]
             waiting.clear()

@@ -49,7 +49,7 @@ def test_who_shares_a_slot_keeps_it():
 def test_too_many_slots_are_refused_and_a_double_free_shows():
     pool = TokenPool(3)
     (slot,) = pool.take(1)
-    with pytest.raises(OutOfBlocks, match="asked for 3 slots, 2 of 3 are free"):
+    with pytest.raises(OutOfBlocks, match="asked for 3 blocks, 2 of 3 are free"):
         pool.take(3)
     assert pool.num_free == 2
     pool.release([slot])
