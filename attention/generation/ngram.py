@@ -31,9 +31,7 @@ class NGram:
             for end, token in enumerate(text):
                 for length in range(min(order, end + 1)):
                     self._after[tuple(text[end - length : end])][token] += 1
-        self._rows: dict[tuple[int, ...], NDArray[np.float64]] = {
-            (): self._row((), np.full(vocab_size, 1 / vocab_size))
-        }
+        self._without_context = self._row((), np.full(vocab_size, 1 / vocab_size))
 
     def _row(self, context: tuple[int, ...], shorter: NDArray[np.float64]) -> NDArray[np.float64]:
         """Probabilities behind a context that was seen, from those behind one token less."""
@@ -46,14 +44,12 @@ class NGram:
 
     def probabilities(self, history: Sequence[int]) -> NDArray[np.float64]:
         """Of every token to come next, shape [vocab_size]."""
-        row = self._rows[()]
+        row = self._without_context
         for length in range(1, min(self.order, len(history) + 1)):
             context = tuple(history[len(history) - length :])
             if context not in self._after:
                 break
-            if context not in self._rows:
-                self._rows[context] = self._row(context, row)
-            row = self._rows[context]
+            row = self._row(context, row)
         return row
 
     def logits(self, histories: Sequence[Sequence[int]]) -> Tensor:

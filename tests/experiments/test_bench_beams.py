@@ -17,10 +17,10 @@ def test_the_default_turnover_is_that_of_a_real_search_and_so_is_the_saving(widt
     searches = [bench_beams.search(model, prompt, width) for prompt in bench_beams.prompts(text)]
     deaths = [count for search in searches for count in search.deaths]
     assert len(deaths) == 25 * (bench_beams.OUTPUT - 2)
-    assert sum(deaths) / len(deaths) / width == pytest.approx(measured_turnover(width), abs=0.07)
+    assert sum(deaths) / len(deaths) / width == pytest.approx(measured_turnover(width), abs=0.04)
     saved = sum(search.saved for search in searches) / sum(search.unshared for search in searches)
     modelled = bench_beams.modelled_saving(width, measured_turnover(width))
-    assert saved == pytest.approx(modelled, abs=0.03)
+    assert saved == pytest.approx(modelled, abs=0.06)
 
 
 def test_deaths_and_savings_of_a_search_are_counted_from_its_tokens():
