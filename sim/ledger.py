@@ -104,11 +104,12 @@ class Ledger:
             _, written.total = written.history.identities(0, written.tokens)
 
     def write(self, sequence: Sequence) -> None:
-        """Enter the tokens of the sequence; of all others too, where it may hold cached blocks of theirs."""
-        if self._keeps_freed:
-            self.enter(self.layout([other for other in self.allocator.sequences if other.num_tokens]))
-        elif sequence.block_table:
+        """Enter the tokens of the sequence; what is in blocks of others that it holds, as they enter it."""
+        if sequence.block_table:
             self._enter_one(sequence)
+            if self._keeps_freed:
+                full = sequence.num_tokens // self.device.block_size
+                self._enter_holders("device", sequence.block_table[:full])
         else:
             self.enter(self.layout([sequence]))
 

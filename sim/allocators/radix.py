@@ -146,7 +146,9 @@ class RadixAllocator(CachingAllocator):
         shared, table, pool = self._shared[sequence], sequence.block_table, self.pool
         full = sequence.num_tokens // self.block_size
         keys = sequence_keys(sequence, full, self.block_size, shared)  # those before stand in the tree
-        used, replaced = pool.num_used, dict[int, int]()
+        if len(sequence.request.sequences) > 1:
+            full, keys = self._enterable(sequence, full, keys)
+        used = pool.num_used
         found, node = self.tree.insert(keys, table[shared:], sequence.request.priority, self._nodes[sequence])
         known = shared + found
         pool.keep(table[known:full])
@@ -157,28 +159,35 @@ class RadixAllocator(CachingAllocator):
         self.tree.unlock(self._nodes[sequence])
         self._nodes[sequence], self._shared[sequence] = node, full
         if known > shared:
-            if lives and self.probe is not None:
-                self.probe.write(sequence)
             theirs = [page for each in reversed([*self.tree.path(node)]) for page in each.pages][shared:known]
             own, table[shared:known] = table[shared:known], theirs
             self.revive(sequence, table[:known], shared)
-            replaced = {page: other for page, other in zip(own, theirs, strict=True) if page != other}
-            pool.release([*replaced])  # what a branch of its own has entered is the same page
-        for branch in sequence.request.sequences if len(sequence.request.sequences) > 1 else ():
-            if branch is not sequence and branch in self._nodes:
-                self._lock_common(sequence, branch, replaced)
-        if replaced:
+            if lives and self.probe is not None:
+                self.probe.write(sequence)
+            # What a branch of its own has entered is the same page.
+            pool.release([page for page, other in zip(own, theirs, strict=True) if page != other])
             spared = (used - pool.num_used) * self.block_size  # in pages that nobody has now
             self.num_held -= spared
             self.num_tokens -= spared
+        for branch in sequence.request.sequences if len(sequence.request.sequences) > 1 else ():
+            if branch is not sequence and branch in self._nodes:
+                self._lock_common(sequence, branch)
 
-    def _lock_common(self, entered: Sequence, branch: Sequence, replaced: dict[int, int]) -> None:
+    def _enterable(self, sequence: Sequence, full: int, keys: Ordered[int]) -> tuple[int, Ordered[int]]:
+        """How many pages of a branch may be in the tree, and the keys of those that are not yet.
+
+        Pages that another branch shares behind some for which the tree has others stay out, as that branch keeps its
+        own and has not locked what is there; it enters them itself.
+        """
+        shared, table = self._shared[sequence], sequence.block_table
+        known = self.tree.peek([*sequence_keys(sequence, shared, self.block_size), *keys])[0]
+        if shared < known < full and self.pool.count(table[known]) > 1:
+            full = known
+        return full, keys[: full - shared]
+
+    def _lock_common(self, entered: Sequence, branch: Sequence) -> None:
         """Let a branch hold what is in the tree now of the pages that it shares with one that was entered."""
         table, full, common = entered.block_table, self._shared[entered], self._shared[branch]
-        if replaced:
-            before = branch.block_table[common:]
-            branch.block_table[common:] = [replaced.get(page, page) for page in before]
-            self.pool.release([page for page in before if page in replaced])
         for own, other in zip(branch.block_table[common:], table[common:full], strict=False):
             if own != other:
                 break
