@@ -272,6 +272,9 @@ def construct(policy: Callable[..., Any], settings: Mapping[str, Any], path: Pat
         raise
     except UserError as error:
         raise Mistakes([Mistake(str(error), path)]) from error
+    except MemoryError as error:
+        what = f"{policy.__name__} has more blocks than this machine has memory to keep books of"
+        raise Mistakes([Mistake(what, path)]) from error
     except Exception as error:
         what = f"{policy.__name__} raises {type(error).__name__}: {error}"
         raise Mistakes([Mistake(what, path)]) from error

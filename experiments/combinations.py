@@ -125,8 +125,8 @@ class Checks:
 
 def _reason(kind: str, mistake: Mistake) -> str:
     option = str(mistake.path[-1])
-    if mistake.what == MEANINGLESS:
-        return f"has no `{option}`"
+    if mistake.what.startswith(MEANINGLESS):
+        return mistake.what.removeprefix(MEANINGLESS).removeprefix(": ") or f"has no `{option}`"
     what = mistake.what.replace(f"allocator {kind}", "it")
     return what if what.startswith("it ") else f"`{option}`: {what}"
 

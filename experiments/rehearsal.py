@@ -18,6 +18,9 @@ from sim.tiered_store import TieredStore
 from sim.timing import Transfers, timing
 from workloads.workload import workload
 
+SWAPPING = ("copy_latency_us", "copies_per_block", "host_bandwidth_gb_per_s", "quantization", "asynchronous")
+"""Fields of `transfers` that say how blocks are swapped."""
+
 
 class Rehearsal:
     """Builds points without running them; what several points have in common is built once."""
@@ -40,11 +43,13 @@ class Rehearsal:
             for mistake in _contradictions(settings)
             if written.get(*mistake.path) and at(settings, mistake.path) != without(mistake.path)
         ]
-        return [
+        told: dict[Path, Mistake] = {}
+        for (
             mistake
-            for mistake in found  # not those of a section in which something is wrong anyway
-            if not any(mistake.path == path[: len(mistake.path)] for path in known)
-        ]
+        ) in found:  # not those of a section in which something is wrong anyway, and one for each field
+            if not any(mistake.path == path[: len(mistake.path)] for path in known):
+                told.setdefault(mistake.path, mistake)
+        return list(told.values())
 
     def _refusals(self, experiment: Experiment) -> list[Mistake]:
         found: list[Mistake] = []
@@ -150,6 +155,12 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             expected = f"{without}, or an allocator that does ({those('can_fly')})"
             what = f"allocator {name} cannot swap {how}"
             yield Mistake(what, ("transfers", field), str(value).lower(), expected)
+    if not _swaps(owner, settings):
+        idle = ["allocator.num_host_blocks"] if settings["allocator"].get("num_host_blocks") else []
+        if settings.get("tiers") is None:
+            idle += [f"transfers.{field}" for field in SWAPPING if field in (settings.get("transfers") or {})]
+        for path in idle:
+            yield Mistake("has no meaning here: nothing is ever swapped", tuple(path.split(".")))
     if not getattr(owner, "can_grow", True):
         for field in ("preemption", "victim"):
             if field in settings["scheduler"]:
@@ -166,3 +177,12 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             yield Mistake(
                 f"allocator {name} cannot {what}", ("scheduler", "preemption"), f"'{mode}'", expected
             )
+
+
+def _swaps(owner: type[Allocator], settings: dict[str, Any]) -> bool:
+    """Whether anything may be swapped: by the mode of preemption, or since groups of branches are."""
+    mode = settings["scheduler"].get("preemption", "auto")
+    sampling = settings["workload"].get("sampling") or {}
+    group = any((sampling.get(field) or 1) > 1 for field in ("n", "best_of", "beam_width"))
+    can_swap = getattr(owner, "can_swap", True) and getattr(owner, "can_grow", True)
+    return can_swap and (mode in ("swap", "hybrid") or (group and mode != "recompute"))

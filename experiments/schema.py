@@ -60,11 +60,12 @@ class Schema:
 
 def _mistake(code: str, path: Path, known: dict[Path, tuple[Form, Any]]) -> Mistake:
     if code == "extra_forbidden":
-        names = [str(name) for name in known[path[:-1]][0].inside(known[path[:-1]][1])]
+        form, value = known[path[:-1]]
+        names = [str(name) for name in form.inside(value)]
         expected = f"one of {listed(names)}" if names else "no keys"
-        return Mistake(
-            "unknown key", path, expected=expected, nearest=nearest(str(path[-1]), names), on_key=True
-        )
+        what = f"unknown key{_lacking(form, value, path[-1])}"
+        guess = nearest(str(path[-1]), names)
+        return Mistake(what, path, expected=expected, nearest=guess, on_key=True)
     if code == "missing":
         form, value = known[path[:-1]]
         return Mistake("missing", path, expected=form.inside(value)[path[-1]].expected, on_key=True)
@@ -88,6 +89,15 @@ def _mistake(code: str, path: Path, known: dict[Path, tuple[Form, Any]]) -> Mist
         what = "not allowed"
     guess = nearest(value, list(form.words)) if isinstance(value, str) else None
     return Mistake(what, path, shown(value), form.expected, guess)
+
+
+def _lacking(form: Form, value: Any, key: Any) -> str:
+    """Why a policy does not have a key that others like it have, where it says so."""
+    policy = _policy(form)
+    if policy is None or policy.kind_in(value) not in policy.registry:
+        return ""
+    reason = getattr(policy.registry[policy.kind_in(value)], "absent", {}).get(key)
+    return f": {reason}" if reason else ""
 
 
 def _policy(form: Form) -> Policy | None:

@@ -22,7 +22,7 @@ CHUNK = 1 << 15
 REQUEST_COLUMNS = (
     "request_id", "arrival_time", "prompt_tokens", "output_tokens", "status", "reason",
     "first_scheduled_time", "first_token_time", "finish_time", "preemptions", "cached_tokens",
-    "reused_tokens", "prefills", "tenant",
+    "reused_tokens", "prefills", "tenant", "priority",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ class Recorder:
                 request.id, request.arrival_time, request.prompt_tokens, request.output_tokens, request.width,
                 request.first_scheduled_time, request.first_token_time, request.finish_time,
                 request.preemptions, request.cached_tokens, request.reused_tokens, request.prefills, request.tenant,
+                request.priority,
             )
         )  # fmt: skip
         if len(self._requests) >= 13 * CHUNK:
@@ -143,10 +144,10 @@ class Recorder:
     def _flush_requests(self) -> None:
         if not self._requests:
             return
-        rows: Ints = np.array(self._requests).reshape(-1, 13).T
+        rows: Ints = np.array(self._requests).reshape(-1, 14).T
         (
             ids, arrival, prompts, outputs, widths, scheduled, first_token, finish, preemptions, cached, reused,
-            prefills, tenants,
+            prefills, tenants, priorities,
         ) = rows  # fmt: skip
         status = np.full(len(ids), "finished", object)
         reason = np.full(len(ids), "", object)
@@ -172,6 +173,7 @@ class Recorder:
             "reused_tokens": reused,
             "prefills": prefills,
             "tenant": tenants,
+            "priority": priorities,
         }
         for name, values in times.items():
             columns[name] = np.where(values == NEVER, np.nan, values / 1e9)

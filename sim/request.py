@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from sim.allocators.counted_beams import CountedGroup
@@ -139,3 +139,8 @@ def outputs(request: Request) -> int:
     if request.sequences and request.sequences[0].decodes is not None:
         tokens = request.sequences[0].num_tokens + 1  # the last one has no slot yet
     return tokens - request.prompt_tokens
+
+
+def one_priority(workload: dict[str, Any]) -> bool:
+    """Whether a configuration of a workload gives all requests the same priority."""
+    return "priorities" in workload and len(workload["priorities"] or ()) < 2

@@ -18,7 +18,7 @@ from workloads.sampling import Make, Sampling
 from workloads.sessions import SessionKind, session
 from workloads.shared_prefixes import FewShot, Lead, Leads, SharedPrefix, SystemPrompts
 from workloads.streams import Streams
-from workloads.tenants import dealt, shares
+from workloads.tenants import Senders
 from workloads.visits import Visit
 from workloads.workload import ONE_BRANCH, Workload, beam_draws, workload
 
@@ -44,6 +44,8 @@ class Synthetic(Workload):
         sampling: Parallel samples or beams.
         tenants: Shares of the requests that each of several tenants sends, in any unit; all are of one tenant
             by default. Who sends a request is drawn at random.
+        priorities: Shares of the requests that have priority 0, 1, 2 and so on, in any unit; 0 goes first, as in
+            vLLM. All have 0 by default.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Synthetic(Workload):
         session: Annotated[SessionKind, session] | None = None,
         sampling: Sampling = ONE_BRANCH,
         tenants: list[PositiveFloat] | None = None,
+        priorities: list[PositiveFloat] | None = None,
     ) -> None:
         self.streams = streams
         self.max_model_len = max_model_len
@@ -70,7 +73,7 @@ class Synthetic(Workload):
         self.think_time = arrivals.think_time
         self.sampling = sampling
         self.beams = beam_draws(streams, sampling)
-        self.tenants = shares(tenants)
+        self.senders = Senders(streams, tenants, priorities)
         self.pools: list[SharedPrefix] = [pool for pool in (system_prompts, few_shot) if pool is not None]
         if self.pools:
             shortest = Leads(streams, self.pools).shortest
@@ -83,7 +86,7 @@ class Synthetic(Workload):
     def requests(self) -> Iterator[Request]:
         """The requests, with sessions those that begin one. Raises UserError if the clock cannot tell the last one."""
         made = self._chunks() if self.session is None else self._visits(self.session)
-        return dealt(chain.from_iterable(made), self.tenants, self.streams)
+        return self.senders.deal(chain.from_iterable(made))
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
         make = self.sampling.maker()

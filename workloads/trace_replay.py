@@ -16,7 +16,7 @@ from sim.units import FOREVER, to_ns
 from workloads.csv_traces import Csv
 from workloads.sampling import Make, Sampling
 from workloads.streams import Streams
-from workloads.tenants import dealt, shares
+from workloads.tenants import Senders
 from workloads.traces import TraceFormat, TraceRows, trace_format
 from workloads.workload import ONE_BRANCH, Workload, beam_draws, workload
 
@@ -41,6 +41,7 @@ class Trace(Workload):
         num_requests: Stop after so many requests.
         sampling: Parallel samples or beams.
         tenants: Shares of the requests that each of several tenants sends (see synthetic).
+        priorities: Shares of the requests of each priority (see synthetic).
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Trace(Workload):
         num_requests: PositiveInt | None = None,
         sampling: Sampling = ONE_BRANCH,
         tenants: list[PositiveFloat] | None = None,
+        priorities: list[PositiveFloat] | None = None,
     ) -> None:
         if rate is not None and time_scale != 1.0:
             raise UserError(f"rate and time_scale exclude each other: got {rate:g} and {time_scale:g}")
@@ -69,7 +71,7 @@ class Trace(Workload):
         self.sampling = sampling
         self.beams = beam_draws(streams, sampling)
         self.streams = streams
-        self.tenants = shares(tenants)
+        self.senders = Senders(streams, tenants, priorities)
         if rate is None:
             self.factor = time_scale
             next(self.format.read(path), None)  # a file that cannot be read is told of before anything runs
@@ -78,7 +80,7 @@ class Trace(Workload):
 
     def requests(self) -> Iterator[Request]:
         """The requests. Raises UserError for a wrong row, with `file:line`, and for an empty window."""
-        return dealt(chain.from_iterable(self._chunks()), self.tenants, self.streams)
+        return self.senders.deal(chain.from_iterable(self._chunks()))
 
     def _chunks(self) -> Iterator[Iterator[Request]]:
         make = self.sampling.maker()

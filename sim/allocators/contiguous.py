@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ class ContiguousAllocator(Allocator):
     """
 
     can_grow = False
+    absent: ClassVar = {"prefix_caching": "a contiguous reservation is one request's alone, its prefix too"}
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,10 @@ class JengaAllocator(GroupedAllocator):
         block_size: Tokens of a page.
         watermark: Share of the large pages that an admission leaves free while others run.
     """
+
+    absent: ClassVar = {
+        "prefix_caching": "pages of a kind are not found by their content; prefix does so over groups of layers"
+    }
 
     def __init__(
         self,

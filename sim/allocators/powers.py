@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Powers:
     """Optional powers: what says whether an allocator has them, and their methods, which refuse by default."""
 
+    absent: ClassVar[dict[str, str]] = {}
+    """Fields that other allocators have, and why this one does not."""
     can_fork: ClassVar[bool] = False
     recomputes_groups: ClassVar[bool] = False
     """Whether a group of branches that gives way can be computed again, each branch on its own."""

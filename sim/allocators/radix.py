@@ -22,7 +22,7 @@ from sim.page_pool import PagePool
 from sim.prefix_keys import prefix_keys, sequence_keys
 from sim.radix_tree import Node, RadixTree
 from sim.registry import Bounds, PositiveInt
-from sim.request import Request, Sequence
+from sim.request import Request, Sequence, one_priority
 from sim.tiered_store import TieredStore
 
 _MANY = 1024
@@ -68,6 +68,8 @@ class RadixAllocator(CachingAllocator):
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         """What depends on answers is not known beforehand."""
         workload = config["workload"]
+        if config["allocator"].get("eviction") == {"kind": "priority"} and one_priority(workload):
+            yield "allocator.eviction", "all requests have the same priority: set workload.priorities"
         closed = (workload.get("arrivals") or {}).get("kind") == "closed_loop"
         if config["allocator"].get("eviction") == {"kind": "belady"} and (closed or workload.get("session")):
             what = "a closed loop sends" if closed else "sessions send"
@@ -112,7 +114,7 @@ class RadixAllocator(CachingAllocator):
         keys = self._keys(request, num_tokens)
         if sequence.lineage is not None:
             keys = sequence_keys(sequence, len(keys), self.block_size)
-        pages, node = self.tree.match(keys, request.priority)
+        pages, node = self.tree.match(keys, -request.priority)
         shared = len(pages)
         first, whole = request.sequences[0], request.prompt_tokens // self.block_size
         if (
@@ -149,7 +151,9 @@ class RadixAllocator(CachingAllocator):
         if len(sequence.request.sequences) > 1:
             full, keys = self._enterable(sequence, full, keys)
         used = pool.num_used
-        found, node = self.tree.insert(keys, table[shared:], sequence.request.priority, self._nodes[sequence])
+        found, node = self.tree.insert(
+            keys, table[shared:], -sequence.request.priority, self._nodes[sequence]
+        )
         known = shared + found
         pool.keep(table[known:full])
         if self.tiers is not None and known < full:

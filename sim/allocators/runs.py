@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection
 from itertools import pairwise
+from typing import ClassVar
 
 from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.paged import PagedAllocator
@@ -22,6 +23,9 @@ class RunsAllocator(PagedAllocator):
     blocks are elsewhere; pages behind the last token stay with the parent of a fork.
     """
 
+    absent: ClassVar = {
+        "prefix_caching": "blocks differ in size, and keys of prefixes would need the smallest as their grain"
+    }
     can_stop = can_fly = False
     growth = None
     pool: RunPool

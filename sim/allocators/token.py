@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import ClassVar
 
 from sim.allocators.base import allocator
 from sim.allocators.capacity import Capacity
@@ -26,6 +27,7 @@ class TokenAllocator(PagedAllocator):
             has.
     """
 
+    absent: ClassVar = {"prefix_caching": "slots are not found by their content; radix does so by the token"}
     can_stop = can_fly = False
 
     def __init__(self, capacity: Capacity, *, num_host_blocks: NonNegativeInt | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ class VAttentionAllocator(Allocator):
     """
 
     pool: GroupPool
+    absent: ClassVar = {"prefix_caching": "a batch slot's range is its own, no page group is mapped twice"}
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from sim.allocators.base import allocator as allocators
 from sim.allocators.capacity import Admission
 from sim.decode_set import arrival_order
 from sim.registry import Registry
-from sim.request import Request, Sequence
+from sim.request import Request, Sequence, one_priority
 from sim.schedulers.orders import meaningless
 from sim.schedulers.queues import Preemption, Queues, arrival, branches
 from sim.step import Step
@@ -299,6 +299,13 @@ class Scheduler(Queues, ABC):
         preemption = config["scheduler"].get("preemption")
         sampling = config["workload"].get("sampling") or {}
         group = any((sampling.get(field) or 1) > 1 for field in ("n", "best_of", "beam_width"))
+        limit = config["scheduler"].get("max_num_seqs")
+        for field in ("n", "best_of", "beam_width"):
+            if limit is not None and (sampling.get(field) or 1) > limit:
+                yield (
+                    f"workload.sampling.{field}",
+                    f"requests of {sampling[field]} branches never run where max_num_seqs is {limit}",
+                )
         moves = preemption in ("swap", "hybrid")
         if config["allocator"].get("num_host_blocks") == 0 and (moves or group):
             who = "groups of sequences are" if group else f"preemption is set to {preemption}: requests are"
@@ -309,5 +316,9 @@ class Scheduler(Queues, ABC):
                 "scheduler.preemption",
                 "a group of samples or beams cannot be recomputed, it is swapped (auto)",
             )
+        if config["scheduler"].get("victim") == {"kind": "lowest_priority"} and one_priority(
+            config["workload"]
+        ):
+            yield "scheduler.victim", "all requests have the same priority: set workload.priorities"
         for field, complaint in meaningless(config["scheduler"].get("order"), config["workload"]):
             yield f"scheduler.order.{field}".removesuffix("."), complaint

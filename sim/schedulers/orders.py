@@ -12,7 +12,7 @@ from typing import Any
 
 from sim.identity import mixed
 from sim.registry import NonNegativeFloat, NonNegativeInt, PositiveFloat, Registry
-from sim.request import Request
+from sim.request import Request, one_priority
 
 Order = Callable[[Request], Any]
 
@@ -84,6 +84,8 @@ def meaningless(order: Any, workload: dict[str, Any]) -> Iterator[tuple[str, str
     elif kind == "mlfq" and chosen.get("levels") == 1:
         for field in chosen.keys() - {"kind", "levels"}:
             yield field, "there is only one level"
+    elif kind == "priority" and one_priority(workload):
+        yield "", "all requests have the same priority: set workload.priorities"
     elif kind == "vtc" and "tenants" in workload and len(workload["tenants"] or ()) < 2:
         yield "", "vtc shares between tenants, and all requests are of one: set workload.tenants"
 

@@ -117,6 +117,14 @@ class Transfers:
                 "transfers.quantization",
                 f"swapped blocks have the precision of the cache ({kept}), and keep it",
             )
+        if transfers.get("profile") is not None:
+            for field in ("copy_latency_us", "host_bandwidth_gb_per_s"):
+                yield f"transfers.{field}", "the measured profile says what a move takes"
+        if config.get("model") is None:
+            yield (
+                "transfers.host_bandwidth_gb_per_s",
+                "has no meaning without a model: blocks have no bytes then",
+            )
         if not transfers.get("asynchronous"):
             for field in ("prefetch", "layer_wise"):
                 if field in transfers:

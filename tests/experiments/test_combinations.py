@@ -110,11 +110,11 @@ def test_what_is_refused_is_refused_on_the_command_line(kvsim: Kvsim, write: Wri
 
 NEVER = {
     "contiguous with forks": (("contiguous", "parallel samples"), "it cannot fork"),
-    "contiguous with prefixes": (("contiguous", "prefixes"), "has no `prefix_caching`"),
+    "contiguous with prefixes": (("contiguous", "prefixes"), "one request's alone"),
     "contiguous with partial preemption": (("contiguous", "partial"), "nobody outgrows a reservation"),
     "contiguous with tiers": (("contiguous", "tiers"), "keeps no cached prefixes"),
-    "adaptive sizes with prefix chains": (("adaptive", "prefixes"), "has no `prefix_caching`"),
-    "several sizes with prefix chains": (("multi_size", "prefixes"), "has no `prefix_caching`"),
+    "adaptive sizes with prefix chains": (("adaptive", "prefixes"), "the smallest as their grain"),
+    "several sizes with prefix chains": (("multi_size", "prefixes"), "the smallest as their grain"),
     "partial preemption of layer groups": (("prefix", "partial"), "cannot take a part of what a sequence"),
     "partial preemption of states": (("jenga", "states", "partial"), "cannot take a part of what a sequence"),
     "cached prefixes of states": (("prefix", "states", "prefixes"), "no checkpoints of states"),

@@ -149,7 +149,7 @@ CASES = {
     "a trace with sessions": (
         ("num_requests: 60\n", "kind: trace\n  path: x.yaml\n  session: conversation\n"),
         "x.yaml:8:3: workload.session: unknown key, expected one of kind, path, format, time_scale, rate, start_s, "
-        "window_s, num_requests, sampling, tenants",
+        "window_s, num_requests, sampling, tenants, priorities",
     ),
 }
 
@@ -302,6 +302,17 @@ MEANINGLESS = {
     "one level",
     ("scheduler.order=vtc",): "scheduler.order: vtc shares between tenants, and all requests are of one: "
     "set workload.tenants",
+    ("scheduler.order=priority",): "scheduler.order: all requests have the same priority: set workload.priorities",
+    ("scheduler.victim=lowest_priority",): "scheduler.victim: all requests have the same priority: "
+    "set workload.priorities",
+    ("allocator={kind: radix, eviction: priority}",): "allocator.eviction: all requests have the same priority: "
+    "set workload.priorities",
+    ("scheduler.preemption=recompute", "transfers.copy_latency_us=9"): "transfers.copy_latency_us: "
+    "has no meaning here: nothing is ever swapped",
+    ("scheduler.preemption=partial", "allocator.num_host_blocks=9"): "allocator.num_host_blocks: "
+    "has no meaning here: nothing is ever swapped",
+    ("scheduler.max_num_seqs=4", "workload.sampling={n: 2, best_of: 6}"): "workload.sampling.best_of: "
+    "requests of 6 branches never run where max_num_seqs is 4",
 }  # fmt: skip
 
 
@@ -325,6 +336,9 @@ MEANINGFUL = [
     ("scheduler={kind: vllm_v1, reserve_full_prompt: false}",),
     ("scheduler.order={kind: sjf, noise: 0.5, seed: 3}",),
     ("scheduler.order=vtc", "workload.tenants=[1, 2]"),
+    ("scheduler={kind: vllm_v0, order: priority, victim: lowest_priority}", "workload.priorities=[1, 2]"),
+    ("scheduler.preemption=swap", "transfers.copy_latency_us=9", "allocator.num_host_blocks=9"),
+    ("workload.sampling.n=2", "transfers.host_bandwidth_gb_per_s=9"),
     # What is the default may be written anywhere.
     ("scheduler={kind: sglang, policy: fcfs, seed: 0}",),
     ("allocator=contiguous", "scheduler={kind: trtllm, capacity: guaranteed_no_evict, victim: latest}"),

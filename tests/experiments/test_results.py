@@ -62,7 +62,7 @@ SUMMARY = [
 ]
 COLUMNS = {
     "requests": "request_id arrival_time prompt_tokens output_tokens status reason first_scheduled_time "
-    "first_token_time finish_time preemptions cached_tokens reused_tokens prefills tenant",
+    "first_token_time finish_time preemptions cached_tokens reused_tokens prefills tenant priority",
     "steps": "time duration prefill_tokens decode_seqs running waiting",
     "memory": "time token_states reserved internal external free",
 }

@@ -77,7 +77,7 @@ def test_a_path_that_is_not_there(write: Write, kvsim: Kvsim) -> None:
     assert said.code == 2
     assert said.lines == [
         "--set:1:1: workload.arrival: unknown key, expected one of kind, num_requests, arrivals, lengths, "
-        "system_prompts, few_shot, session, sampling, tenants, did you mean 'arrivals'?",
+        "system_prompts, few_shot, session, sampling, tenants, priorities, did you mean 'arrivals'?",
         "--set:2:8: YAML syntax error, expected ',' or ']', but got '<stream end>' "
         "while parsing a flow sequence",
         "--set:3:1: not a setting, got '=3', expected path=value as in a.b=3",

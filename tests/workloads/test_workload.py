@@ -366,6 +366,17 @@ def test_requests_are_of_tenants_by_their_shares():
         synthetic(tenants=[])
 
 
+def test_requests_have_priorities_by_their_shares_and_a_session_has_one():
+    alone = list(synthetic(4000).requests())
+    ranked = list(synthetic(4000, priorities=[1, 3], tenants=[1, 1]).requests())
+    assert {request.priority for request in alone} == {0}
+    counts = np.bincount([2 * request.priority + request.tenant for request in ranked])
+    np.testing.assert_allclose(counts / 4000, [1 / 8, 1 / 8, 3 / 8, 3 / 8], atol=0.03)
+    assert told(ranked) == told(alone)
+    with pytest.raises(UserError, match="priorities: got no share"):
+        synthetic(priorities=[])
+
+
 def test_a_trace_may_be_of_several_tenants(tmp_path):
     path = tmp_path / "trace.csv"
     rows = "".join(f"{at},5,5\n" for at in range(200))
