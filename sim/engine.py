@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Generator
-from collections.abc import Sequence as Ordered
-from itertools import accumulate
 from typing import Any
 
 import simpy
 from simpy.events import EventPriority
 
 from sim.beams import BeamSearch, fork
+from sim.chronicle import Chronicle
 from sim.decode_set import arrival_order
-from sim.errors import Stalled
+from sim.livelock import Livelock, standstill
 from sim.probe import Probe
 from sim.recorder import Recorder
 from sim.request import NEVER, Request, Sequence
@@ -24,9 +22,6 @@ from sim.stretch import commit_ahead, commit_through
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 from sim.units import FOREVER
-
-PATIENCE = 100
-"""Preemptions without a token in between, four for each live request or so many, after which it is a livelock."""
 
 AFTER_ARRIVALS = EventPriority(2)
 """SimPy priority of the end of a step: what arrives at that instant is there when the next step is planned."""
@@ -71,14 +66,11 @@ class Engine:
         self.num_steps = 0
         self.num_live = 0
         self._idle: simpy.Event | None = None
-        self._arrived: list[int] = []  # arrival times since the last plan
+        self._chronicle = Chronicle(scheduler, timing, recorder)
+        self._arrived = self._chronicle.arrived
         self._recorded = False  # the steps in flight are in the recorder already
         self._num_prefills = 0  # computed to their ends, with a token each
-        self._counts_entries = self.allocator.num_entries is not None
-        self._joined = 0  # blocks less entries of block tables in the step in flight
-        self._progress = 0, 0  # decode steps and prefills at the last preemption
-        self._fruitless = 0  # preemptions since there was progress
-        recorder.num_slots = timing.num_slots = self.allocator.num_slots
+        self._livelock = Livelock(scheduler)
         if probe is not None:
             probe.start(self.allocator)
         self.process = env.process(self._run())
@@ -126,7 +118,7 @@ class Engine:
                 yield self._until(end)
             self.now = end
             if not self._recorded:
-                self._record(step, start, steps, tokens)
+                self._chronicle.stretch(step, start, steps, tokens)
             self._recorded = False
             self._commit(step, end)
             self.num_steps += steps
@@ -148,18 +140,11 @@ class Engine:
         self.now = end
         if running or waiting:
             self.clock.stall_time += end - start
-        self.record_pause(start, running, waiting, scheduler.head_refused)
+        self._chronicle.pause(start, end, running, waiting)
 
-    def record_pause(
-        self, start: int, running: int = 0, waiting: int = 0, head_refused: bool = False
-    ) -> None:
-        """Note that the engine stood still since `start`."""
-        allocator = self.allocator
-        recorder = self.recorder
-        external = allocator.num_external(head_refused)
-        recorder.usage.extend((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
-        recorder.durations.append(self.now - start)
-        recorder.stretch(start, 1, 0, 0, running, waiting, allocator.num_tokens, 0, allocator.blocks_saved)
+    def record_pause(self, start: int) -> None:
+        """Note that the engine has had nothing to do since `start`."""
+        self._chronicle.pause(start, self.now)
 
     def _plan(self) -> Step | None:
         """The next step that computes something, an empty one to wait for copies, None if there is nothing to do."""
@@ -186,7 +171,7 @@ class Engine:
                 patience -= 1
             if step.preempted:
                 self.clock.preemptions += len(step.preempted)
-                self._look_for_livelock(step)
+                self._livelock.watch(step.preempted, self._num_prefills, self.num_live, self.now)
             if step.chunks or step.num_decodes:
                 step.swapped_out_blocks += moved
                 return step
@@ -200,48 +185,17 @@ class Engine:
                     break
                 self.clock.swapped_out_blocks += moved
                 return step if flying else None
-        raise Stalled(self._complaint())
-
-    def _look_for_livelock(self, step: Step) -> None:
-        """Raises Stalled if requests preempt each other again and again, and none of them gets a token."""
-        progress = self.scheduler.decodes.clock, self._num_prefills
-        if progress != self._progress:
-            self._progress = progress
-            self._fruitless = 0
-        self._fruitless += len(step.preempted)
-        if self._fruitless > max(PATIENCE, 4 * self.num_live):
-            raise Stalled(
-                f"livelock at {self.now / 1e9:.6f} s: {self._fruitless} preemptions in a row without a token; "
-                f"last {', '.join(map(str, step.preempted[:3]))}, each prefilled up to "
-                f"{max(request.prefills for request in step.preempted)} times; running "
-                f"{len(self.scheduler.running)}, waiting {self.scheduler.num_waiting}, "
-                f"memory {self.allocator.usage()}"
-            )
-
-    def _complaint(self) -> str:
-        scheduler = self.scheduler
-        request = next(iter([*scheduler.waiting, *scheduler.swapped, *scheduler.running]))
-        usage = self.allocator.usage()
-        return (
-            f"nothing can proceed at {self.now / 1e9:.6f} s: {request} is {request.status} and needs slots for "
-            f"{request.prefill_tokens} tokens; running {len(scheduler.running)}, waiting {len(scheduler.waiting)}, "
-            f"swapped {len(scheduler.swapped)}, memory {usage}"
-        )
+        raise standstill(scheduler, self.now)
 
     def _begin(self, step: Step, start: int) -> tuple[int, int]:
         """Note the step, and as many after it as can be foreseen; (end of the last, their number)."""
         scheduler = self.scheduler
         allocator = self.allocator
         recorder = self.recorder
-        if self._counts_entries:
-            self.timing.num_entries = entries = allocator.num_entries
-            assert entries is not None
-            allocator.entry_log.clear()
-            self._joined = allocator.num_held // allocator.block_size - entries
+        if self._chronicle.counts_entries:
+            self._chronicle.count_entries()
         duration = self.clock.duration(step, start)
-        external = allocator.num_external(scheduler.head_refused)
-        recorder.usage.extend((len(recorder.durations), allocator.num_held, allocator.num_internal, external))
-        recorder.durations.append(duration)
+        self._chronicle.begin(duration)
         if self.probe is not None and self.num_steps >= self.probe.next_sample:
             self._sample(start)
         end = start + duration
@@ -284,7 +238,7 @@ class Engine:
             decodes.growths
             and allocator.growth is None
             and not allocator.grows_foreseeably
-            and (not self._counts_entries or self.timing.counts_entries)
+            and (not self._chronicle.counts_entries or self.timing.counts_entries)
         ):  # any growth may change any part of the usage, or the next step's time
             limit = min(limit, decodes.next_growth - decodes.clock - 1)
             if limit < 1:
@@ -302,58 +256,6 @@ class Engine:
             limit = min(limit, scheduler.ranking.quiet_for(scheduler))
         quiet = scheduler.quiet_for(self.now)
         return quiet if quiet < limit else limit
-
-    def _record(self, step: Step, start: int, steps: int, tokens: int) -> None:
-        """Hand the stretch to the recorder, in parts that begin where requests joined the queue."""
-        scheduler = self.scheduler
-        recorder = self.recorder
-        arrived = self._arrived
-        running = len(scheduler.running)
-        waiting = len(scheduler.waiting) + len(scheduler.swapped) - len(arrived)
-        decodes = step.num_decodes
-        added = decodes * self.allocator.slots_per_token
-        saved = self.allocator.blocks_saved
-        joined = 0
-        regrown: Ordered[tuple[int, int]] = ()  # blocks less entries, from a step of the stretch on
-        if self._counts_entries:
-            joined = self._joined + saved
-            if steps > 1:
-                first = self.scheduler.decodes.clock - steps + 1
-                regrown = [
-                    (tick - first, less + saved) for tick, less in self.allocator.entry_log if tick > first
-                ]
-        if steps > 1 and (arrived or regrown):
-            starts = list(accumulate(recorder.durations[-steps:-1], initial=start))
-            cuts = sorted([*((bisect_left(starts, instant), -1) for instant in arrived), *regrown])
-            entry = len(recorder.durations) - steps
-            begin = 0
-            for index, less in cuts:
-                if index == steps:
-                    break
-                if index > begin:
-                    recorder.stretch(
-                        starts[begin],
-                        index - begin,
-                        0,
-                        decodes,
-                        running,
-                        waiting,
-                        tokens,
-                        added,
-                        saved,
-                        joined,
-                    )
-                    tokens += (index - begin) * added - recorder.slid(entry + begin, entry + index)
-                    begin = index
-                if less < 0:
-                    waiting += 1
-                else:
-                    joined = less
-            start = starts[begin]
-            steps -= begin
-        recorder.stretch(
-            start, steps, step.num_prefill_tokens, decodes, running, waiting, tokens, added, saved, joined
-        )
 
     def _sample(self, now: int) -> None:
         """Show the probe all that holds slots."""

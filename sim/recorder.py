@@ -16,6 +16,8 @@ Columns = dict[str, NDArray[Any]]
 Sink = Callable[[str, Columns], None]
 Ints = NDArray[np.int64]
 
+ROW = 14
+"""Numbers kept of a request until they are columns."""
 CHUNK = 1 << 15
 """Rows kept before they are turned into columns and handed on: what bounds the recorder's memory."""
 
@@ -62,7 +64,7 @@ class Recorder:
     def request(self, request: Request) -> None:
         """A request is over."""
         if request.status != "finished":
-            self._others[len(self._requests) // 13] = (request.status, request.reason)
+            self._others[len(self._requests) // ROW] = (request.status, request.reason)
         self._requests.extend(
             (
                 request.id, request.arrival_time, request.prompt_tokens, request.output_tokens, request.width,
@@ -71,7 +73,7 @@ class Recorder:
                 request.priority,
             )
         )  # fmt: skip
-        if len(self._requests) >= 13 * CHUNK:
+        if len(self._requests) >= ROW * CHUNK:
             self._flush_requests()
 
     def stretch(
@@ -144,7 +146,7 @@ class Recorder:
     def _flush_requests(self) -> None:
         if not self._requests:
             return
-        rows: Ints = np.array(self._requests).reshape(-1, 14).T
+        rows: Ints = np.array(self._requests).reshape(-1, ROW).T
         (
             ids, arrival, prompts, outputs, widths, scheduled, first_token, finish, preemptions, cached, reused,
             prefills, tenants, priorities,
