@@ -67,7 +67,7 @@ class AttentionProbe:
         self.tolerance = tolerance
         self.next_sample = self.audit.next_sample
         self.max_error: float | None = None
-        self.cpu_s = 0.0
+        self._sampling_s = 0.0
         self._random = random.Random(0)
         self._comparison: Comparison | None = None
         self._windows: list[tuple[str, Window]] = []  # of samples that attention has not run on yet
@@ -75,6 +75,11 @@ class AttentionProbe:
         self._model = model if calibrate else None
         self._timing = timing
         self._recalibration: Recalibration | None = None
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of the samples and of what the ledger was told between them."""
+        return self._sampling_s + self.audit.telling_s
 
     @property
     def num_samples(self) -> int:
@@ -103,14 +108,14 @@ class AttentionProbe:
         if self._model is not None:
             self._measure(self._model, sequences)
         self.next_sample = self.audit.next_sample
-        self.cpu_s += clock.process_time() - begin
+        self._sampling_s += clock.process_time() - begin
 
     def finish(self) -> None:
         """Attention over what is left, and the audit's last checks."""
         begin = clock.process_time()
         self._attend()
         self.audit.finish()
-        self.cpu_s += clock.process_time() - begin
+        self._sampling_s += clock.process_time() - begin
 
     @property
     def figures(self) -> dict[str, float | int | None]:

@@ -17,6 +17,7 @@ from sim.layout import Layout
 from sim.ledger import Ledger
 from sim.request import Sequence
 from sim.sampled_steps import SampledSteps
+from sim.stopwatch import Stopwatch
 from sim.tier import Tier
 
 THOROUGH = 8
@@ -45,7 +46,7 @@ class Audit:
     After the run nothing is held anywhere. Which steps are sampled is for `SampledSteps` to say, beside those in
     which blocks are shared, copied or moved for the 1st, 4th, 16th ... time; with `every` each sample looks at all.
     `looked_at` are the sequences of the last sample, all if it was `thorough`; `cpu_s` is the CPU time spent in
-    samples.
+    samples and on the ledger.
     """
 
     ledger: Ledger | GroupedLedger
@@ -60,11 +61,22 @@ class Audit:
     ) -> None:
         self.steps = SampledSteps(samples, every, num_requests, share)
         self.next_sample = 0
-        self.cpu_s = 0.0
+        self._sampling_s = 0.0
+        self._stopwatch: Stopwatch | None = None
         self.looked_at: list[Sequence] = []
         self.thorough = True
         self._started = 0
         self._random = random.Random(0)
+
+    @property
+    def telling_s(self) -> float:
+        """CPU seconds that the ledger took for what it was told between samples."""
+        return self._stopwatch.cpu_s if self._stopwatch is not None else 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of the samples, and of the ledger between them."""
+        return self._sampling_s + self.telling_s
 
     @property
     def num_samples(self) -> int:
@@ -79,7 +91,8 @@ class Audit:
             self.ledger = Ledger(allocator)
         if self.steps.every is None:
             self.ledger.on_event = self._hurry
-        allocator.watch(self.ledger)
+        self._stopwatch = Stopwatch(self.ledger)
+        allocator.watch(self._stopwatch)
 
     def _hurry(self) -> None:
         """Sample the step that is being planned."""
@@ -116,7 +129,7 @@ class Audit:
             SAMPLE_S + whole / THOROUGH,
         )
         ledger.when = f"after step {step}"
-        self.cpu_s += clock.process_time() - begin
+        self._sampling_s += clock.process_time() - begin
 
     def finish(self) -> None:
         """Prove that nothing is left."""
@@ -134,7 +147,7 @@ class Audit:
             raise ledger.error(f"{sequence} never ended, and has {sequence.capacity} slots")
         if ledger.allocator.num_held:
             raise ledger.error(f"slots still held({ledger.allocator.num_held}) != 0")
-        self.cpu_s += clock.process_time() - begin
+        self._sampling_s += clock.process_time() - begin
 
     def _drawn(self, live: list[Sequence]) -> list[Sequence]:
         """Sequences whose blocks changed, and others at random, each with all of its request."""

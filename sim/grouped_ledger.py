@@ -70,8 +70,9 @@ class GroupedLedger:
         entered[:] = [found] * len(entered)
 
     def write(self, sequence: Sequence) -> None:
-        """Enter the tokens of all sequences, as one may hold cached pages of another."""
-        self.enter(self.layout([each for each in self.allocator.sequences if each.num_tokens]))
+        """Enter the tokens of the sequence."""
+        for one, group, first, slots in self.layout([sequence]).parts:
+            self._enter(one, group, first, slots)
 
     def leave(self, sequence: Sequence, group: int, tokens: int) -> None:
         """The first tokens are about to be out of the window: enter them."""
@@ -113,7 +114,7 @@ class GroupedLedger:
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence; what it leaves behind may be found."""
         if self.allocator.keeps_freed and sequence in self.allocator.sequences and sequence.num_tokens:
-            self.enter(self.layout([sequence]))
+            self.write(sequence)
         self.live.pop(sequence, None)
 
     # What it knows
