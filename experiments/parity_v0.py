@@ -12,6 +12,12 @@ from sim.request import NEVER
 from sim.schedulers import VllmV0
 
 
+class _PatientScheduler(VllmV0):
+    """Leaves a swapped group that will never come back where it is, as the engine does."""
+
+    nobody_left = False
+
+
 class SchedulerDriver:
     """Performs the steps of a scheduler file on the V0 scheduler over the paged allocator.
 
@@ -21,7 +27,7 @@ class SchedulerDriver:
 
     def __init__(self, config: dict[str, Any], requests: list[dict[str, Any]]) -> None:
         self.memory = build_memory(config, config["max_model_len"])
-        self.policy = VllmV0(
+        self.policy = _PatientScheduler(
             self.memory,
             max_num_seqs=config["max_num_seqs"],
             max_num_batched_tokens=config["max_num_batched_tokens"],

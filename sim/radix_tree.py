@@ -38,10 +38,10 @@ class RadixTree:
     """Cached prefixes by pages, as in SGLang (`radix_cache.py`; Zheng et al., NeurIPS 2024) and mini-sglang.
 
     A match that ends inside a node splits it. Requests lock the path that they use; unlocked leaves are
-    evicted whole, in the order of `eviction`, and a parent without children becomes a leaf. What a match
-    visits counts as used: `refresh="whole"` leaves the upper half of a node that it splits as old as it was
-    (mini-sglang), `"visited"` does not (SGLang). With foresight leaves go page by page, the last one first,
-    since that is the page that is used last of all. All lengths are in pages.
+    evicted whole, in the order of `eviction`, and a parent without children becomes a leaf. What a match visits
+    counts as used: `refresh="whole"` leaves both halves of a node that it splits as old as they were (mini-
+    sglang), `"visited"` refreshes both, and the upper half is new then (SGLang). With foresight leaves go page by
+    page, the last one first, since that is the page that is used last of all. All lengths are in pages.
     """
 
     foresight: Foresight | None = None
@@ -126,6 +126,9 @@ class RadixTree:
             common = _common(child.content, content, length)
             length += common
             whole = common == len(child.content)
+            if not whole and self._refresh_split:
+                child.used = now
+                self._offer(child)
             node = child if whole else self._split(child, common)
             if whole or self._refresh_split:
                 node.used = now
@@ -140,7 +143,8 @@ class RadixTree:
         """Put a node of the first `at` pages above the rest of this one."""
         parent = node.parent
         assert parent is not None
-        upper = Node(parent, node.content[:at], node.pages[:at], node.created)
+        created = self._clock if self._refresh_split else node.created
+        upper = Node(parent, node.content[:at], node.pages[:at], created)
         upper.used, upper.uses, upper.priority, upper.locks = node.used, node.uses, node.priority, node.locks
         parent.children[node.content[0]] = upper
         node.content, node.pages, node.parent = node.content[at:], node.pages[at:], upper

@@ -211,6 +211,11 @@ class Scheduler(Queues, ABC):
         request.preemptions += 1
         step.preempted.append(request)
 
+    @property
+    def nobody_left(self) -> bool:
+        """Whether nobody holds memory who might still give it back."""
+        return not self.allocator.sequences and not self.allocator.yielding
+
     def swap_in(self, step: Step, budget: int = FOREVER) -> int:
         """Bring swapped requests back in order of arrival while they fit; they go on in this very step.
 
@@ -226,8 +231,8 @@ class Scheduler(Queues, ABC):
         for request in queue:
             there = request in self.incoming
             admission = Admission.OK if there else allocator.swap_in_admission(request)
-            if admission is Admission.LATER and not allocator.sequences and not allocator.yielding:
-                admission = Admission.NEVER  # nobody is left to wait for
+            if admission is Admission.LATER and self.nobody_left:
+                admission = Admission.NEVER
             ahead = link is not None and link.transfers.prefetch and not there
             count = branches(request)
             first = request.sequences[0]

@@ -82,7 +82,7 @@ class VllmV0(ChunkedScheduler):
                 return step
         self.grow(step)
         if self.swapped and not step.preempted:
-            self.swap_in(step)
+            self.swap_in(step, self.max_num_batched_tokens - self.decodes.size)
         return step
 
     def _admit_prompts(self, step: Step, now: int) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.errors import IntegrityError
-from sim.eviction import eviction
+from sim.eviction import eviction, fifo
 from sim.radix_tree import RadixTree
 
 
@@ -128,15 +128,29 @@ def test_a_leaf_goes_whole_and_its_parent_next():
     assert len(cache.tree.evict(3)) == 4
 
 
-@pytest.mark.parametrize(("refresh", "left"), [("whole", "x"), ("visited", "ab")])
-def test_whether_a_split_makes_the_upper_half_younger(refresh, left):
+@pytest.mark.parametrize(
+    ("refresh", "left"), [("whole", {"a", "ab", "x"}), ("visited", {"a", "ab", "abc", "abcd"})]
+)
+def test_whether_a_match_that_ends_inside_a_node_makes_it_younger(refresh, left):
+    """The lower half is the leaf that would go: mini-sglang leaves it as old as it was, SGLang refreshes it."""
     cache = Cache(refresh=refresh)
     cache.add("abcd")
     cache.add("x")
     cache.tree.match("ab")
-    cache.tree.evict(2)  # "cd" is the oldest leaf
     cache.tree.evict(1)
-    assert max(cache.cached(), key=len) == left
+    assert cache.cached() == left
+
+
+def test_the_upper_half_of_a_split_is_new_in_sglang():
+    """First in, first out: what others go on from came with the split, behind what was added before it."""
+    for refresh, left in (("whole", {"x"}), ("visited", {"a", "ab"})):
+        cache = Cache(refresh=refresh, eviction=fifo)
+        cache.add("abcd")
+        cache.add("x")
+        cache.tree.match("ab")
+        cache.tree.evict(2)  # "cd", the oldest leaf
+        cache.tree.evict(1)
+        assert cache.cached() == left
 
 
 def test_what_a_tree_refuses():
