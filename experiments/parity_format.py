@@ -92,6 +92,12 @@ class Format:
         """Raises UserError for a configuration, or a request, that no run can have had."""
         for complaint in _complaints("config", header["config"], self.config):
             raise UserError(f"{path}:1: {complaint}")
+        for name, value in header["config"].items():
+            if name not in self.config and value:  # what is off, or not there, changes nothing
+                known = ", ".join(self.config)
+                raise UserError(
+                    f"{path}:1: config.{name}: got {value!r}, which is not replayed; known are {known}"
+                )
         if self.requests:
             self._check_requests(path, header["requests"])
         complaint = self.contradiction(header["config"], header.get("requests", []))
