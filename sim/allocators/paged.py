@@ -312,6 +312,13 @@ class PagedAllocator(Allocator):
             super().stop(sequence)
         self._stopped.add(sequence)
 
+    def clear_for(self, request: Request) -> bool:
+        """Blocks that branches of the others share go too."""
+        others = [each for each in self._stopped.requests if each is not request]
+        for each in others:
+            self._stopped.drop(each)
+        return bool(others)
+
     def make_room(self, needed: int) -> None:
         """See that so many blocks are free: first by waiting for those that leave, then at the cost of who stopped."""
         if len(self.pool.free) < needed:

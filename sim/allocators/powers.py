@@ -88,6 +88,10 @@ class Powers:
         """
         raise TypeError(f"{type(self).__name__} cannot take a part of what a sequence holds")
 
+    def clear_for(self, request: Request) -> bool:
+        """Take all that other requests have which stopped, where nobody runs; whether there were any."""
+        return False
+
     def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
         """Of each branch an earlier one, and the full leading blocks that both would have if they were computed again.
 

@@ -68,14 +68,24 @@ class Stopped:
             blocks = min(self._own[sequence], lacking)
             if blocks:
                 self._cut(sequence, blocks)
-        for request in dict.fromkeys([sequence.request for sequence in self._own]):
+        for request in self.requests:
             if self._owner.pool.num_free >= free:
                 return
-            for sequence in request.sequences:
-                if sequence in self._own:
-                    if self._owner.probe is not None:
-                        self._owner.probe.end(sequence)
-                    self._owner.free(sequence)
+            self.drop(request)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Whose sequences they are."""
+        return list(dict.fromkeys([sequence.request for sequence in self._own]))
+
+    def drop(self, request: Request) -> None:
+        """Take all that the request has, what its branches share as well."""
+        owner = self._owner
+        for sequence in request.sequences:
+            if sequence in self._own:
+                if owner.probe is not None:
+                    owner.probe.end(sequence)
+                owner.free(sequence)
 
     def _cut(self, sequence: Sequence, blocks: int, *, own: bool = True) -> None:
         """Take the last blocks of a sequence, its own or one that others hold too, and the tokens in them."""
