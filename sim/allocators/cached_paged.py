@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from collections.abc import Sequence as Ordered
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.shared_tails import TailSharingAllocator
@@ -143,7 +142,7 @@ class CachedPagedAllocator(TailSharingAllocator):
 
     def _hold_known(self, sequence: Sequence, blocks: int, filled: int, whole: bool) -> int:
         """Fill a table in order: each block is found, or a new one takes the key; how far there are any."""
-        request, pool, size = sequence.request, self.pool, self.block_size
+        pool, size = self.pool, self.block_size
         table: list[int] = []
         sequence.block_table = table
         for key in sequence_keys(sequence, filled // size, size):

@@ -101,7 +101,11 @@ class PagedAllocator(Allocator):
         elif len(self.pool.free) - needed >= self.watermark_blocks:
             return Admission.OK
         admission = self._fits(needed, self.pool.num_blocks - self.watermark_blocks, held, own)
-        if admission is Admission.LATER and 0 < len(self._stopped) == len(self.sequences) and not self._flying:
+        if (
+            admission is Admission.LATER
+            and 0 < len(self._stopped) == len(self.sequences)
+            and not self._flying
+        ):
             return Admission.OK
         return admission
 

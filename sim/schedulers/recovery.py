@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
+from sim.allocators.capacity import Admission
 from sim.link import Link
 from sim.request import NEVER, Request, Sequence
 from sim.step import Step
@@ -75,9 +76,14 @@ class Recovery:
         return self.recompute_seconds(request) if self.computes(request) else math.inf
 
     def swap_seconds(self, request: Request) -> float:
-        """Seconds to move the request's blocks to the host and back, the queue on the link included."""
+        """Seconds to move the request's blocks to the host and back, the queue on the link included.
+
+        Infinite for one that has grown too large to be brought back.
+        """
         assert self._transfers is not None, "recovery has no price before a run"
         allocator = self._queues.allocator
+        if allocator.swap_in_admission(request) is Admission.NEVER:
+            return math.inf
         blocks = allocator.swap_blocks(request)
         copies = self._transfers.swap_seconds(blocks, 0) + self._transfers.swap_seconds(0, blocks)
         copies += 2 * blocks * self._transfers.quantize_block
