@@ -73,6 +73,7 @@ TECHNIQUES = [
     Technique("beams", ["workload.sampling={beam_width: 2}"]),
     Technique("prefixes", asks=_prefixes),
     Technique("belady", ["allocator.eviction=belady"]),
+    Technique("recompute", ["scheduler.preemption=recompute"]),
     Technique("swap", ["scheduler.preemption=swap"]),
     Technique("hybrid", ["scheduler.preemption=hybrid"]),
     Technique("partial", ["scheduler.preemption=partial"]),

@@ -185,4 +185,4 @@ def _swaps(owner: type[Allocator], settings: dict[str, Any]) -> bool:
     sampling = settings["workload"].get("sampling") or {}
     group = any((sampling.get(field) or 1) > 1 for field in ("n", "best_of", "beam_width"))
     can_swap = getattr(owner, "can_swap", True) and getattr(owner, "can_grow", True)
-    return can_swap and (mode in ("swap", "hybrid") or (group and mode != "recompute"))
+    return can_swap and (mode in ("swap", "hybrid") or (group and mode == "auto"))

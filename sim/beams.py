@@ -22,6 +22,7 @@ def fork(allocator: Allocator, parent: Sequence) -> Sequence:
     """A new branch of the parent's request that shares all that the parent holds."""
     request = parent.request
     child = Sequence(request, request.next_branch, parent.num_tokens, parent.final_tokens)
+    child.order = parent.order >> 32 << 32 | child.branch
     child.lineage = Lineage(parent.num_tokens, child.branch, parent.lineage)
     request.next_branch += 1
     if allocator.probe is not None:

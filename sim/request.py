@@ -35,13 +35,15 @@ class Sequence:
 
     __slots__ = (
         "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "lineage", "order",
-        "origin", "request", "sliding",
+        "origin", "request", "sibling", "sliding",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
         self.request = request
         self.branch = branch
         self.lineage: Lineage | None = None  # where it parted from others, if it did
+        # Of a group that gave way: whose leading blocks it shares, and how many; kept by the allocator.
+        self.sibling: tuple[Sequence, int] | None = None
         self.order = request.id << 32 | branch  # first come, first served, parents before their forks
         self.final_tokens = final_tokens
         self.capacity = 0  # slots held; kept by the allocator

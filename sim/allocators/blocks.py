@@ -63,6 +63,27 @@ def count_growth(
     return books
 
 
+def in_common(sequences: list[Sequence], full: int) -> list[tuple[Sequence, int] | None]:
+    """Of each branch one before it that has the same leading blocks, of `full` ones, and how many; None without any.
+
+    What branches share, they share from the first block on.
+    """
+    owners: dict[int, Sequence] = {}
+    found: list[tuple[Sequence, int] | None] = []
+    for sequence in sequences:
+        table, shared = sequence.block_table[:full], None
+        blocks = 0
+        for block in table:
+            owner = owners.get(block)
+            if owner is None:
+                break
+            blocks += 1
+            shared = owner, blocks
+        owners |= dict.fromkeys(table[blocks:], sequence)
+        found.append(shared)
+    return found
+
+
 def block_slots(table: list[int], block_size: int, num_tokens: int) -> NDArray[np.int64]:
     """Block table times block size plus offset, shape [num_tokens]."""
     blocks = np.asarray(table, dtype=np.int64)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from collections.abc import Sequence as Ordered
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.shared_tails import TailSharingAllocator
 from sim.hashed_blocks import HashedPool
-from sim.prefix_keys import own_keys, prefix_keys, tail_key
+from sim.prefix_keys import prefix_keys, sequence_keys, tail_key
 from sim.request import Request, Sequence
 
 
@@ -80,9 +79,9 @@ class CachedPagedAllocator(TailSharingAllocator):
         filled = (index + 2) * self.block_size
         return holders is not None and any(holder.num_tokens >= filled for holder in holders)
 
-    def _find_tail(self, request: Request, num_tokens: int) -> tuple[int | None, int | None]:
+    def _find_tail(self, sequence: Sequence, num_tokens: int) -> tuple[int | None, int | None]:
         """The key of a prompt's last block that it fills in part, and the block that has it."""
-        key = self._tail_key(request, num_tokens)
+        key = None if sequence.branch else self._tail_key(sequence.request, num_tokens)
         block = None if key is None else self.pool.find(key)
         if block is not None:
             end = -(-num_tokens // self.block_size) * self.block_size
@@ -90,13 +89,6 @@ class CachedPagedAllocator(TailSharingAllocator):
                 self.pool.rename(block, None)  # it is full since
                 block = None
         return key, block
-
-    def _keys(self, request: Request, branch: int, num_blocks: int) -> Ordered[int]:
-        """Keys of a branch's first full blocks; what is named of the output is what branch 0 generates."""
-        if not branch or request.output_content is None:
-            return prefix_keys(request, num_blocks, self.block_size)
-        prompt = min(num_blocks, request.prompt_tokens // self.block_size)
-        return [*prefix_keys(request, prompt, self.block_size), *own_keys(request, prompt, num_blocks)]
 
     def _tail_key(self, request: Request, num_tokens: int) -> int | None:
         """The key of a prompt's last block, which it fills in part; None if nobody else can have it."""
@@ -108,8 +100,12 @@ class CachedPagedAllocator(TailSharingAllocator):
             return 0
         size = self.block_size
         count = 0
-        branch = request.sequences[0].branch if request.sequences else 0
-        for key in self._keys(request, branch, (num_tokens - 1) // size):
+        blocks = (num_tokens - 1) // size
+        if request.sequences:
+            keys = sequence_keys(request.sequences[0], blocks, size)
+        else:
+            keys = prefix_keys(request, blocks, size)
+        for key in keys:
             block = self.pool.find(key)
             if block is None or not self._is_computed(block, count):
                 break
@@ -129,6 +125,9 @@ class CachedPagedAllocator(TailSharingAllocator):
             table = sequence.block_table
             while cached < min(known, blocks - 1) and self._is_computed(table[cached], cached):
                 cached += 1
+            if sequence.sibling is not None:  # which is computed in this step
+                cached = max(cached, sequence.sibling[1])
+                sequence.sibling = None
             if self.probe is not None and cached:
                 self.probe.touch(pool.tier, table[:cached])
         else:
@@ -143,10 +142,10 @@ class CachedPagedAllocator(TailSharingAllocator):
 
     def _hold_known(self, sequence: Sequence, blocks: int, filled: int, whole: bool) -> int:
         """Fill a table in order: each block is found, or a new one takes the key; how far there are any."""
-        request, pool, size = sequence.request, self.pool, self.block_size
+        pool, size = self.pool, self.block_size
         table: list[int] = []
         sequence.block_table = table
-        for key in self._keys(request, sequence.branch, filled // size):
+        for key in sequence_keys(sequence, filled // size, size):
             table.append(pool.obtain(key))
         if whole and filled % size:
             self._hold_tail(sequence, filled)
@@ -157,7 +156,7 @@ class CachedPagedAllocator(TailSharingAllocator):
     def _hold_tail(self, sequence: Sequence, filled: int) -> None:
         """The last block of a prompt, which it fills in part."""
         pool, table = self.pool, sequence.block_table
-        key, found = self._find_tail(sequence.request, filled)
+        key, found = self._find_tail(sequence, filled)
         if found is None:
             table += pool.take()
             pool.rename(table[-1], key)
@@ -202,7 +201,7 @@ class CachedPagedAllocator(TailSharingAllocator):
     def _name(self, sequence: Sequence, full: int) -> None:
         """Let the first full blocks be found, where their content is not found elsewhere."""
         pool = self.pool
-        keys = self._keys(sequence.request, sequence.branch, full)
+        keys = sequence_keys(sequence, full, self.block_size)
         for block, key in zip(sequence.block_table, keys, strict=False):
             if pool.keys[block] is None and pool.find(key) is None:
                 pool.rename(block, key)
@@ -217,7 +216,7 @@ class CachedPagedAllocator(TailSharingAllocator):
         tail = self._tails.pop(sequence, None)
         if tail is not None and full > tail and len(self._sharers.get(table[tail], ())) == 1:
             self.pool.rename(table[tail], None)  # it holds more than what it was known by
-        back = stays and len(request.sequences) == 1
+        back = stays and (len(request.sequences) == 1 or request.status == "waiting")
         if sequence in self._ready and (back or request.content or request.preemptions):
             self._flag(sequence, full)
             if back or (request.output_content is not None and not sequence.branch):

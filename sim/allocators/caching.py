@@ -114,6 +114,13 @@ class CachingAllocator(Allocator):
         spare = self.pool.num_free - self.kept_free
         return Admission.OK if needed - hits + unreferenced <= spare else Admission.LATER
 
+    def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
+        """Leading blocks that are cached, as far as all branches have them."""
+        first = request.sequences[0]
+        shared = min(self._shared_blocks(request), self.cached(request, first.num_tokens)[0])
+        others = len(request.sequences) - 1
+        return [None, *[(first, shared) if shared else None] * others]
+
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Blocks needed against blocks there."""
         needed = -(-num_tokens // self.block_size)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.allocators.base import Allocator, allocator
-from sim.allocators.blocks import block_slots, grow_by_block
+from sim.allocators.blocks import block_slots, grow_by_block, in_common
 from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.counted_beams import CountedBeams
 from sim.allocators.yielding import InFlight, Stopped
@@ -31,7 +31,8 @@ class PagedAllocator(Allocator):
     The rules are those of vLLM V0 (`block_manager_v1.py`, 0.4.2; Kwon et al., SOSP 2023): a watermark of
     blocks stays free at admission and at swap-in, running sequences may use it; a token may be appended while
     every running branch could be given a block; swapping moves a shared block once. Only internal
-    fragmentation occurs: fewer than `block_size` slots a sequence.
+    fragmentation occurs: fewer than `block_size` slots a sequence. V0 cannot compute groups again; here one that
+    is computed again gets the full blocks that its branches shared once, and shares them again.
 
     Fields:
         block_size: KV slots per block.
@@ -42,6 +43,7 @@ class PagedAllocator(Allocator):
     """
 
     can_fork = True
+    recomputes_groups = True
     can_stop = True
     can_swap = True
     can_fly = True
@@ -87,15 +89,36 @@ class PagedAllocator(Allocator):
         return self._remainder
 
     def admission(self, request: Request, num_tokens: int) -> Admission:
-        """Room for all of the prompt beside the watermark."""
-        needed = -(-num_tokens // self.block_size)
+        """Room for all of the prompt beside the watermark, or for all branches of a group that gave way.
+
+        Where nobody runs, those who stopped give up all that they have.
+        """
+        needed = self._needed(request, num_tokens)
         own = held = 0
         if self._stopped:
             own = self._stopped.of(request.sequences)
-            held = sum([len(sequence.block_table) for sequence in request.sequences])
+            held = len(set().union(*[sequence.block_table for sequence in request.sequences]))
         elif len(self.pool.free) - needed >= self.watermark_blocks:
             return Admission.OK
-        return self._fits(needed, self.pool.num_blocks - self.watermark_blocks, held, own)
+        admission = self._fits(needed, self.pool.num_blocks - self.watermark_blocks, held, own)
+        if (
+            admission is Admission.LATER
+            and 0 < len(self._stopped) == len(self.sequences)
+            and not self._flying
+        ):
+            return Admission.OK
+        return admission
+
+    def pages(self, request: Request, num_tokens: int) -> int:
+        """Blocks that one branch with so many tokens has."""
+        return -(-num_tokens // self.block_size)
+
+    def _needed(self, request: Request, num_tokens: int) -> int:
+        """Distinct blocks of all branches with so many tokens each."""
+        blocks, branches = self.pages(request, num_tokens), request.sequences
+        if len(branches) < 2:
+            return blocks
+        return len(branches) * blocks - sum([each.sibling[1] for each in branches if each.sibling])
 
     def _fits(self, needed: int, largest: int, held: int = 0, own: int = 0) -> Admission:
         """Whether so many blocks are to be had; of them `held` are there, `own` among those that yield."""
@@ -106,9 +129,11 @@ class PagedAllocator(Allocator):
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Blocks needed against blocks there."""
-        needed = -(-num_tokens // self.block_size)
+        tokens = f"{num_tokens} tokens need"
+        if len(request.sequences) > 1:
+            tokens = f"{len(request.sequences)} branches of {num_tokens} tokens need"
         return (
-            f"{num_tokens} tokens need {needed} blocks of {self.block_size} slots, "
+            f"{tokens} {self._needed(request, num_tokens)} blocks of {self.block_size} slots, "
             f"the pool has {self.pool.num_blocks} and keeps {self.watermark_blocks} as watermark"
         )
 
@@ -116,16 +141,24 @@ class PagedAllocator(Allocator):
         """Append the blocks that the table lacks."""
         table = sequence.block_table
         needed = -(-num_tokens // self.block_size) - len(table)
-        if self.yielding:
+        if self.yielding or self._stopped:
             self.make_room(needed)
         table += self.pool.take(needed)
         return len(table) * self.block_size
 
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
-        """Slots for a sequence that has none, or for what a partial preemption took of it; the tokens it kept."""
+        """Slots for a sequence that has none, or for what a preemption took of it; tokens that are there already.
+
+        They are those that a partial preemption left it, or those that a branch before it has.
+        """
+        if self._stopped:
+            for each in sequence.request.sequences:
+                self._stopped.discard(each)
+        sibling, sequence.sibling = sequence.sibling, None
         if not sequence.capacity:
-            return super().admit(sequence, num_tokens, filled)
-        self._stopped.discard(sequence)
+            if sibling is None:
+                return super().admit(sequence, num_tokens, filled)
+            return self._admit_beside(*sibling, sequence, num_tokens)
         kept = sequence.origin
         if num_tokens > sequence.capacity:
             self._grow_to(sequence, num_tokens)
@@ -133,9 +166,34 @@ class PagedAllocator(Allocator):
         self.num_tokens += sequence.origin - kept
         return kept
 
+    def _admit_beside(self, sibling: Sequence, blocks: int, sequence: Sequence, num_tokens: int) -> int:
+        """Slots for a branch whose leading blocks another one has."""
+        sequence.block_table = sibling.block_table[:blocks]
+        self.pool.share(sequence.block_table)
+        shared = blocks * self.block_size
+        sequence.capacity = held = self.reserve(sequence, num_tokens)
+        sequence.origin = num_tokens
+        self.num_held += held - shared
+        self.num_tokens += num_tokens - shared
+        self.num_internal += max(0, held - sequence.final_tokens)
+        self.sequences.add(sequence)
+        return shared
+
     def cached_tokens(self, request: Request, num_tokens: int) -> int:
-        """Those that a partial preemption left it."""
-        return sum([sequence.origin for sequence in request.sequences if sequence in self._stopped])
+        """Those that a partial preemption left its first branch."""
+        sequences = request.sequences
+        return sequences[0].origin if sequences and sequences[0] in self._stopped else 0
+
+    def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
+        """Full blocks of the tables."""
+        if request.counted is not None:
+            request.counted.list_blocks()
+        return in_common(request.sequences, request.sequences[0].num_tokens // self.block_size)
+
+    def remember(self, request: Request) -> None:
+        """Full blocks that branches share they share again."""
+        for sequence, sibling in zip(request.sequences, self.in_common(request), strict=True):
+            sequence.sibling = sibling
 
     def release(self, sequence: Sequence) -> None:
         """Drop the table's references, first block first."""
@@ -257,6 +315,13 @@ class PagedAllocator(Allocator):
         if not self.can_stop:
             super().stop(sequence)
         self._stopped.add(sequence)
+
+    def clear_for(self, request: Request) -> bool:
+        """Blocks that branches of the others share go too."""
+        others = [each for each in self._stopped.requests if each is not request]
+        for each in others:
+            self._stopped.drop(each)
+        return bool(others)
 
     def make_room(self, needed: int) -> None:
         """See that so many blocks are free: first by waiting for those that leave, then at the cost of who stopped."""

@@ -25,7 +25,7 @@ class Powers:
     """Fields that other allocators have, and why this one does not."""
     can_fork: ClassVar[bool] = False
     recomputes_groups: ClassVar[bool] = False
-    """Whether a group of branches that gives way can be computed again, each branch on its own."""
+    """Whether a group of branches that gives way can be computed again, what branches share once."""
     can_swap: ClassVar[bool] = False
     can_grow: ClassVar[bool] = True
     """Whether a running sequence may need more slots, and others may have to give way for it."""
@@ -89,6 +89,20 @@ class Powers:
         Only blocks that it shares with nobody are given up; `admit` brings back what it lacks then.
         """
         raise TypeError(f"{type(self).__name__} cannot take a part of what a sequence holds")
+
+    def clear_for(self, request: Request) -> bool:
+        """Take all that other requests have which stopped, where nobody runs; whether there were any."""
+        return False
+
+    def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
+        """Of each branch an earlier one, and the full leading blocks that both would have if they were computed again.
+
+        None where there are none.
+        """
+        return [None] * len(request.sequences)
+
+    def remember(self, request: Request) -> None:
+        """Note what the branches of a group that gives way have in common, where it is not found by its content."""
 
     def swap_blocks(self, request: Request) -> int:
         """Blocks that swapping the request out would move."""

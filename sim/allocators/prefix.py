@@ -7,6 +7,7 @@ from collections.abc import Sequence as Ordered
 from typing import Annotated, Any
 
 from sim.allocators.base import allocator
+from sim.allocators.blocks import in_common
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.capacity import Capacity
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
@@ -146,6 +147,12 @@ class PrefixAllocator(CachingAllocator):
     def _shared_blocks(self, request: Request) -> int:
         """Those of the prompt, which the first branch registers."""
         return super()._shared_blocks(request) if self.prefix_caching else 0
+
+    def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
+        """Full blocks of the tables: the first branch registers them, and the others find them."""
+        if not self.prefix_caching:
+            return [None] * len(request.sequences)
+        return in_common(request.sequences, request.sequences[0].num_tokens // self.block_size)
 
     def finished(self, sequence: Sequence) -> None:
         """What was generated is found by those who know its name; else its blocks only queue up with the others."""

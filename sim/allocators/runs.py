@@ -56,10 +56,6 @@ class RunsAllocator(PagedAllocator):
     def run(self, sequence: Sequence, missing: int) -> int:
         """Pages of the next block of a sequence that lacks so many."""
 
-    def pages(self, request: Request, num_tokens: int) -> int:
-        """Pages that an admission with so many tokens takes."""
-        return -(-num_tokens // self.block_size)
-
     @property
     def num_entries(self) -> int:
         """Runs in all tables."""
@@ -67,7 +63,7 @@ class RunsAllocator(PagedAllocator):
 
     def admission(self, request: Request, num_tokens: int) -> Admission:
         """Room for all of the prompt beside the watermark."""
-        return self._fits(self.pages(request, num_tokens), self.pool.num_blocks - self.watermark_blocks)
+        return self._fits(self._needed(request, num_tokens), self.pool.num_blocks - self.watermark_blocks)
 
     def _fits(self, needed: int, largest: int, held: int = 0, own: int = 0) -> Admission:
         if needed > largest:
@@ -77,7 +73,7 @@ class RunsAllocator(PagedAllocator):
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Pages needed against pages there."""
         return (
-            f"{num_tokens} tokens need {self.pages(request, num_tokens)} pages of {self.block_size} slots, "
+            f"{num_tokens} tokens need {self._needed(request, num_tokens)} pages of {self.block_size} slots, "
             f"the pool has {self.pool.num_blocks} and keeps {self.watermark_blocks} as watermark"
         )
 
@@ -102,7 +98,7 @@ class RunsAllocator(PagedAllocator):
         """Append runs until the table is long enough; none takes the last pages of the other branches."""
         pool, table, size = self.pool, sequence.block_table, self.block_size
         needed = -(-num_tokens // size)
-        others = len(sequence.request.sequences) - 1
+        others = sum([_lacking(each, needed) for each in sequence.request.sequences if each is not sequence])
         entries = 0
         while (missing := needed - len(table)) > 0:
             wanted = self.run(sequence, missing)
@@ -112,6 +108,11 @@ class RunsAllocator(PagedAllocator):
             entries += 1
         self._enter(sequence, entries)
         return len(table) * size
+
+    def _admit_beside(self, sibling: Sequence, blocks: int, sequence: Sequence, num_tokens: int) -> int:
+        """The shared pages are as many runs as lie apart."""
+        self._enter(sequence, _runs(sibling.block_table[:blocks]))
+        return super()._admit_beside(sibling, blocks, sequence, num_tokens)
 
     def _enter(self, sequence: Sequence, entries: int) -> None:
         self._entries[sequence] = self._entries.get(sequence, 0) + entries
@@ -196,8 +197,7 @@ class RunsAllocator(PagedAllocator):
         """Move the distinct pages back to the device, in runs as long as they fit."""
         moved = super().swap_in(request)
         for sequence in request.sequences:
-            table = sequence.block_table
-            self._entries[sequence] = 1 + sum([after != before + 1 for before, after in pairwise(table)])
+            self._entries[sequence] = _runs(sequence.block_table)
             self._num_entries += self._entries[sequence]
         return moved
 
@@ -211,3 +211,15 @@ class RunsAllocator(PagedAllocator):
             raise IntegrityError(
                 f"tables with entries({len(self._entries)}) != sequences({len(self.sequences | self._hosted)})"
             )
+
+
+def _runs(table: list[int]) -> int:
+    """Runs of pages that follow each other."""
+    return 1 + sum([after != before + 1 for before, after in pairwise(table)])
+
+
+def _lacking(branch: Sequence, pages: int) -> int:
+    """Pages to leave to a branch: a further one, or so many less those it shares where it is yet to be admitted."""
+    if branch.capacity:
+        return 1
+    return pages - branch.sibling[1] if branch.sibling else pages

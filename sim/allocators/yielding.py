@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Stopped:
     """Sequences that do not run but keep their blocks until others need them, who stopped first before others.
 
-    Only the blocks at a sequence's end that nobody shares can be taken of it; `blocks` of all of them.
+    Only the blocks at a sequence's end that nobody shares can be taken of it; `blocks` of all of them. Branches of
+    a group that stop keep what they share, but where nobody runs any more they give up that too.
     """
 
     __slots__ = ("_own", "_owner", "blocks")
@@ -39,13 +40,16 @@ class Stopped:
     def add(self, sequence: Sequence) -> None:
         """A sequence stops."""
         references = self._owner.pool.references
-        own = 0
+        self._own[sequence] = own = 0
+        if sequence.num_tokens < sequence.capacity and references[sequence.block_table[-1]] > 1:
+            self._cut(sequence, 1, own=False)  # whoever has it last would write on in it
         for block in reversed(sequence.block_table):
             if references[block] > 1:
                 break
             own += 1
-        self._own[sequence] = own
-        self._count(own)
+        if sequence in self._own:
+            self._own[sequence] = own
+            self._count(own)
 
     def discard(self, sequence: Sequence) -> None:
         """The sequence goes on, or ends."""
@@ -64,20 +68,39 @@ class Stopped:
             blocks = min(self._own[sequence], lacking)
             if blocks:
                 self._cut(sequence, blocks)
+        for request in self.requests:
+            if self._owner.pool.num_free >= free:
+                return
+            self.drop(request)
 
-    def _cut(self, sequence: Sequence, blocks: int) -> None:
-        """Take the last blocks of a sequence, and the tokens in them."""
+    @property
+    def requests(self) -> list[Request]:
+        """Whose sequences they are."""
+        return list(dict.fromkeys([sequence.request for sequence in self._own]))
+
+    def drop(self, request: Request) -> None:
+        """Take all that the request has, what its branches share as well."""
+        owner = self._owner
+        for sequence in request.sequences:
+            if sequence in self._own:
+                if owner.probe is not None:
+                    owner.probe.end(sequence)
+                owner.free(sequence)
+
+    def _cut(self, sequence: Sequence, blocks: int, *, own: bool = True) -> None:
+        """Take the last blocks of a sequence, its own or one that others hold too, and the tokens in them."""
         owner, table = self._owner, sequence.block_table
         before, tokens, final = sequence.capacity, sequence.origin, sequence.final_tokens
         self._owner.pool.release(table[-blocks:])
         del table[-blocks:]
-        self._own[sequence] -= blocks
-        self._count(-blocks)
         sequence.capacity = held = before - blocks * owner.block_size
         sequence.origin = kept = min(tokens, held)
-        owner.num_held += held - before
-        owner.num_tokens += kept - tokens
-        owner.num_internal += max(0, held - final) - max(0, before - final)
+        if own:
+            self._own[sequence] -= blocks
+            self._count(-blocks)
+            owner.num_held += held - before
+            owner.num_tokens += kept - tokens
+            owner.num_internal += max(0, held - final) - max(0, before - final)
         if not held:
             del self._own[sequence]
             owner.sequences.discard(sequence)

@@ -160,10 +160,10 @@ class Scheduler(Queues, ABC):
     def preempt(self, request: Request, step: Step) -> None:
         """Take a running request's memory: move it to the host, or drop it and compute it again later.
 
-        `auto` follows vLLM V0: a single sequence is recomputed, a group is swapped; `hybrid` takes the cheaper
-        way for single sequences (see `Recovery`). A single sequence that the host has no room for is recomputed
-        too; a group in that place can only be given up. What is computed again is the prompt, as far as it was
-        asked for, and the tokens generated since; after a `partial` preemption only what others took of it.
+        `auto` follows vLLM V0: a single sequence is recomputed, a group is swapped, or given up if the host has no
+        room for it; `hybrid` takes the cheaper way for all of a request (see `Recovery`). Else what the host has no
+        room for is recomputed too. What is computed again is the prompt, as far as it was asked for, and the tokens
+        generated since, in a group those of every branch; after a `partial` preemption only what others took of it.
         """
         allocator, decodes = self.allocator, self.decodes
         count = branches(request)
@@ -178,24 +178,20 @@ class Scheduler(Queues, ABC):
             step.swapped_out_blocks += allocator.swap_out(request)
             request.status = "swapped"
             self.swapped[request] = None
-        elif len(request.sequences) == 1:
-            (sequence,) = request.sequences
-            if sequence.origin >= request.prefill_tokens:
-                request.prefill_tokens = sequence.origin + 1
-            self.lost[request] = max(self.lost.get(request, 0), sequence.origin)
-            if self.preemption == "partial" and allocator.can_stop:
-                allocator.stop(sequence)
-            else:
-                self.release(sequence)
-            request.status = "waiting"
-            self.requeue(request)
-        elif allocator.recomputes_groups:
+        elif self.recovery.computes(request):
             tokens = request.sequences[0].origin
-            request.prefill_tokens = tokens + 1
-            self.lost[request] = tokens
+            if tokens >= request.prefill_tokens:
+                request.prefill_tokens = tokens + 1
+            self.lost[request] = max(self.lost.get(request, 0), tokens)
             request.status = "waiting"
+            if len(request.sequences) > 1:
+                allocator.remember(request)
+            stops = self.preemption == "partial" and allocator.can_stop
             for sequence in request.sequences:
-                self.release(sequence)
+                if stops:
+                    allocator.stop(sequence)
+                else:
+                    self.release(sequence)
             self.requeue(request)
         else:
             for sequence in request.sequences:
@@ -312,10 +308,11 @@ class Scheduler(Queues, ABC):
                     f"requests of {sampling[field]} branches never run where max_num_seqs is {limit}",
                 )
         moves = preemption in ("swap", "hybrid")
-        if config["allocator"].get("num_host_blocks") == 0 and (moves or group):
-            who = "groups of sequences are" if group else f"preemption is set to {preemption}: requests are"
-            yield "allocator.num_host_blocks", f"{who} swapped when memory runs out, which needs a host pool"
         recomputes = getattr(allocators[config["allocator"]["kind"]], "recomputes_groups", False)
+        moved = group and (preemption in (None, "auto") or not recomputes)
+        if config["allocator"].get("num_host_blocks") == 0 and (moves or moved):
+            who = f"preemption is set to {preemption}: requests are" if moves else "groups of sequences are"
+            yield "allocator.num_host_blocks", f"{who} swapped when memory runs out, which needs a host pool"
         if group and preemption == "recompute" and not recomputes:
             yield (
                 "scheduler.preemption",

@@ -58,9 +58,14 @@ class PromisingScheduler(ChunkedScheduler):
         return max(1, min(self.max_new_tokens, self.allocator.max_model_len - request.prompt_tokens))
 
     def refuse_alone(self, reason: str, step: Step) -> bool:
-        """Reject the head of the queue where nobody runs whom it could wait for; whether that was so."""
+        """Reject the head of the queue where nobody runs whom it could wait for; whether to look at the queue again.
+
+        It gets what requests still have that stopped, before it is rejected.
+        """
         if self.running:
             return False
+        if self.allocator.clear_for(self.waiting[0]):
+            return True
         self.reject(self.waiting.popleft(), reason, step)
         return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
+from sim.allocators.capacity import Admission
 from sim.link import Link
 from sim.request import NEVER, Request, Sequence
 from sim.step import Step
@@ -30,7 +31,7 @@ class Recovery:
     Moving costs both directions, and the queue on the link where copies wait for others. Computing again costs
     what the prefill of the lost tokens, cached ones aside, adds to a step of the sequences that decode now; where
     the scheduler gives prompts steps of their own, it is such a step. Both come from the run's own timing model
-    and link. A group goes one way as a whole, and as vLLM V0 cannot compute branches again it is moved.
+    and link. A group goes one way as a whole; what its branches share is moved once, and computed once.
     """
 
     def __init__(self, queues: Queues) -> None:
@@ -53,48 +54,63 @@ class Recovery:
 
     def swaps(self, request: Request) -> bool:
         """Whether the request would be moved to the host if it gave way now; a tie is computed again."""
-        queues = self._queues
-        mode = queues.preemption
-        single = branches(request) == 1
-        if single and mode not in ("swap", "hybrid"):
+        mode, allocator = self._queues.preemption, self._queues.allocator
+        again = self.computes(request)
+        if again and (mode in ("recompute", "partial") or (mode == "auto" and branches(request) == 1)):
             return False
-        if not queues.allocator.can_swap_out(request):
+        if not allocator.can_swap_out(request):
             return False
-        return mode != "hybrid" or not single or self.swap_seconds(request) < self.recompute_seconds(request)
+        return mode != "hybrid" or not again or self.swap_seconds(request) < self.recompute_seconds(request)
+
+    def computes(self, request: Request) -> bool:
+        """Whether the request could be computed again; V0 (auto) gives up a group that the host has no room for."""
+        if len(request.sequences) == 1:
+            return True
+        allocator = self._queues.allocator
+        return allocator.recomputes_groups and not (allocator.can_swap and self._queues.preemption == "auto")
 
     def seconds(self, request: Request) -> float:
         """What the request costs to recover if it gives way now; infinite for a group that could not come back."""
         if self.swaps(request):
             return self.swap_seconds(request)
-        return self.recompute_seconds(request) if len(request.sequences) == 1 else math.inf
+        return self.recompute_seconds(request) if self.computes(request) else math.inf
 
     def swap_seconds(self, request: Request) -> float:
-        """Seconds to move the request's blocks to the host and back, the queue on the link included."""
+        """Seconds to move the request's blocks to the host and back, the queue on the link included.
+
+        Infinite for one that has grown too large to be brought back.
+        """
         assert self._transfers is not None, "recovery has no price before a run"
         allocator = self._queues.allocator
+        if allocator.swap_in_admission(request) is Admission.NEVER:
+            return math.inf
         blocks = allocator.swap_blocks(request)
         copies = self._transfers.swap_seconds(blocks, 0) + self._transfers.swap_seconds(0, blocks)
         copies += 2 * blocks * self._transfers.quantize_block
         return copies if allocator.link is None else copies + allocator.link.queue_seconds()
 
     def recompute_seconds(self, request: Request) -> float:
-        """Seconds to compute again what the request's one sequence has, hits of the prefix cache aside."""
-        (sequence,) = request.sequences
-        known = sequence.num_tokens
-        cached = min(self._queues.allocator.cached_tokens(request, known), known - 1)
-        return self._prefill_seconds(sequence, cached, known)
+        """Seconds to compute again what the request has: hits of the prefix cache aside, what branches share once."""
+        allocator, sequences = self._queues.allocator, request.sequences
+        known = sequences[0].num_tokens  # branches are equally long
+        cached = [min(allocator.cached_tokens(request, known), known - 1)]
+        if len(sequences) > 1:
+            size, shared = allocator.block_size, allocator.in_common(request)[1:]
+            cached += [min(found[1] * size, known - 1) if found else 0 for found in shared]
+        return self._prefill_seconds(sequences, cached, known)
 
     def prefill_seconds(self, request: Request, cached: int) -> float:
         """Seconds to compute a request's prompt behind so many cached tokens."""
         sequence = request.sequences[0] if request.sequences else Sequence(request, 0, 0, 0)
-        return self._prefill_seconds(sequence, cached, request.prefill_tokens)
+        return self._prefill_seconds([sequence], [cached], request.prefill_tokens)
 
-    def _prefill_seconds(self, sequence: Sequence, cached: int, known: int) -> float:
+    def _prefill_seconds(self, sequences: list[Sequence], cached: list[int], known: int) -> float:
         timing, queues = self._timing, self._queues
         assert timing is not None, "recovery has no price before a run"
         step = Step()
-        step.chunks.append((sequence, cached, known - cached))
-        step.num_prefill_tokens = known - cached
+        for sequence, found in zip(sequences, cached, strict=True):
+            step.chunks.append((sequence, found, known - found))
+            step.num_prefill_tokens += known - found
         decodes = queues.decodes
         if not decodes.size or not queues.mixes_prompts:
             return timing.seconds(step)

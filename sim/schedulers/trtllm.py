@@ -123,7 +123,7 @@ class TensorRTLLM(PromisingScheduler):
             return True
         size = allocator.growth
         held = allocator.num_held // size  # shared blocks count for each who holds them, within a group once
-        if allocator.recomputes_groups or not allocator.can_fork:
+        if not (allocator.can_fork and allocator.can_swap):  # else only a group shares
             held += allocator.blocks_saved
             if self.widest > 1:
                 held -= sum([_shared_within(each) for each in self.running])

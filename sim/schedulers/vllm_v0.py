@@ -37,9 +37,9 @@ class VllmV0(ChunkedScheduler):
             step, 512 by default.
         chunked_prefill: Whether prompts are computed in chunks, in steps that decode as well.
         preemption: recompute drops the memory and computes it again later, swap moves it to the host, auto
-            swaps groups of several sequences and recomputes single ones, hybrid does for single ones what costs
-            less, partial leaves them their blocks until others need those, the last ones first, and recomputes
-            only what was taken.
+            swaps groups of several sequences and recomputes single ones, hybrid does for all of a request what
+            costs less, partial leaves it its blocks until others need those, the last ones first and none that
+            branches share, and recomputes only what was taken.
         victim: Who gives way when blocks run out.
         order: Who goes first in the queue.
     """
@@ -156,7 +156,8 @@ class VllmV0(ChunkedScheduler):
             while not self.allocator.can_append(request):
                 candidates = queue[index:]
                 chosen = self._choose_victim(candidates) if candidates else request
-                if request in partial and len(self.running) == 1:  # V0 would do this again and again
+                alone = len(self.allocator.sequences) == len(request.sequences)
+                if request in partial and len(self.running) == 1 and alone:  # V0 would do this for ever
                     self.drop(request, self._no_spare_block(request), step)
                     break
                 self.preempt(chosen, step)

@@ -203,7 +203,8 @@ class VllmV1(ChunkedScheduler):
             if admission is Admission.LATER and not self._chunk_fits(head, tokens):
                 break
             left -= self.admit(self.waiting.popleft(), step, now, tokens, whole=False)
-            head.sequences[0].order = self._admitted << 32  # its place among those that run
+            for sequence in head.sequences:  # its place among those that run
+                sequence.order = self._admitted << 32 | sequence.branch
             self._admitted += 1
         if self._order is None:
             self.waiting.extendleft(passed)  # 0.10.0 turns them around

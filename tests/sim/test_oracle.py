@@ -274,7 +274,7 @@ def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_n
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
     slots=st.sampled_from([96, 150, 400]),
     clock=st.sampled_from(["fixed", "roofline"]),
-    preemption=st.sampled_from(["auto", "swap", "hybrid", "partial"]),
+    preemption=st.sampled_from(MODES),
     turnover=st.sampled_from([0.0, 0.1, 0.7]),
 )
 def test_groups(scheduler_kind, allocator_name, rows, slots, clock, preemption, turnover):
@@ -331,7 +331,7 @@ def test_prompts_in_chunks(
     slots=st.sampled_from([96, 150, 400]),
     clock=st.sampled_from(["fixed", "roofline"]),
     budget=st.sampled_from([4, 9, 16, 40]),
-    preemption=st.sampled_from(["auto", "swap", "hybrid", "partial"]),
+    preemption=st.sampled_from(MODES),
     turnover=st.sampled_from([0.0, 0.1, 0.7]),
 )
 def test_groups_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, budget, preemption, turnover):

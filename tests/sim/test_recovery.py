@@ -121,13 +121,6 @@ def test_prompts_lost_in_part_are_computed_again_in_part():
     assert 0 <= resumed <= told.summary["preemptions"]
 
 
-def test_a_group_goes_one_way_as_a_whole():
-    rows = (0, 8, 9), (0, 8, 9)
-    told = story(32, *rows, preemption="hybrid", block_ms=50.0, n=2)
-    assert "swap out 1" in " ".join(told.log)
-    assert told.summary["swapped_out_blocks"] == told.summary["swapped_in_blocks"] > 0
-
-
 # Partial preemption
 
 
@@ -220,11 +213,6 @@ def test_a_stopped_request_that_grew_past_the_memory_leaves_nothing_behind():
     assert told.column("requests", "status") == ["rejected", "finished"]
 
 
-def test_groups_are_swapped_beside_partial_preemption():
-    told = story(32, (0, 8, 9), (0, 8, 9), preemption="partial", n=2)
-    assert told.summary["swapped_out_blocks"] > 0
-
-
 # Victims
 
 
@@ -293,7 +281,7 @@ def test_cached_blocks_need_not_be_computed_again():
     assert told == pytest.approx(dict.fromkeys(range(4), 2e-3))  # of 18 tokens 16 are cached; 1 ms a token
 
 
-@pytest.mark.parametrize("mode", ["swap", "hybrid", "partial"])
+@pytest.mark.parametrize("mode", ["recompute", "swap", "hybrid", "partial"])
 @pytest.mark.parametrize("who", ["cheapest_to_recover", "fewest_blocks", "earliest"])
 def test_the_probe_finds_every_token_at_every_step(mode, who):
     moved = 0
