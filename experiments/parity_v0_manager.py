@@ -69,6 +69,7 @@ class ManagerDriver:
 
     def alloc(self, g: str, s: int, tokens: list[int]) -> Row:
         request = Request(len(self.names), 0, len(tokens), ENDLESS)
+        request.status = "running"
         admission = self.memory.admission(request, len(tokens))
         if admission is Admission.OK:
             sequence = Sequence(request, 0, 0, ENDLESS)
@@ -168,8 +169,8 @@ class _ToldMemory(CachedPagedAllocator):
     def _name_of(self, tokens: list[int]) -> int:
         return self._names.setdefault(tuple(tokens), len(self._names))
 
-    def _keys(self, request: Request, branch: int, num_blocks: int) -> list[int]:
-        tokens, size = self.told[request, branch], self.block_size
+    def _keys(self, sequence: Sequence, num_blocks: int) -> list[int]:
+        tokens, size = self.told[sequence.request, sequence.branch], self.block_size
         return [self._name_of(tokens[: (index + 1) * size]) for index in range(num_blocks)]
 
     def _tail_key(self, request: Request, num_tokens: int) -> int | None:
@@ -234,6 +235,7 @@ class CachedManagerDriver(ManagerDriver):
         self.clock += 1
         memory = self.memory
         request = Request(len(self.names), 0, len(tokens), ENDLESS, content=(0,), content_grain=ENDLESS)
+        request.status = "running"
         admission = memory.admission(request, len(tokens))
         if admission is not Admission.OK:
             return {"status": admission.name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
+from collections.abc import Sequence as Ordered
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.shared_tails import TailSharingAllocator
@@ -81,7 +82,8 @@ class CachedPagedAllocator(TailSharingAllocator):
 
     def _find_tail(self, sequence: Sequence, num_tokens: int) -> tuple[int | None, int | None]:
         """The key of a prompt's last block that it fills in part, and the block that has it."""
-        key = None if sequence.branch else self._tail_key(sequence.request, num_tokens)
+        forked = sequence.branch and sequence.lineage is not None
+        key = None if forked else self._tail_key(sequence.request, num_tokens)
         block = None if key is None else self.pool.find(key)
         if block is not None:
             end = -(-num_tokens // self.block_size) * self.block_size
@@ -89,6 +91,10 @@ class CachedPagedAllocator(TailSharingAllocator):
                 self.pool.rename(block, None)  # it is full since
                 block = None
         return key, block
+
+    def _keys(self, sequence: Sequence, num_blocks: int) -> Ordered[int]:
+        """Keys of the sequence's first full blocks."""
+        return sequence_keys(sequence, num_blocks, self.block_size)
 
     def _tail_key(self, request: Request, num_tokens: int) -> int | None:
         """The key of a prompt's last block, which it fills in part; None if nobody else can have it."""
@@ -101,11 +107,8 @@ class CachedPagedAllocator(TailSharingAllocator):
         size = self.block_size
         count = 0
         blocks = (num_tokens - 1) // size
-        if request.sequences:
-            keys = sequence_keys(request.sequences[0], blocks, size)
-        else:
-            keys = prefix_keys(request, blocks, size)
-        for key in keys:
+        first = request.sequences[0] if request.sequences else None
+        for key in prefix_keys(request, blocks, size) if first is None else self._keys(first, blocks):
             block = self.pool.find(key)
             if block is None or not self._is_computed(block, count):
                 break
@@ -145,7 +148,7 @@ class CachedPagedAllocator(TailSharingAllocator):
         pool, size = self.pool, self.block_size
         table: list[int] = []
         sequence.block_table = table
-        for key in sequence_keys(sequence, filled // size, size):
+        for key in self._keys(sequence, filled // size):
             table.append(pool.obtain(key))
         if whole and filled % size:
             self._hold_tail(sequence, filled)
@@ -201,7 +204,7 @@ class CachedPagedAllocator(TailSharingAllocator):
     def _name(self, sequence: Sequence, full: int) -> None:
         """Let the first full blocks be found, where their content is not found elsewhere."""
         pool = self.pool
-        keys = sequence_keys(sequence, full, self.block_size)
+        keys = self._keys(sequence, full)
         for block, key in zip(sequence.block_table, keys, strict=False):
             if pool.keys[block] is None and pool.find(key) is None:
                 pool.rename(block, key)
