@@ -143,20 +143,43 @@ class StorageTier:
         """The `count` blocks that go first, as runs in that order; `slots` are where they were."""
         victims = []
         while count:
-            entry = heapq.heappop(self._heap)
-            stood, _, _, run = entry
-            if run.tier is not self or stood != run.order:
-                continue  # gone, or moved forward since
-            if self._order(run) != stood:
-                self.push(run)
-                continue
+            run = self._first()
             if len(run.keys) > count:
-                heapq.heappush(self._heap, entry)
                 run = run.part(len(run.keys) - count)
             self.remove(run)
             count -= len(run.keys)
             victims.append(run)
         return victims
+
+    def drop(self, count: int) -> list[Hashable]:
+        """`evict` for good: the keys of the blocks."""
+        keys: list[Hashable] = []
+        while count:
+            run = self._first()
+            left = len(run.keys) - count
+            if left > 0:
+                keys += run.keys[left:]
+                self._emptied += run.slots[left:]
+                del run.keys[left:], run.slots[left:]
+                self.num_used -= count
+                break
+            self.remove(run)
+            keys += run.keys
+            count = -left
+        return keys
+
+    def _first(self) -> Run:
+        """The run whose blocks go first."""
+        heap = self._heap
+        while True:
+            stood, _, _, run = heap[0]
+            if run.tier is self and stood == run.order:
+                if self._order(run) == stood:
+                    return run
+                heapq.heappop(heap)
+                self.push(run)
+            else:  # gone, or moved forward since
+                heapq.heappop(heap)
 
     def push(self, run: Run) -> None:
         """Let a run stand on the heap as it is now."""

@@ -12,10 +12,7 @@ from sim.probe import Witness
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
 from sim.storage_tier import Run, StorageTier
-
-FROM_DEVICE = ("device", "lifted")
-"""Sources of what is written: blocks of the device, those among them that were evicted and are handed out again."""
-
+from sim.tier_traffic import TierTraffic
 
 class TieredStore:
     """Blocks of cached prefixes in tiers from near to far, each block in one of them.
@@ -24,10 +21,8 @@ class TieredStore:
     farther, and is lost behind the last (demotion: Wong and Wilkes, USENIX ATC 2002). What is read from farther moves
     to the nearest tier, as it passes through. The policies are those of SGLang's HiCache.
 
-    Transfers of a planned step are submitted together, on each link behind what was submitted before. The step
-    waits for what it loads, and for blocks that it reuses while they are still copied out; where transfers are
-    synchronous for all that it writes, too. What can be found on the device is written when the step that computes
-    it is over. A block can be loaded as soon as it is in its tier.
+    What can be found on the device is written when the step that computes it is over. A block can be loaded as soon
+    as it is in its tier. When copies are made, and what waits for them, is in `sim/tier_traffic.py`.
 
     Fields:
         policy: When a block is written: write_through when it can be found on the device, write_back when the
@@ -58,34 +53,20 @@ class TieredStore:
         self.block_size = 1
         self.device_keys: list[Hashable] = []  # of what can be found on the device, by block
         self.index: dict[Hashable, Run] = {}  # where a block is
-        self.asynchronous = False
-        self.layers = 1  # that a step computes one after the other while it waits
-        self.now = 0
-        self.awaited = 0
-        self.wait_time = 0
+        self.traffic = TierTraffic(self.tiers)
         self.device_hit_tokens = self.declined_tokens = self.dropped_blocks = 0
         self._clock = 0
         self._hits: dict[Hashable, int] = {}
         self._pending: list[tuple[Sequence, list[Hashable], list[int]]] = []  # computed with this step
         self._leaving: dict[Hashable, int] = {}  # evicted by the device, and not written yet
-        self._reused: list[int] = []  # device blocks whose copies the step waits for
-        self._sources: dict[int, list[int]] = {}  # device blocks that are copied out, until when (ns)
-        self._copied_by = 0  # all of them
-        self._step_end = 0  # of the last step that was planned (ns)
-        self._writing = self._reading = False  # whether the step that is planned does
         self._declined = 0  # blocks of the last prompt that are cheaper to compute
 
     # What the engine asks
 
     def begin(self, now: int) -> None:
         """A plan begins (ns): what the last step computed is there, and is written."""
-        if self._planned:
-            self._submit()
-        self.now, self.awaited = now, 0
-        for tier in self.tiers:
-            tier.link.now = now
-        if self._copied_by <= now:
-            self._sources.clear()
+        self._drain()
+        self.traffic.begin(now)
         if not self._pending:
             return
         pending, self._pending = self._pending, []
@@ -102,28 +83,23 @@ class TieredStore:
 
     def stall(self, start: int, duration: int) -> int:
         """Submit the transfers of a step; what it waits for them if it could begin at `start` (ns)."""
-        wait = 0
-        if self._planned:
-            self._submit()
-            wait = max(0, self.awaited - start - duration * (self.layers - 1) // self.layers)
-            self.wait_time += wait
-        self._step_end = start + duration + wait
-        return wait
+        self._drain()
+        return self.traffic.stall(start, duration)
 
     @property
-    def _planned(self) -> bool:
-        """Whether the step may have transfers, or waits for some."""
-        return bool(self._writing or self._reading or self._leaving or self._reused or self.awaited)
+    def now(self) -> int:
+        """When the plan began (ns)."""
+        return self.traffic.now
 
     @property
     def grows_quietly(self) -> bool:
         """Whether no block that a growth takes after the step has to be waited for."""
-        return self.policy != "write_back" and self._copied_by <= self._step_end
+        return self.policy != "write_back" and self.traffic.settled
 
     @property
     def steady(self) -> bool:
         """Whether what is worth loading depends on nothing but what is cached."""
-        return self.cost is None or all(tier.link.out_free_at <= self.now for tier in self.tiers)
+        return self.cost is None or all(tier.link.out_free_at <= self.traffic.now for tier in self.tiers)
 
     def figures(self, prompt_tokens: int) -> dict[str, float]:
         """Figures of a finished run whose requests asked for so many tokens, by their names in the summary."""
@@ -135,7 +111,7 @@ class TieredStore:
         for tier in self.tiers:
             told[f"{tier.name}_read_gb"] = tier.read_blocks * tier.block_bytes / 1e9
             told[f"{tier.name}_written_gb"] = tier.written_blocks * tier.block_bytes / 1e9
-        told["tier_wait_s"] = self.wait_time / 1e9
+        told["tier_wait_s"] = self.traffic.wait_time / 1e9
         told["tier_dropped_blocks"] = self.dropped_blocks
         told["tier_declined_tokens"] = self.declined_tokens
         return told
@@ -145,7 +121,7 @@ class TieredStore:
     @property
     def idle(self) -> bool:
         """Whether it does not matter which device blocks are handed out."""
-        return self.policy != "write_back" and not (self._sources or self._hits)
+        return self.policy != "write_back" and not (self.traffic.sources or self._hits)
 
     def found(self, sequence: Sequence, keys: list[Hashable], blocks: list[int]) -> None:
         """These blocks of a sequence can be found on the device from now on; this step computes them."""
@@ -170,19 +146,26 @@ class TieredStore:
         """These device blocks are handed out, in this order; what they hold cannot be found there any more."""
         known = self.device_keys
         if self.policy == "write_back":
-            leaving, index = self._leaving, self.index
-            for block in blocks:
-                key = known[block]
-                if key is not None and key not in index and key not in leaving:
-                    leaving[key] = block
-                    self._reused.append(block)
-                    if self.probe is not None:
-                        self.probe.lift(block)
+            self._lift([known[block] for block in blocks], blocks)
         elif self._hits:
             for block in blocks:
                 self._hits.pop(known[block], None)
-        if self._sources:
-            self._reused += [block for block in blocks if block in self._sources]
+        self.traffic.reuse(blocks)
+
+    def _lift(self, keys: list[Hashable], blocks: Ordered[int]) -> None:
+        """Write what the device evicts, unless it is in a tier or about to be."""
+        leaving, index = self._leaving, self.index
+        known = leaving.keys()
+        fresh = dict(zip(keys, blocks, strict=True))
+        if len(fresh) < len(keys) or not index.keys().isdisjoint(keys) or not known.isdisjoint(keys):
+            pairs = [(key, block) for key, block in zip(keys, blocks, strict=True) if key not in index]
+            fresh = {key: block for key, block in reversed(pairs) if key not in known}  # the first of equals
+            fresh = {key: fresh[key] for key, _ in pairs if key in fresh}
+        fresh.pop(None, None)
+        leaving.update(fresh)
+        if self.probe is not None:
+            for block in fresh.values():
+                self.probe.lift(block)
 
     # Hits
 
@@ -206,9 +189,7 @@ class TieredStore:
             assert tier is not None
             self._clock += 1
             tier.use(run, self._clock, request.priority)
-            tier.reads.append((run, count))
-            tier.read_blocks += count
-            self._reading = True
+            self.traffic.read(tier, run)
             if not request.preemptions:
                 tier.hit_tokens += count * self.block_size
             at -= count
@@ -272,67 +253,45 @@ class TieredStore:
         What goes for it goes one tier farther, and so does what the whole tier is too small for.
         """
         if place == len(self.tiers):
-            self.dropped_blocks += len(run.keys)
-            for key in run.keys:
-                del self.index[key]
+            self._drop(run.keys)
             return
         tier = self.tiers[place]
-        rest = self._named(run.part(tier.num_blocks)) if len(run.keys) > tier.num_blocks else None
         count = len(run.keys)
+        rest = None
+        if count > tier.num_blocks:
+            rest, count = self._named(run.part(tier.num_blocks)), tier.num_blocks
         missing = tier.num_used + count - tier.num_blocks
         if missing > 0:
-            for victim in tier.evict(missing):
-                if self.index[victim.keys[0]] is not victim:  # a part of a run
-                    self._named(victim)
-                self._place(victim, place + 1, tier.name, [*victim.slots])
+            if place + 1 == len(self.tiers):
+                self._drop(tier.drop(missing))
+            else:
+                for victim in tier.evict(missing):
+                    if self.index[victim.keys[0]] is not victim:  # a part of a run
+                        self._named(victim)
+                    self._place(victim, place + 1, tier.name, victim.slots.copy())
         tier.add(run)
-        self._tell(source, blocks[:count], tier.name, run.slots)
-        if written:
-            until = [0]
-            if source in FROM_DEVICE:
-                self._sources.update(dict.fromkeys(blocks[:count], until))
-            tier.writes.append((run, count, until))
-            tier.written_blocks += count
-            self._writing = True
         if rest is not None:
-            self._place(rest, place + 1, source, blocks[count:])
+            blocks, others = blocks[:count], blocks[count:]
+        if self.probe is not None:
+            self._tell(source, blocks, tier.name, run.slots)
+        if written:
+            lifted = source == "lifted"
+            self.traffic.write(tier, run, blocks if lifted or source == "device" else None, lifted=lifted)
+        if rest is not None:
+            self._place(rest, place + 1, source, others)
+
+    def _drop(self, keys: list[Hashable]) -> None:
+        """These blocks are in no tier any more."""
+        self.dropped_blocks += len(keys)
+        index = self.index
+        for key in keys:
+            del index[key]
 
     def _tell(self, source: str, blocks: Ordered[int], tier: str, slots: Ordered[int]) -> None:
         """Tell the probe of copies, block by block, the last first."""
         if self.probe is not None:
             for block, slot in zip(reversed(blocks), reversed(slots), strict=True):
                 self.probe.transfer(source, block, tier, slot)
-
-    # Time
-
-    def _submit(self) -> None:
-        """Put the step's transfers on the links: writes from far to near, as they empty slots, then reads."""
-        self._drain()
-        after = 0
-        for tier in reversed(self.tiers):
-            if not tier.writes:
-                after = 0
-                continue
-            count = sum([count for _, count, _ in tier.writes])
-            after = tier.link.copy_out(count, max(after, *[run.ready for run, _, _ in tier.writes]))
-            for run, _, until in tier.writes:
-                run.ready = until[0] = after
-            self._copied_by = max(self._copied_by, after)
-            tier.writes.clear()
-            if not self.asynchronous:
-                self.awaited = max(self.awaited, after)
-        for tier in self.tiers:
-            if tier.reads:
-                count = sum([count for _, count in tier.reads])
-                end = tier.link.submit_in(count, max([run.ready for run, _ in tier.reads]))
-                self.awaited = max(self.awaited, end)
-                tier.reads.clear()
-        if self._reused:
-            for block in self._reused:
-                if block in self._sources:
-                    self.awaited = max(self.awaited, *self._sources[block])
-            self._reused.clear()
-        self._writing = self._reading = False
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
