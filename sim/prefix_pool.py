@@ -76,11 +76,9 @@ class PrefixPool(BlockPool):
             if key is not None:
                 keys[block] = None
                 forgotten += 1
-                if key != UNASKED:
-                    if found.get(key) == block:
-                        del found[key]
-                    else:
-                        self._forget(block, key)
+                if key != UNASKED and (there := found.pop(key, None)) != block and there is not None:
+                    found[key] = there
+                    self._forget(block, key)
         self.num_keyed -= forgotten
         if self.fresh is not None:
             for block in blocks:

@@ -81,7 +81,7 @@ class PrefixAllocator(CachingAllocator):
 
     def _keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
-        if not self.prefix_caching or not (request.content or request.preemptions or self.tiers):
+        if not self.prefix_caching or not (request.content or request.preemptions):
             return []
         blocks = num_tokens // self.block_size
         known, keys = self._head
@@ -107,9 +107,13 @@ class PrefixAllocator(CachingAllocator):
         """Let the sequence's blocks be found from the block `first` on, those that have no key yet."""
         table = sequence.block_table[first:] if first else sequence.block_table
         if self.tiers is not None:
-            known = self.pool.keys
-            named = next((at for at, block in enumerate(table) if known[block] is None), len(keys))
-            self.tiers.found(sequence, [*keys[named:]], table[named : len(keys)])
+            known, named = self.pool.keys, 0
+            for block in table:
+                if known[block] is None:
+                    break
+                named += 1
+            if named < len(keys):
+                self.tiers.found(sequence, keys[named:], table[named : len(keys)])
         self.pool.register_table(table, keys)
 
     def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:
@@ -130,7 +134,7 @@ class PrefixAllocator(CachingAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found."""
-        if sequence.lineage is None:
+        if sequence.lineage is None and (self.tiers is None or sequence.request.content):
             keys = self._keys(sequence.request, num_tokens)
         else:
             keys = self._own_keys(sequence, num_tokens)
