@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable
+from collections.abc import Sequence as Ordered
 
 from sim.errors import IntegrityError, UserError
 from sim.eviction import Eviction, belady
@@ -14,14 +15,14 @@ class Run:
     """Blocks that came to a tier together, from the beginning of a prompt to its end.
 
     The order of eviction looks at all of them as one, and of equals the last of them goes first. `slots` are where
-    they are in their tier, `ready` is when they are all there (ns).
+    they are in their tier, `keys` a range where they follow on one another, `ready` is when they are all there (ns).
     """
 
     __slots__ = (
         "created", "keys", "number", "order", "priority", "ready", "slots", "tier", "used", "uses"
     )  # fmt: skip
 
-    def __init__(self, keys: list[Hashable], number: tuple[int, int], now: int, priority: int) -> None:
+    def __init__(self, keys: Ordered[Hashable], number: tuple[int, int], now: int, priority: int) -> None:
         self.keys = keys
         self.slots: list[int] = []
         self.number = (
@@ -40,7 +41,7 @@ class Run:
         other = Run(self.keys[begin:], (number, offset - begin), self.created, self.priority)
         other.slots = self.slots[begin:]
         other.tier, other.ready, other.used, other.uses = self.tier, self.ready, self.used, self.uses
-        del self.keys[begin:]
+        self.keys = self.keys[:begin]
         del self.slots[begin:]
         return other
 
@@ -151,22 +152,24 @@ class StorageTier:
             victims.append(run)
         return victims
 
-    def drop(self, count: int) -> list[Hashable]:
-        """`evict` for good: the keys of the blocks."""
-        keys: list[Hashable] = []
+    def drop(self, count: int) -> list[tuple[Run, Ordered[Hashable]]]:
+        """`evict` for good: the runs that are gone or lost their ends, and the keys of what is gone."""
+        gone = []
         while count:
             run = self._first()
-            left = len(run.keys) - count
+            keys = run.keys
+            left = len(keys) - count
             if left > 0:
-                keys += run.keys[left:]
+                run.keys, keys = keys[:left], keys[left:]
                 self._emptied += run.slots[left:]
-                del run.keys[left:], run.slots[left:]
+                del run.slots[left:]
                 self.num_used -= count
-                break
-            self.remove(run)
-            keys += run.keys
-            count = -left
-        return keys
+                count = 0
+            else:
+                self.remove(run)
+                count = -left
+            gone.append((run, keys))
+        return gone
 
     def _first(self) -> Run:
         """The run whose blocks go first."""

@@ -20,7 +20,10 @@ class TierTraffic:
         self.layers = 1  # that a step computes one after the other while it waits
         self.now = 0
         self.wait_time = 0
-        self.sources: dict[int, list[int]] = {}  # device blocks that are copied out, until when
+        self._sources: dict[int, list[int]] = {}  # device blocks that are copied out, until when
+        self._latest: list[
+            tuple[Ordered[int], list[int]]
+        ] = []  # of them, those that are not entered there yet
         self._awaited = 0
         self._reused: list[int] = []  # device blocks whose copies the step waits for
         self._lifted: list[tuple[Ordered[int], list[int]]] = []  # those that it writes and reuses, likewise
@@ -33,18 +36,23 @@ class TierTraffic:
         if self.planned:
             self.submit()
             for blocks, until in self._lifted:
-                self.sources.update(dict.fromkeys(blocks, until))
+                self._sources.update(dict.fromkeys(blocks, until))
             self._lifted.clear()
         self.now, self._awaited = now, 0
         for tier in self.tiers:
             tier.link.now = now
         if self._copied_by <= now:
-            self.sources.clear()
+            self._sources.clear()
 
     @property
     def planned(self) -> bool:
         """Whether the step that is planned has transfers, or waits for some."""
         return self._copying or bool(self._reused) or self._awaited > 0
+
+    @property
+    def copying_out(self) -> bool:
+        """Whether it matters which device blocks are handed out."""
+        return bool(self._sources)
 
     @property
     def settled(self) -> bool:
@@ -61,7 +69,9 @@ class TierTraffic:
         if lifted and sources is not None:
             self._lifted.append((sources, until))
         elif sources is not None:
-            self.sources.update(dict.fromkeys(sources, until))
+            copied = self._sources
+            for block in sources:
+                copied[block] = until
         tier.writes.append((run, count, until))
         tier.written_blocks += count
         self._copying = True
@@ -75,7 +85,7 @@ class TierTraffic:
 
     def reuse(self, blocks: Ordered[int]) -> None:
         """These blocks of the device are handed out by the step that is planned."""
-        sources = self.sources
+        sources = self._sources
         if sources and not sources.keys().isdisjoint(blocks):
             self._reused += [block for block in blocks if block in sources]
 
@@ -110,7 +120,7 @@ class TierTraffic:
                 self._awaited = max(self._awaited, end)
                 tier.reads.clear()
         if self._reused:
-            sources = self.sources
+            sources = self._sources
             ends = [sources[block][0] for block in self._reused if block in sources]
             self._awaited = max(self._awaited, *ends) if ends else self._awaited
             self._reused.clear()

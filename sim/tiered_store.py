@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 from sim.errors import IntegrityError, UserError
 from sim.load_cost import LoadCost
+from sim.prefix_keys import stretch
 from sim.probe import Witness
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
+from sim.run_index import RunIndex
 from sim.storage_tier import Run, StorageTier
 from sim.tier_traffic import TierTraffic
+
 
 class TieredStore:
     """Blocks of cached prefixes in tiers from near to far, each block in one of them.
@@ -52,12 +55,12 @@ class TieredStore:
         self.probe: Witness | None = None
         self.block_size = 1
         self.device_keys: list[Hashable] = []  # of what can be found on the device, by block
-        self.index: dict[Hashable, Run] = {}  # where a block is
+        self.index = RunIndex()
         self.traffic = TierTraffic(self.tiers)
         self.device_hit_tokens = self.declined_tokens = self.dropped_blocks = 0
         self._clock = 0
         self._hits: dict[Hashable, int] = {}
-        self._pending: list[tuple[Sequence, list[Hashable], list[int]]] = []  # computed with this step
+        self._pending: list[tuple[Sequence, Ordered[Hashable], list[int]]] = []  # computed with this step
         self._leaving: dict[Hashable, int] = {}  # evicted by the device, and not written yet
         self._declined = 0  # blocks of the last prompt that are cheaper to compute
 
@@ -72,11 +75,14 @@ class TieredStore:
         pending, self._pending = self._pending, []
         if self.probe is not None:
             self.probe.offload([sequence for sequence, _, _ in pending])
-        stored, held = self.index.keys(), self.device_keys.__getitem__
+        index, held = self.index, self.device_keys.__getitem__
         for sequence, keys, blocks in pending:
-            if not stored.isdisjoint(keys) or list(map(held, blocks)) != keys:
-                pairs = [(key, block) for key, block in zip(keys, blocks, strict=True) if key not in stored]
-                pairs = [(key, block) for key, block in pairs if held(block) == key]  # it may be gone by now
+            if index.has_any(keys) or list(map(held, blocks)) != [*keys]:
+                pairs = [
+                    (key, block)
+                    for key, block in zip(keys, blocks, strict=True)
+                    if held(block) == key and index.get(key) is None  # it may be gone by now
+                ]
                 keys, blocks = [key for key, _ in pairs], [block for _, block in pairs]
             if keys:
                 self._store(keys, blocks, sequence.request.priority)
@@ -121,12 +127,12 @@ class TieredStore:
     @property
     def idle(self) -> bool:
         """Whether it does not matter which device blocks are handed out."""
-        return self.policy != "write_back" and not (self.traffic.sources or self._hits)
+        return self.policy != "write_back" and not (self._hits or self.traffic.copying_out)
 
-    def found(self, sequence: Sequence, keys: list[Hashable], blocks: list[int]) -> None:
+    def found(self, sequence: Sequence, keys: Ordered[Hashable], blocks: list[int]) -> None:
         """These blocks of a sequence can be found on the device from now on; this step computes them."""
         if self.policy == "write_through" and keys:
-            self._pending.append((sequence, keys, blocks))
+            self._pending.append((sequence, stretch(keys), blocks))
 
     @property
     def counts_hits(self) -> bool:
@@ -138,7 +144,9 @@ class TieredStore:
         hits = self._hits
         for key in keys:
             hits[key] = hits.get(key, 0) + 1
-        enough = [at for at, key in enumerate(keys) if hits[key] >= self.min_hits and key not in self.index]
+        enough = [
+            at for at, key in enumerate(keys) if hits[key] >= self.min_hits and self.index.get(key) is None
+        ]
         if enough:
             self._pending.append((sequence, [keys[at] for at in enough], [blocks[at] for at in enough]))
 
@@ -157,8 +165,8 @@ class TieredStore:
         leaving, index = self._leaving, self.index
         known = leaving.keys()
         fresh = dict(zip(keys, blocks, strict=True))
-        if len(fresh) < len(keys) or not index.keys().isdisjoint(keys) or not known.isdisjoint(keys):
-            pairs = [(key, block) for key, block in zip(keys, blocks, strict=True) if key not in index]
+        if len(fresh) < len(keys) or index.has_any(keys) or not known.isdisjoint(keys):
+            pairs = [(key, block) for key, block in zip(keys, blocks, strict=True) if index.get(key) is None]
             fresh = {key: block for key, block in reversed(pairs) if key not in known}  # the first of equals
             fresh = {key: fresh[key] for key, _ in pairs if key in fresh}
         fresh.pop(None, None)
@@ -172,8 +180,7 @@ class TieredStore:
     def lookup(self, request: Request, keys: Ordered[Hashable], before: int) -> int:
         """How many of these blocks are to be loaded, of a prompt whose first `before` tokens are on the device."""
         self._drain()
-        index = self.index
-        worth = found = next((at for at, key in enumerate(keys) if key not in index), len(keys))
+        worth = found = self.index.leading(keys)
         if found and self.cost is not None:
             pieces = [(run, count) for run, _, count in self._pieces(keys[:found])]
             worth = self.cost.worth(request, pieces, before, self)
@@ -206,10 +213,11 @@ class TieredStore:
         """The runs that hold these keys one after the other: (run, first key in it, number of keys)."""
         at = 0
         while at < len(keys):
-            run = self.index[keys[at]]
+            run = self.index.get(keys[at])
+            assert run is not None
             first = run.keys.index(keys[at])
             count = min(len(run.keys) - first, len(keys) - at)
-            while run.keys[first : first + count] != keys[at : at + count]:
+            while [*run.keys[first : first + count]] != keys[at : at + count]:
                 count -= 1
             yield run, first, count
             at += count
@@ -221,17 +229,11 @@ class TieredStore:
             tier = run.tier
             assert tier is not None
             if first + count < len(run.keys):
-                self._named(tier.part(run, first + count))
-            runs.append(self._named(tier.part(run, first)) if first else run)
+                self.index.name(tier.part(run, first + count))
+            runs.append(self.index.name(tier.part(run, first)) if first else run)
         return runs
 
     # Places
-
-    def _named(self, run: Run) -> Run:
-        index = self.index
-        for key in run.keys:  # faster than update: the keys are spread over a large dict
-            index[key] = run
-        return run
 
     def _drain(self) -> None:
         """Write what the device has evicted since, the last of it first."""
@@ -239,10 +241,12 @@ class TieredStore:
             leaving, self._leaving = self._leaving, {}
             self._store([*reversed(leaving)], [*reversed(leaving.values())], 0, "lifted")
 
-    def _store(self, keys: list[Hashable], blocks: list[int], priority: int, source: str = "device") -> None:
+    def _store(
+        self, keys: Ordered[Hashable], blocks: list[int], priority: int, source: str = "device"
+    ) -> None:
         """Write device blocks to the nearest tier."""
         self._clock += 1
-        run = self._named(Run(keys, (self._clock, 0), self._clock, priority))
+        run = self.index.name(Run(keys, (self._clock, 0), self._clock, priority))
         self._place(run, 0, source, blocks)
 
     def _place(
@@ -253,21 +257,22 @@ class TieredStore:
         What goes for it goes one tier farther, and so does what the whole tier is too small for.
         """
         if place == len(self.tiers):
-            self._drop(run.keys)
+            self._drop(run, run.keys)
             return
         tier = self.tiers[place]
         count = len(run.keys)
         rest = None
         if count > tier.num_blocks:
-            rest, count = self._named(run.part(tier.num_blocks)), tier.num_blocks
+            rest, count = self.index.name(run.part(tier.num_blocks)), tier.num_blocks
         missing = tier.num_used + count - tier.num_blocks
         if missing > 0:
             if place + 1 == len(self.tiers):
-                self._drop(tier.drop(missing))
+                for gone, keys in tier.drop(missing):
+                    self._drop(gone, keys)
             else:
                 for victim in tier.evict(missing):
-                    if self.index[victim.keys[0]] is not victim:  # a part of a run
-                        self._named(victim)
+                    if self.index.get(victim.keys[0]) is not victim:  # a part of a run
+                        self.index.name(victim)
                     self._place(victim, place + 1, tier.name, victim.slots.copy())
         tier.add(run)
         if rest is not None:
@@ -280,12 +285,10 @@ class TieredStore:
         if rest is not None:
             self._place(rest, place + 1, source, others)
 
-    def _drop(self, keys: list[Hashable]) -> None:
-        """These blocks are in no tier any more."""
+    def _drop(self, run: Run, keys: Ordered[Hashable]) -> None:
+        """These blocks of a run are in no tier any more."""
         self.dropped_blocks += len(keys)
-        index = self.index
-        for key in keys:
-            del index[key]
+        self.index.drop(run, keys)
 
     def _tell(self, source: str, blocks: Ordered[int], tier: str, slots: Ordered[int]) -> None:
         """Tell the probe of copies, block by block, the last first."""
