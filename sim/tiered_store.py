@@ -163,13 +163,14 @@ class TieredStore:
     def _lift(self, keys: list[Hashable], blocks: Ordered[int]) -> None:
         """Write what the device evicts, unless it is in a tier or about to be."""
         leaving, index = self._leaving, self.index
-        known = leaving.keys()
         fresh = dict(zip(keys, blocks, strict=True))
-        if len(fresh) < len(keys) or index.has_any(keys) or not known.isdisjoint(keys):
-            pairs = [(key, block) for key, block in zip(keys, blocks, strict=True) if index.get(key) is None]
-            fresh = {key: block for key, block in reversed(pairs) if key not in known}  # the first of equals
-            fresh = {key: fresh[key] for key, _ in pairs if key in fresh}
         fresh.pop(None, None)
+        named = [*fresh]
+        equal = len(fresh) + keys.count(None) < len(keys)
+        if equal or not leaving.keys().isdisjoint(named) or index.has_any(named):
+            pairs = zip(reversed(keys), reversed(blocks), strict=True)
+            fresh = {key: block for key, block in pairs if key is not None}  # the first of equals
+            fresh = {key: fresh[key] for key in named if key not in leaving and index.get(key) is None}
         leaving.update(fresh)
         if self.probe is not None:
             for block in fresh.values():
