@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Ordered
 from typing import Any, Literal
 
-from sim.errors import IntegrityError, UserError
+from sim.errors import UserError
 from sim.load_cost import LoadCost
 from sim.prefix_keys import stretch
-from sim.probe import Witness
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
-from sim.run_index import RunIndex
 from sim.storage_tier import Run, StorageTier
-from sim.tier_traffic import TierTraffic
+from sim.tier_places import TierPlaces
 
 
-class TieredStore:
+class TieredStore(TierPlaces):
     """Blocks of cached prefixes in tiers from near to far, each block in one of them.
 
     What leaves the device goes to the nearest tier; where that is full its eviction order names what goes one tier
@@ -48,16 +46,13 @@ class TieredStore:
             raise UserError("there are no tiers to offload to: list one at least, for example host")
         if len({"device", *names}) < 1 + len(names):
             raise UserError(f"tiers need different names, none of them device: got {', '.join(names)}")
-        self.tiers = list(tiers)
+        super().__init__(tiers)
         self.policy = policy
         self.min_hits = min_hits
         self.cost = LoadCost(self.tiers) if load == "by_cost" else None
-        self.probe: Witness | None = None
         self.block_size = 1
         self.device_keys: list[Hashable] = []  # of what can be found on the device, by block
-        self.index = RunIndex()
-        self.traffic = TierTraffic(self.tiers)
-        self.device_hit_tokens = self.declined_tokens = self.dropped_blocks = 0
+        self.device_hit_tokens = self.declined_tokens = 0
         self._clock = 0
         self._hits: dict[Hashable, int] = {}
         self._pending: list[tuple[Sequence, Ordered[Hashable], list[int]]] = []  # computed with this step
@@ -210,31 +205,7 @@ class TieredStore:
                 tier.remove(run)
                 self._place(run, 0, "device", targets, written=False)
 
-    def _pieces(self, keys: Ordered[Hashable]) -> Iterator[tuple[Run, int, int]]:
-        """The runs that hold these keys one after the other: (run, first key in it, number of keys)."""
-        at = 0
-        while at < len(keys):
-            run = self.index.get(keys[at])
-            assert run is not None
-            first = run.keys.index(keys[at])
-            count = min(len(run.keys) - first, len(keys) - at)
-            while [*run.keys[first : first + count]] != keys[at : at + count]:
-                count -= 1
-            yield run, first, count
-            at += count
-
-    def _parted(self, keys: Ordered[Hashable]) -> list[Run]:
-        """The runs that hold these keys, parted from what else was with them."""
-        runs = []
-        for run, first, count in self._pieces(keys):  # which looks at the next ones as they are then
-            tier = run.tier
-            assert tier is not None
-            if first + count < len(run.keys):
-                self.index.name(tier.part(run, first + count))
-            runs.append(self.index.name(tier.part(run, first)) if first else run)
-        return runs
-
-    # Places
+    # Writing
 
     def _drain(self) -> None:
         """Write what the device has evicted since, the last of it first."""
@@ -249,53 +220,6 @@ class TieredStore:
         self._clock += 1
         run = self.index.name(Run(keys, (self._clock, 0), self._clock, priority))
         self._place(run, 0, source, blocks)
-
-    def _place(
-        self, run: Run, place: int, source: str, blocks: Ordered[int], *, written: bool = True
-    ) -> None:
-        """Give a run, which is in these blocks of the source, slots in a tier.
-
-        What goes for it goes one tier farther, and so does what the whole tier is too small for.
-        """
-        if place == len(self.tiers):
-            self._drop(run, run.keys)
-            return
-        tier = self.tiers[place]
-        count = len(run.keys)
-        rest = None
-        if count > tier.num_blocks:
-            rest, count = self.index.name(run.part(tier.num_blocks)), tier.num_blocks
-        missing = tier.num_used + count - tier.num_blocks
-        if missing > 0:
-            if place + 1 == len(self.tiers):
-                for gone, keys in tier.drop(missing):
-                    self._drop(gone, keys)
-            else:
-                for victim in tier.evict(missing):
-                    if self.index.get(victim.keys[0]) is not victim:  # a part of a run
-                        self.index.name(victim)
-                    self._place(victim, place + 1, tier.name, victim.slots.copy())
-        tier.add(run)
-        if rest is not None:
-            blocks, others = blocks[:count], blocks[count:]
-        if self.probe is not None:
-            self._tell(source, blocks, tier.name, run.slots)
-        if written:
-            lifted = source == "lifted"
-            self.traffic.write(tier, run, blocks if lifted or source == "device" else None, lifted=lifted)
-        if rest is not None:
-            self._place(rest, place + 1, source, others)
-
-    def _drop(self, run: Run, keys: Ordered[Hashable]) -> None:
-        """These blocks of a run are in no tier any more."""
-        self.dropped_blocks += len(keys)
-        self.index.drop(run, keys)
-
-    def _tell(self, source: str, blocks: Ordered[int], tier: str, slots: Ordered[int]) -> None:
-        """Tell the probe of copies, block by block, the last first."""
-        if self.probe is not None:
-            for block, slot in zip(reversed(blocks), reversed(slots), strict=True):
-                self.probe.transfer(source, block, tier, slot)
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -316,16 +240,3 @@ class TieredStore:
                         f"workload.sampling.{field}",
                         "tiers keep blocks by request, not those of several branches",
                     )
-
-    def check_integrity(self) -> None:
-        """Recount the tiers. Raises IntegrityError with the equation that failed."""
-        placed = 0
-        for tier in self.tiers:
-            tier.check_integrity()
-            for run in tier.runs:
-                placed += len(run.keys)
-                for key in run.keys:
-                    if self.index.get(key) is not run:
-                        raise IntegrityError(f"{tier.name}: {key!r} is not found where it is")
-        if placed != len(self.index):
-            raise IntegrityError(f"blocks to be found({len(self.index)}) != blocks in tiers({placed})")
