@@ -73,7 +73,9 @@ class TierPlaces:
                     self._place(victim, place + 1, tier.name, victim.slots.copy())
         tier.add(run)
         others = blocks[count:]
-        if others:  # of what does not fit, or of what left a run that is moved for one that was moved before it
+        if (
+            others
+        ):  # of what does not fit, or of what left a run that is moved for one that was moved before it
             blocks = blocks[:count]
         if self.probe is not None:
             self._tell(source, blocks, tier.name, run.slots)
