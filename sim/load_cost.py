@@ -66,4 +66,4 @@ class LoadCost:
             if blocks:
                 begin = max(tier.link.in_free_at, ready[tier])
                 wait = max(wait, (begin - store.now) / 1e9 + tier.swap_seconds(0, blocks))
-        return computing + max(0.0, wait - computing * (store.layers - 1) / store.layers)
+        return computing + max(0.0, wait - computing * (store.traffic.layers - 1) / store.traffic.layers)

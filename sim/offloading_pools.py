@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sim.free_queue import FreeQueue
 from sim.page_pool import PagePool
-from sim.prefix_pool import PrefixPool
+from sim.prefix_pool import UNASKED, PrefixPool
 
 if TYPE_CHECKING:
     from sim.radix_tree import RadixTree
@@ -32,13 +32,51 @@ class OffloadingQueue(FreeQueue):
 
 
 class OffloadingPool(PrefixPool):
-    """A pool found by keys whose evictions go to a tiered store."""
+    """A pool found by keys whose evictions go to a tiered store.
+
+    Keys that one request alone has are noted, as the store knows blocks by them, and are not found before it gives
+    way and may ask for them.
+    """
 
     __slots__ = ()
 
     def __init__(self, num_blocks: int, store: TieredStore, *, keyless_first: bool) -> None:
         super().__init__(num_blocks, keyless_first=keyless_first)
         self.free = OffloadingQueue(range(num_blocks), store)
+
+    def register_table(self, blocks: Iterable[int], keys: Iterable[Hashable]) -> None:
+        """`register` for those of these blocks that have no key yet; a range of keys is only noted."""
+        if not isinstance(keys, range):
+            super().register_table(blocks, keys)
+            return
+        known = self.keys
+        noted = 0
+        for block, key in zip(blocks, keys, strict=False):
+            if known[block] is None:
+                known[block] = key
+                noted += 1
+        self.num_keyed += noted
+
+    def reveal(self, blocks: Iterable[int], keys: Iterable[Hashable]) -> None:
+        """Let those of these blocks be found that have these keys."""
+        for block, key in zip(blocks, keys, strict=False):
+            if self.keys[block] == key and not self._is_found(block, key):
+                self.keys[block] = None
+                self.num_keyed -= 1
+                self.register(block, key)
+
+    def _is_found(self, block: int, key: Hashable) -> bool:
+        found = self._found.get(key)
+        return block in found if isinstance(found, list) else found == block
+
+    def _num_hidden(self) -> int:
+        """Those that are noted only, which are held or will never be asked for."""
+        return sum(
+            [
+                isinstance(key, int) and key < 0 and key != UNASKED and not self._is_found(block, key)
+                for block, key in enumerate(self.keys)
+            ]
+        )
 
 
 class OffloadingPagePool(PagePool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
+from typing import Any
 
 import numpy as np
 
@@ -129,3 +130,18 @@ def tail_key(request: Request, num_tokens: int) -> int | None:
 def own_key(request: Request, index: int) -> int:
     """Key of one such block."""
     return index - (request.id + 1 << 32)
+
+
+def owner(key: int) -> int:
+    """A number that such keys of one branch have in common, and no others."""
+    return key >> 32
+
+
+def stretch(keys: Ordered[Any]) -> Ordered[Any]:
+    """Keys of blocks one after the other; as a range, where all are such keys of one branch."""
+    if isinstance(keys, range):
+        return keys
+    first, last = keys[0], keys[-1]
+    if isinstance(first, int) and first < 0 and isinstance(last, int) and last - first == len(keys) - 1:
+        return range(first, last + 1)
+    return keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable
+from collections.abc import Sequence as Ordered
 
 from sim.errors import IntegrityError, UserError
 from sim.eviction import Eviction, belady
@@ -14,14 +15,14 @@ class Run:
     """Blocks that came to a tier together, from the beginning of a prompt to its end.
 
     The order of eviction looks at all of them as one, and of equals the last of them goes first. `slots` are where
-    they are in their tier, `ready` is when they are all there (ns).
+    they are in their tier, `keys` a range where they follow on one another, `ready` is when they are all there (ns).
     """
 
     __slots__ = (
         "created", "keys", "number", "order", "priority", "ready", "slots", "tier", "used", "uses"
     )  # fmt: skip
 
-    def __init__(self, keys: list[Hashable], number: tuple[int, int], now: int, priority: int) -> None:
+    def __init__(self, keys: Ordered[Hashable], number: tuple[int, int], now: int, priority: int) -> None:
         self.keys = keys
         self.slots: list[int] = []
         self.number = (
@@ -40,7 +41,7 @@ class Run:
         other = Run(self.keys[begin:], (number, offset - begin), self.created, self.priority)
         other.slots = self.slots[begin:]
         other.tier, other.ready, other.used, other.uses = self.tier, self.ready, self.used, self.uses
-        del self.keys[begin:]
+        self.keys = self.keys[:begin]
         del self.slots[begin:]
         return other
 
@@ -143,20 +144,45 @@ class StorageTier:
         """The `count` blocks that go first, as runs in that order; `slots` are where they were."""
         victims = []
         while count:
-            entry = heapq.heappop(self._heap)
-            stood, _, _, run = entry
-            if run.tier is not self or stood != run.order:
-                continue  # gone, or moved forward since
-            if self._order(run) != stood:
-                self.push(run)
-                continue
+            run = self._first()
             if len(run.keys) > count:
-                heapq.heappush(self._heap, entry)
                 run = run.part(len(run.keys) - count)
             self.remove(run)
             count -= len(run.keys)
             victims.append(run)
         return victims
+
+    def drop(self, count: int) -> list[tuple[Run, Ordered[Hashable]]]:
+        """`evict` for good: the runs that are gone or lost their ends, and the keys of what is gone."""
+        gone = []
+        while count:
+            run = self._first()
+            keys = run.keys
+            left = len(keys) - count
+            if left > 0:
+                run.keys, keys = keys[:left], keys[left:]
+                self._emptied += run.slots[left:]
+                del run.slots[left:]
+                self.num_used -= count
+                count = 0
+            else:
+                self.remove(run)
+                count = -left
+            gone.append((run, keys))
+        return gone
+
+    def _first(self) -> Run:
+        """The run whose blocks go first."""
+        heap = self._heap
+        while True:
+            stood, _, _, run = heap[0]
+            if run.tier is self and stood == run.order:
+                if self._order(run) == stood:
+                    return run
+                heapq.heappop(heap)
+                self.push(run)
+            else:  # gone, or moved forward since
+                heapq.heappop(heap)
 
     def push(self, run: Run) -> None:
         """Let a run stand on the heap as it is now."""

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Ordered
 from typing import Any, Literal
 
-from sim.errors import IntegrityError, UserError
+from sim.errors import UserError
 from sim.load_cost import LoadCost
-from sim.probe import Witness
+from sim.prefix_keys import stretch
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
 from sim.storage_tier import Run, StorageTier
-
-FROM_DEVICE = ("device", "lifted")
-"""Sources of what is written: blocks of the device, those among them that were evicted and are handed out again."""
+from sim.tier_places import TierPlaces
 
 
-class TieredStore:
+class TieredStore(TierPlaces):
     """Blocks of cached prefixes in tiers from near to far, each block in one of them.
 
     What leaves the device goes to the nearest tier; where that is full its eviction order names what goes one tier
     farther, and is lost behind the last (demotion: Wong and Wilkes, USENIX ATC 2002). What is read from farther moves
     to the nearest tier, as it passes through. The policies are those of SGLang's HiCache.
 
-    Transfers of a planned step are submitted together, on each link behind what was submitted before. The step
-    waits for what it loads, and for blocks that it reuses while they are still copied out; where transfers are
-    synchronous for all that it writes, too. What can be found on the device is written when the step that computes
-    it is over. A block can be loaded as soon as it is in its tier.
+    What can be found on the device is written when the step that computes it is over. A block can be loaded as soon
+    as it is in its tier. When copies are made, and what waits for them, is in `sim/tier_traffic.py`.
 
     Fields:
         policy: When a block is written: write_through when it can be found on the device, write_back when the
@@ -50,80 +46,61 @@ class TieredStore:
             raise UserError("there are no tiers to offload to: list one at least, for example host")
         if len({"device", *names}) < 1 + len(names):
             raise UserError(f"tiers need different names, none of them device: got {', '.join(names)}")
-        self.tiers = list(tiers)
+        super().__init__(tiers)
         self.policy = policy
         self.min_hits = min_hits
         self.cost = LoadCost(self.tiers) if load == "by_cost" else None
-        self.probe: Witness | None = None
         self.block_size = 1
         self.device_keys: list[Hashable] = []  # of what can be found on the device, by block
-        self.index: dict[Hashable, Run] = {}  # where a block is
-        self.asynchronous = False
-        self.layers = 1  # that a step computes one after the other while it waits
-        self.now = 0
-        self.awaited = 0
-        self.wait_time = 0
-        self.device_hit_tokens = self.declined_tokens = self.dropped_blocks = 0
+        self.device_hit_tokens = self.declined_tokens = 0
         self._clock = 0
         self._hits: dict[Hashable, int] = {}
-        self._pending: list[tuple[Sequence, list[Hashable], list[int]]] = []  # computed with this step
+        self._pending: list[tuple[Sequence, Ordered[Hashable], list[int]]] = []  # computed with this step
         self._leaving: dict[Hashable, int] = {}  # evicted by the device, and not written yet
-        self._reused: list[int] = []  # device blocks whose copies the step waits for
-        self._sources: dict[int, list[int]] = {}  # device blocks that are copied out, until when (ns)
-        self._copied_by = 0  # all of them
-        self._step_end = 0  # of the last step that was planned (ns)
-        self._writing = self._reading = False  # whether the step that is planned does
         self._declined = 0  # blocks of the last prompt that are cheaper to compute
 
     # What the engine asks
 
     def begin(self, now: int) -> None:
         """A plan begins (ns): what the last step computed is there, and is written."""
-        if self._planned:
-            self._submit()
-        self.now, self.awaited = now, 0
-        for tier in self.tiers:
-            tier.link.now = now
-        if self._copied_by <= now:
-            self._sources.clear()
+        self._drain()
+        self.traffic.begin(now)
         if not self._pending:
             return
         pending, self._pending = self._pending, []
         if self.probe is not None:
             self.probe.offload([sequence for sequence, _, _ in pending])
-        stored, held = self.index.keys(), self.device_keys.__getitem__
+        index, held = self.index, self.device_keys.__getitem__
         for sequence, keys, blocks in pending:
-            if not stored.isdisjoint(keys) or list(map(held, blocks)) != keys:
-                pairs = [(key, block) for key, block in zip(keys, blocks, strict=True) if key not in stored]
-                pairs = [(key, block) for key, block in pairs if held(block) == key]  # it may be gone by now
+            if index.has_any(keys) or list(map(held, blocks)) != [*keys]:
+                pairs = [
+                    (key, block)
+                    for key, block in zip(keys, blocks, strict=True)
+                    if held(block) == key and index.get(key) is None  # it may be gone by now
+                ]
                 keys, blocks = [key for key, _ in pairs], [block for _, block in pairs]
             if keys:
                 self._store(keys, blocks, sequence.request.priority)
 
     def stall(self, start: int, duration: int) -> int:
         """Submit the transfers of a step; what it waits for them if it could begin at `start` (ns)."""
-        wait = 0
-        if self._planned:
-            self._submit()
-            wait = max(0, self.awaited - start - duration * (self.layers - 1) // self.layers)
-            self.wait_time += wait
-        self._step_end = start + duration + wait
-        return wait
+        self._drain()
+        return self.traffic.stall(start, duration)
 
     @property
-    def _planned(self) -> bool:
-        """Whether the step may have transfers, or waits for some."""
-        return bool(self._writing or self._reading or self._leaving or self._reused or self.awaited)
+    def now(self) -> int:
+        """When the plan began (ns)."""
+        return self.traffic.now
 
     @property
     def grows_quietly(self) -> bool:
         """Whether no block that a growth takes after the step has to be waited for."""
-        return self.policy != "write_back" and self._copied_by <= self._step_end
+        return self.policy != "write_back" and self.traffic.settled
 
     @property
     def steady(self) -> bool:
         """Whether what is worth loading depends on nothing but what is cached."""
-        return self.cost is None or all(tier.link.out_free_at <= self.now for tier in self.tiers)
+        return self.cost is None or all(tier.link.out_free_at <= self.traffic.now for tier in self.tiers)
 
     def figures(self, prompt_tokens: int) -> dict[str, float]:
         """Figures of a finished run whose requests asked for so many tokens, by their names in the summary."""
@@ -135,7 +112,7 @@ class TieredStore:
         for tier in self.tiers:
             told[f"{tier.name}_read_gb"] = tier.read_blocks * tier.block_bytes / 1e9
             told[f"{tier.name}_written_gb"] = tier.written_blocks * tier.block_bytes / 1e9
-        told["tier_wait_s"] = self.wait_time / 1e9
+        told["tier_wait_s"] = self.traffic.wait_time / 1e9
         told["tier_dropped_blocks"] = self.dropped_blocks
         told["tier_declined_tokens"] = self.declined_tokens
         return told
@@ -145,12 +122,12 @@ class TieredStore:
     @property
     def idle(self) -> bool:
         """Whether it does not matter which device blocks are handed out."""
-        return self.policy != "write_back" and not (self._sources or self._hits)
+        return self.policy != "write_back" and not (self._hits or self.traffic.copying_out)
 
-    def found(self, sequence: Sequence, keys: list[Hashable], blocks: list[int]) -> None:
+    def found(self, sequence: Sequence, keys: Ordered[Hashable], blocks: list[int]) -> None:
         """These blocks of a sequence can be found on the device from now on; this step computes them."""
         if self.policy == "write_through" and keys:
-            self._pending.append((sequence, keys, blocks))
+            self._pending.append((sequence, stretch(keys), blocks))
 
     @property
     def counts_hits(self) -> bool:
@@ -162,7 +139,9 @@ class TieredStore:
         hits = self._hits
         for key in keys:
             hits[key] = hits.get(key, 0) + 1
-        enough = [at for at, key in enumerate(keys) if hits[key] >= self.min_hits and key not in self.index]
+        enough = [
+            at for at, key in enumerate(keys) if hits[key] >= self.min_hits and self.index.get(key) is None
+        ]
         if enough:
             self._pending.append((sequence, [keys[at] for at in enough], [blocks[at] for at in enough]))
 
@@ -170,27 +149,34 @@ class TieredStore:
         """These device blocks are handed out, in this order; what they hold cannot be found there any more."""
         known = self.device_keys
         if self.policy == "write_back":
-            leaving, index = self._leaving, self.index
-            for block in blocks:
-                key = known[block]
-                if key is not None and key not in index and key not in leaving:
-                    leaving[key] = block
-                    self._reused.append(block)
-                    if self.probe is not None:
-                        self.probe.lift(block)
+            self._lift([known[block] for block in blocks], blocks)
         elif self._hits:
             for block in blocks:
                 self._hits.pop(known[block], None)
-        if self._sources:
-            self._reused += [block for block in blocks if block in self._sources]
+        self.traffic.reuse(blocks)
+
+    def _lift(self, keys: list[Hashable], blocks: Ordered[int]) -> None:
+        """Write what the device evicts, unless it is in a tier or about to be."""
+        leaving, index = self._leaving, self.index
+        fresh = dict(zip(keys, blocks, strict=True))
+        fresh.pop(None, None)
+        named = [*fresh]
+        equal = len(fresh) + keys.count(None) < len(keys)
+        if equal or not leaving.keys().isdisjoint(named) or index.has_any(named):
+            pairs = zip(reversed(keys), reversed(blocks), strict=True)
+            fresh = {key: block for key, block in pairs if key is not None}  # the first of equals
+            fresh = {key: fresh[key] for key in named if key not in leaving and index.get(key) is None}
+        leaving.update(fresh)
+        if self.probe is not None:
+            for block in fresh.values():
+                self.probe.lift(block)
 
     # Hits
 
     def lookup(self, request: Request, keys: Ordered[Hashable], before: int) -> int:
         """How many of these blocks are to be loaded, of a prompt whose first `before` tokens are on the device."""
         self._drain()
-        index = self.index
-        worth = found = next((at for at, key in enumerate(keys) if key not in index), len(keys))
+        worth = found = self.index.leading(keys)
         if found and self.cost is not None:
             pieces = [(run, count) for run, _, count in self._pieces(keys[:found])]
             worth = self.cost.worth(request, pieces, before, self)
@@ -206,9 +192,7 @@ class TieredStore:
             assert tier is not None
             self._clock += 1
             tier.use(run, self._clock, request.priority)
-            tier.reads.append((run, count))
-            tier.read_blocks += count
-            self._reading = True
+            self.traffic.read(tier, run)
             if not request.preemptions:
                 tier.hit_tokens += count * self.block_size
             at -= count
@@ -221,36 +205,7 @@ class TieredStore:
                 tier.remove(run)
                 self._place(run, 0, "device", targets, written=False)
 
-    def _pieces(self, keys: Ordered[Hashable]) -> Iterator[tuple[Run, int, int]]:
-        """The runs that hold these keys one after the other: (run, first key in it, number of keys)."""
-        at = 0
-        while at < len(keys):
-            run = self.index[keys[at]]
-            first = run.keys.index(keys[at])
-            count = min(len(run.keys) - first, len(keys) - at)
-            while run.keys[first : first + count] != keys[at : at + count]:
-                count -= 1
-            yield run, first, count
-            at += count
-
-    def _parted(self, keys: Ordered[Hashable]) -> list[Run]:
-        """The runs that hold these keys, parted from what else was with them."""
-        runs = []
-        for run, first, count in self._pieces(keys):  # which looks at the next ones as they are then
-            tier = run.tier
-            assert tier is not None
-            if first + count < len(run.keys):
-                self._named(tier.part(run, first + count))
-            runs.append(self._named(tier.part(run, first)) if first else run)
-        return runs
-
-    # Places
-
-    def _named(self, run: Run) -> Run:
-        index = self.index
-        for key in run.keys:  # faster than update: the keys are spread over a large dict
-            index[key] = run
-        return run
+    # Writing
 
     def _drain(self) -> None:
         """Write what the device has evicted since, the last of it first."""
@@ -258,81 +213,13 @@ class TieredStore:
             leaving, self._leaving = self._leaving, {}
             self._store([*reversed(leaving)], [*reversed(leaving.values())], 0, "lifted")
 
-    def _store(self, keys: list[Hashable], blocks: list[int], priority: int, source: str = "device") -> None:
+    def _store(
+        self, keys: Ordered[Hashable], blocks: list[int], priority: int, source: str = "device"
+    ) -> None:
         """Write device blocks to the nearest tier."""
         self._clock += 1
-        run = self._named(Run(keys, (self._clock, 0), self._clock, priority))
+        run = self.index.name(Run(keys, (self._clock, 0), self._clock, priority))
         self._place(run, 0, source, blocks)
-
-    def _place(
-        self, run: Run, place: int, source: str, blocks: Ordered[int], *, written: bool = True
-    ) -> None:
-        """Give a run, which is in these blocks of the source, slots in a tier.
-
-        What goes for it goes one tier farther, and so does what the whole tier is too small for.
-        """
-        if place == len(self.tiers):
-            self.dropped_blocks += len(run.keys)
-            for key in run.keys:
-                del self.index[key]
-            return
-        tier = self.tiers[place]
-        rest = self._named(run.part(tier.num_blocks)) if len(run.keys) > tier.num_blocks else None
-        count = len(run.keys)
-        missing = tier.num_used + count - tier.num_blocks
-        if missing > 0:
-            for victim in tier.evict(missing):
-                if self.index[victim.keys[0]] is not victim:  # a part of a run
-                    self._named(victim)
-                self._place(victim, place + 1, tier.name, [*victim.slots])
-        tier.add(run)
-        self._tell(source, blocks[:count], tier.name, run.slots)
-        if written:
-            until = [0]
-            if source in FROM_DEVICE:
-                self._sources.update(dict.fromkeys(blocks[:count], until))
-            tier.writes.append((run, count, until))
-            tier.written_blocks += count
-            self._writing = True
-        if rest is not None:
-            self._place(rest, place + 1, source, blocks[count:])
-
-    def _tell(self, source: str, blocks: Ordered[int], tier: str, slots: Ordered[int]) -> None:
-        """Tell the probe of copies, block by block, the last first."""
-        if self.probe is not None:
-            for block, slot in zip(reversed(blocks), reversed(slots), strict=True):
-                self.probe.transfer(source, block, tier, slot)
-
-    # Time
-
-    def _submit(self) -> None:
-        """Put the step's transfers on the links: writes from far to near, as they empty slots, then reads."""
-        self._drain()
-        after = 0
-        for tier in reversed(self.tiers):
-            if not tier.writes:
-                after = 0
-                continue
-            count = sum([count for _, count, _ in tier.writes])
-            after = tier.link.copy_out(count, max(after, *[run.ready for run, _, _ in tier.writes]))
-            for run, _, until in tier.writes:
-                run.ready = until[0] = after
-            self._copied_by = max(self._copied_by, after)
-            tier.writes.clear()
-            if not self.asynchronous:
-                self.awaited = max(self.awaited, after)
-        for tier in self.tiers:
-            if tier.reads:
-                count = sum([count for _, count in tier.reads])
-                end = tier.link.submit_in(count, max([run.ready for run, _ in tier.reads]))
-                self.awaited = max(self.awaited, end)
-                tier.reads.clear()
-        if self._reused:
-            for block in self._reused:
-                if block in self._sources:
-                    self.awaited = max(self.awaited, *self._sources[block])
-            self._reused.clear()
-        self._writing = self._reading = False
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -353,16 +240,3 @@ class TieredStore:
                         f"workload.sampling.{field}",
                         "tiers keep blocks by request, not those of several branches",
                     )
-
-    def check_integrity(self) -> None:
-        """Recount the tiers. Raises IntegrityError with the equation that failed."""
-        placed = 0
-        for tier in self.tiers:
-            tier.check_integrity()
-            for run in tier.runs:
-                placed += len(run.keys)
-                for key in run.keys:
-                    if self.index.get(key) is not run:
-                        raise IntegrityError(f"{tier.name}: {key!r} is not found where it is")
-        if placed != len(self.index):
-            raise IntegrityError(f"blocks to be found({len(self.index)}) != blocks in tiers({placed})")

@@ -156,7 +156,9 @@ class CachingAllocator(Allocator):
 
     def _to_load(self, tiers: TieredStore, request: Request, num_tokens: int, hits: int) -> list[int]:
         """Keys of blocks in tiers that go on behind the hits of the device; one token at least is left to compute."""
-        keys = [*self._keys(request, num_tokens)[hits : (num_tokens - 1) // self.block_size]]
+        keys: list[int] = []
+        if request.content or request.preemptions:  # else nobody can have written what it asks for
+            keys += self._keys(request, num_tokens)[hits : (num_tokens - 1) // self.block_size]
         del keys[tiers.lookup(request, keys, hits * self.block_size) :]
         return keys
 

@@ -12,7 +12,7 @@ from sim.allocators.caching import CachingAllocator
 from sim.allocators.capacity import Capacity
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
 from sim.offloading_pools import OffloadingPool
-from sim.prefix_keys import prefix_keys, sequence_keys
+from sim.prefix_keys import prefix_keys, sequence_keys, stretch
 from sim.prefix_pool import PrefixPool
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
@@ -82,7 +82,7 @@ class PrefixAllocator(CachingAllocator):
 
     def _keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
-        if not self.prefix_caching or not (request.content or request.preemptions or self.tiers):
+        if not self.prefix_caching or not (request.content or request.preemptions):
             return []
         blocks = num_tokens // self.block_size
         known, keys = self._head
@@ -107,10 +107,15 @@ class PrefixAllocator(CachingAllocator):
     def _register(self, sequence: Sequence, keys: Ordered[int], first: int = 0) -> None:
         """Let the sequence's blocks be found from the block `first` on, those that have no key yet."""
         table = sequence.block_table[first:] if first else sequence.block_table
-        if self.tiers is not None:
-            known = self.pool.keys
-            named = next((at for at, block in enumerate(table) if known[block] is None), len(keys))
-            self.tiers.found(sequence, [*keys[named:]], table[named : len(keys)])
+        if self.tiers is not None and keys:
+            keys = stretch(keys) if len(sequence.request.sequences) == 1 else [*keys]
+            known, named = self.pool.keys, 0
+            for block in table:
+                if known[block] is None:
+                    break
+                named += 1
+            if named < len(keys):
+                self.tiers.found(sequence, keys[named:], table[named : len(keys)])
         self.pool.register_table(table, keys)
 
     def cached(self, request: Request, num_tokens: int) -> tuple[int, int]:
@@ -131,18 +136,18 @@ class PrefixAllocator(CachingAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found."""
-        if sequence.lineage is None:
+        if sequence.lineage is None and (self.tiers is None or sequence.request.content):
             keys = self._keys(sequence.request, num_tokens)
         else:
             keys = self._own_keys(sequence, num_tokens)
         self._register(sequence, keys)
         self._head = None, []
 
-    def _own_keys(self, sequence: Sequence, num_tokens: int) -> Ordered[int]:
-        """Keys of the full blocks of any branch."""
+    def _own_keys(self, sequence: Sequence, num_tokens: int, first: int = 0) -> Ordered[int]:
+        """Keys of the full blocks of any branch from the block `first` on."""
         if not self.prefix_caching:
             return []
-        return sequence_keys(sequence, num_tokens // self.block_size, self.block_size)
+        return sequence_keys(sequence, num_tokens // self.block_size, self.block_size, first)
 
     def _shared_blocks(self, request: Request) -> int:
         """Those of the prompt, which the first branch registers."""
@@ -163,11 +168,13 @@ class PrefixAllocator(CachingAllocator):
                 self.pool.mark_full(sequence.block_table[:full])
             else:
                 known = request.prefill_tokens // self.block_size
-                keys = sequence_keys(sequence, full, self.block_size, known)
-                self._register(sequence, keys, known)
+                self._register(sequence, self._own_keys(sequence, sequence.num_tokens, known), known)
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
         if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
-            self._register(sequence, self._own_keys(sequence, sequence.num_tokens))
+            keys = self._own_keys(sequence, sequence.num_tokens)
+            self._register(sequence, keys)
+            if isinstance(self.pool, OffloadingPool):
+                self.pool.reveal(sequence.block_table, keys)
         self.pool.release(sequence.block_table[::-1])

@@ -47,8 +47,8 @@ class Recovery:
             allocator.quantization = transfers.quantization
             allocator.link = Link(transfers) if transfers.asynchronous else None
         if allocator.tiers is not None:
-            allocator.tiers.asynchronous = transfers.asynchronous
-            allocator.tiers.layers = transfers.overlapping_layers
+            allocator.tiers.traffic.asynchronous = transfers.asynchronous
+            allocator.tiers.traffic.layers = transfers.overlapping_layers
             if allocator.tiers.cost is not None:
                 allocator.tiers.cost.price = self.prefill_seconds
 
