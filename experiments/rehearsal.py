@@ -13,6 +13,7 @@ from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
 from sim.allocators import Allocator, allocator
 from sim.registry import Registry
+from sim.request import one_priority
 from sim.schedulers import scheduler
 from sim.tiered_store import TieredStore
 from sim.timing import Transfers, timing
@@ -133,6 +134,12 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             yield Mistake(complaint, tuple(field.split(".")))
     for field, complaint in [*Transfers.check(settings), *TieredStore.check(settings)]:
         yield Mistake(complaint, tuple(field.split(".")))
+    for index, each in enumerate(settings.get("tiers") or ()):
+        if each.get("num_blocks") is not None:
+            yield Mistake("num_blocks says how much the tier keeps", ("tiers", index, "capacity_gb"))
+        if each.get("eviction") == {"kind": "priority"} and one_priority(settings["workload"]):
+            what = "all requests have the same priority: set workload.priorities"
+            yield Mistake(what, ("tiers", index, "eviction"))
     owner, name = allocator[settings["allocator"]["kind"]], settings["allocator"]["kind"]
     sampling = settings["workload"].get("sampling") or {}
     for field in ("n", "best_of", "beam_width"):
@@ -157,8 +164,9 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             yield Mistake(what, ("transfers", field), str(value).lower(), expected)
     if not _swaps(owner, settings):
         idle = ["allocator.num_host_blocks"] if settings["allocator"].get("num_host_blocks") else []
-        if settings.get("tiers") is None:
-            idle += [f"transfers.{field}" for field in SWAPPING if field in (settings.get("transfers") or {})]
+        idle += [f"transfers.{field}" for field in SWAPPING if field in (settings.get("transfers") or {})]
+        if settings.get("tiers") is not None:  # loads and stores may go on beside the computation too
+            idle = [path for path in idle if path != "transfers.asynchronous"]
         for path in idle:
             yield Mistake("has no meaning here: nothing is ever swapped", tuple(path.split(".")))
     if not getattr(owner, "can_grow", True):

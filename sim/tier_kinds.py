@@ -24,7 +24,7 @@ class HostTier(StorageTier):
         name: What its figures are called by.
         capacity_gb: Bytes that it keeps; by default an eighth of the 2 TB of a DGX A100, which has eight devices.
         num_blocks: Blocks that it keeps, in place of capacity_gb.
-        bandwidth_gb_per_s: Of each direction; by default that of `transfers`, 0.75 of the device's datasheet.
+        bandwidth_gb_per_s: Of each direction; by default 0.75 of the device's datasheet.
         latency_us: Fixed time of a transfer.
         eviction: Which block goes first when it is full.
     """

@@ -14,6 +14,9 @@ from sim.request import Request, Sequence
 from sim.storage_tier import Run, StorageTier
 from sim.tier_places import TierPlaces
 
+TAKEN = ("device", "prefix")
+"""Names in the summary that no tier may have."""
+
 
 class TieredStore(TierPlaces):
     """Blocks of cached prefixes in tiers from near to far, each block in one of them.
@@ -44,8 +47,10 @@ class TieredStore(TierPlaces):
         names = [tier.name for tier in tiers]
         if not names:
             raise UserError("there are no tiers to offload to: list one at least, for example host")
-        if len({"device", *names}) < 1 + len(names):
-            raise UserError(f"tiers need different names, none of them device: got {', '.join(names)}")
+        if len({*TAKEN, *names}) < len(TAKEN) + len(names):
+            raise UserError(
+                f"tiers need different names, none of them {' or '.join(TAKEN)}: got {', '.join(names)}"
+            )
         super().__init__(tiers)
         self.policy = policy
         self.min_hits = min_hits
@@ -80,7 +85,7 @@ class TieredStore(TierPlaces):
                 ]
                 keys, blocks = [key for key, _ in pairs], [block for _, block in pairs]
             if keys:
-                self._store(keys, blocks, sequence.request.priority)
+                self._store(keys, blocks, -sequence.request.priority)
 
     def stall(self, start: int, duration: int) -> int:
         """Submit the transfers of a step; what it waits for them if it could begin at `start` (ns)."""
@@ -191,7 +196,7 @@ class TieredStore(TierPlaces):
             tier, count = run.tier, len(run.keys)
             assert tier is not None
             self._clock += 1
-            tier.use(run, self._clock, request.priority)
+            tier.use(run, self._clock, -request.priority)
             self.traffic.read(tier, run)
             if not request.preemptions:
                 tier.hit_tokens += count * self.block_size

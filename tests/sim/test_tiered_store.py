@@ -53,7 +53,7 @@ class Machine(RuleBasedStateMachine):
     @rule(prompt=st.integers(0, 5), length=st.integers(1, LENGTH), priority=st.integers(0, 2))
     def write(self, prompt, length, priority):
         keys = [(prompt, at) for at in range(length)]
-        request = Request(0, 0, 1, 1, priority=priority)
+        request = Request(0, 0, 1, 1, priority=-priority)  # greater is less urgent there
         self.store.device_keys = list(keys)
         self.store.found(Sequence(request, 0, 0, 1), list(keys), list(range(length)))
         self.store.begin(self.store.now + 1)
@@ -74,7 +74,7 @@ class Machine(RuleBasedStateMachine):
     @rule(prompt=st.integers(0, 5), length=st.integers(1, LENGTH), priority=st.integers(0, 2))
     def read(self, prompt, length, priority):
         keys = [(prompt, at) for at in range(length)]
-        request = Request(0, 0, 1, 1, priority=priority)
+        request = Request(0, 0, 1, 1, priority=-priority)  # greater is less urgent there
         found = self.store.lookup(request, keys, 0)
         there = [key in self.blocks for key in keys]
         assert found == (there.index(False) if False in there else length)
