@@ -111,7 +111,7 @@ class RunsAllocator(PagedAllocator):
 
     def _admit_beside(self, sibling: Sequence, blocks: int, sequence: Sequence, num_tokens: int) -> int:
         """The shared pages are as many runs as lie apart."""
-        self._enter(sequence, _runs(sibling.block_table[:blocks]))
+        self._enter(sequence, _runs(sibling.block_table[:blocks], self.longest))
         return super()._admit_beside(sibling, blocks, sequence, num_tokens)
 
     def _enter(self, sequence: Sequence, entries: int) -> None:
@@ -164,8 +164,7 @@ class RunsAllocator(PagedAllocator):
             self.probe.copy(shared, own)
         table[index] = own
         self.pool.release((shared,))
-        if self._entries[sequence] < len(table):
-            self._enter(sequence, 1)  # the page is on its own, behind the part of its run before it
+        self._enter(sequence, _runs(table, self.longest) - self._entries[sequence])  # its run is broken
         self.num_held += size
         self.num_tokens += tokens % size
         self.num_internal += max(0, (index + 1) * size - sequence.final_tokens)
@@ -179,7 +178,7 @@ class RunsAllocator(PagedAllocator):
         child.capacity = filled * self.block_size
         child.origin = parent.num_tokens
         self.sequences.add(child)
-        self._enter(child, min(filled, self._entries[parent]))
+        self._enter(child, _runs(child.block_table, self.longest))
 
     def free(self, sequence: Sequence) -> None:
         """Drop the sequence's references; only pages that nobody else holds leave the books."""
@@ -197,7 +196,7 @@ class RunsAllocator(PagedAllocator):
         """Move the distinct pages back to the device, in runs as long as they fit."""
         moved = super().swap_in(request)
         for sequence in request.sequences:
-            self._entries[sequence] = _runs(sequence.block_table)
+            self._entries[sequence] = _runs(sequence.block_table, self.longest)
             self._num_entries += self._entries[sequence]
         return moved
 
@@ -207,15 +206,23 @@ class RunsAllocator(PagedAllocator):
         entries = sum(self._entries[sequence] for sequence in self.sequences)
         if entries != self._num_entries:
             raise IntegrityError(f"entries({self._num_entries}) != entries of all tables({entries})")
+        for sequence in self.sequences:
+            table, entries = sequence.block_table, self._entries[sequence]
+            fewest = _runs(table, self.longest)
+            if not fewest <= entries <= len(table):
+                raise IntegrityError(
+                    f"{sequence}: entries({entries}) are not from {fewest} runs to {len(table)} pages"
+                )
         if self._entries.keys() != self.sequences | self._hosted:
             raise IntegrityError(
                 f"tables with entries({len(self._entries)}) != sequences({len(self.sequences | self._hosted)})"
             )
 
 
-def _runs(table: list[int]) -> int:
-    """Runs of pages that follow each other."""
-    return 1 + sum([after != before + 1 for before, after in pairwise(table)])
+def _runs(table: list[int], longest: int) -> int:
+    """Runs of pages that follow each other within aligned runs of so many, which is the most that an entry names."""
+    breaks = [after != before + 1 or after % longest == 0 for before, after in pairwise(table)]
+    return 1 + sum(breaks)
 
 
 def _lacking(branch: Sequence, pages: int) -> int:
