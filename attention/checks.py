@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attention.runs import breach
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -69,6 +71,18 @@ def check_tables(block_tables: Tensor, seq_lens: Tensor, k_cache: Tensor) -> Non
         raise ValueError(
             f"block_tables[{place[0]}, {place[1]}]: got {int(block_tables[place])}, "
             f"expected 0 to {num_blocks - 1}"
+        )
+
+
+def check_runs(block_tables: Tensor, seq_lens: Tensor, k_cache: Tensor, run: int) -> None:
+    """Raises ValueError if a table is not made of aligned runs of so many blocks."""
+    place = breach(block_tables, seq_lens, k_cache, run) if run > 1 else None
+    if place is not None:
+        row, column = place
+        begin = column // run * run
+        raise ValueError(
+            f"block_tables[{row}, {column}]: got {int(block_tables[row, column])}, expected an aligned run of {run} "
+            f"blocks (run_blocks) from {int(block_tables[row, begin])} at [{row}, {begin}] on"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attention.functional import paged_attention, write
 from attention.plain import plain_attention
+from attention.runs import longest_run
 from attention.swap.quantization import Quantization, QuantizationError
 from attention.swap.swapping import swap_in, swap_out
 from sim.errors import UserError
@@ -65,6 +66,8 @@ class Comparison:
     The K and V of a token are rows of a fixed random table, looked up by the token's identity; a slot that is
     unwritten holds no numbers. Attention runs in float32, what it is compared with in float64.
 
+    Where tables are made of runs of blocks, of `longest_run` at most, attention is told so (`run_blocks`).
+
     Where the cache or swaps are quantised, quantised tokens have the K and V that a round trip leaves of theirs, on
     both sides of the comparison; `distance` is the largest difference from attention over what they were before, None
     where no window has such tokens. `elements` is the error of single K and V, with its bound.
@@ -77,10 +80,12 @@ class Comparison:
         block_size: int,
         device: str = "auto",
         quantization: str | None = None,
+        longest_run: int = 1,
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._num_blocks = num_blocks
+        self._longest_run = longest_run
         shape = (num_layers * num_blocks, block_size, NUM_KV_HEADS, HEAD_DIM)
         try:
             self.device = torch.device(device)
@@ -128,8 +133,12 @@ class Comparison:
         queries = torch.stack([self._q[row[-1]] for row in whole])
         lengths = torch.tensor([len(row) for row in rows])
         out = torch.empty_like(queries)
-        for sliding in {window.sliding for window in windows}:
-            of = torch.tensor([index for index, each in enumerate(windows) if each.sliding == sliding])
+        kinds = [
+            (window.sliding, self._run(table, length))
+            for window, table, length in zip(windows, tables, lengths, strict=True)
+        ]
+        for sliding, run in set(kinds):
+            of = torch.tensor([index for index, kind in enumerate(kinds) if kind == (sliding, run)])
             out[of] = paged_attention(
                 queries[of].to(self.device),
                 self.k_cache,
@@ -137,6 +146,7 @@ class Comparison:
                 torch.from_numpy(tables)[of].to(self.device),
                 lengths[of].to(self.device),
                 sliding_window=sliding,
+                run_blocks=run,
             ).cpu()
         scale = 1 / math.sqrt(HEAD_DIM)
         errors = []
@@ -154,6 +164,12 @@ class Comparison:
                 )
                 self.distance = max(self.distance or 0.0, float((got - plain[0]).abs().max()))
         return errors
+
+    def _run(self, table: Ints, length: Tensor) -> int:
+        """Of how many blocks the aligned runs of a table are."""
+        if self._longest_run == 1:
+            return 1
+        return longest_run(torch.from_numpy(table)[None], length[None], self.k_cache, self._longest_run)
 
     def _fill(self, windows: Ordered[Window], tables: list[Ints]) -> None:
         """Put into the cache what the ledger has in the windows' blocks, those that they share once."""

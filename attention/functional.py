@@ -17,6 +17,7 @@ from torch import Tensor
 from attention import checks
 from attention.call import AttentionCall, Implementation
 from attention.gathered import gathered, reference
+from attention.runs import folded
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 
@@ -26,7 +27,8 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, *,
     query_start_loc: Tensor | None = ..., max_query_len: int | None = ..., max_seq_len: int | None = ...,
     scale: float | None = ..., sliding_window: int | None = ..., soft_cap: float | None = ...,
-    return_lse: Literal[False] = ..., num_splits: int | None = ..., check: bool = ..., impl: str = ...,
+    return_lse: Literal[False] = ..., num_splits: int | None = ..., run_blocks: int = ...,
+    check: bool = ..., impl: str = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -35,7 +37,8 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, *,
     query_start_loc: Tensor | None = ..., max_query_len: int | None = ..., max_seq_len: int | None = ...,
     scale: float | None = ..., sliding_window: int | None = ..., soft_cap: float | None = ...,
-    return_lse: Literal[True], num_splits: int | None = ..., check: bool = ..., impl: str = ...,
+    return_lse: Literal[True], num_splits: int | None = ..., run_blocks: int = ...,
+    check: bool = ..., impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -54,6 +57,7 @@ def paged_attention(
     soft_cap: float | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
+    run_blocks: int = 1,
     check: bool = True,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,6 +84,9 @@ def paged_attention(
         return_lse: Return the log-sum-exp of the scores too (natural logarithm).
         num_splits: In how many parts `triton` splits a history: 1 gives the same order of summation whatever
             the batch. The other implementations never split.
+        run_blocks: A hint that every table is made of aligned runs of so many blocks: its entries, taken so many at a
+            time, follow each other, and begin at a multiple of their number (the last ones in use may be fewer).
+            A run is then read by one entry, as a larger block is. `attention.runs.longest_run` finds it.
         check: Look at the values of tables and lengths, which waits for the device. Without, values that leave
             the cache give undefined numbers.
         impl: `reference` computes the formula over the gathered history; `torch` gathers, then uses
@@ -111,9 +118,12 @@ def paged_attention(
             "query_start_loc tells who has how many"
         )
     check_options(impl, sliding_window, soft_cap, num_splits)
+    if run_blocks < 1:
+        raise ValueError(f"run_blocks: got {run_blocks}, expected at least 1")
     computed = implementation(impl, head_dim, q.dtype, q.device)
     if check:
         checks.check_tables(block_tables, seq_lens, k_cache)
+        checks.check_runs(block_tables, seq_lens, k_cache, run_blocks)
         if query_start_loc is not None:
             checks.check_queries(query_start_loc, seq_lens, num_tokens)
     if check or max_seq_len is None:
@@ -123,6 +133,8 @@ def paged_attention(
     elif check or max_query_len is None:
         longest = int(query_start_loc.diff().max()) if num_seqs else 0
         max_query_len = checks.check_bound("max_query_len", max_query_len, longest)
+    if run_blocks > 1:
+        k_cache, v_cache, block_tables = folded(k_cache, v_cache, block_tables, run_blocks)
     call = AttentionCall(
         q=q,
         k_cache=k_cache,

@@ -201,7 +201,8 @@ class AttentionProbe:
         if self._comparison is None:
             from attention.comparison import Comparison
 
+            ledger = self.audit.ledger
             self._comparison = Comparison(
-                LAYERS, *self.audit.ledger.device.rows.shape, self.device, self.audit.ledger.precision
+                LAYERS, *ledger.device.rows.shape, self.device, ledger.precision, ledger.allocator.longest_run
             )
         return self._comparison.errors(windows)

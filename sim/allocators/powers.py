@@ -52,6 +52,8 @@ class Powers:
     counted: CountedBeams | None = None
     """Groups that are counted now."""
     block_size: int = 1
+    longest_run: int = 1
+    """Most blocks of a table that are handed out as one aligned run, which a kernel may read at once."""
     slots_per_token: int = 1
     """Token states that a further token adds, before any slides out of a window."""
     can_offload: ClassVar[bool] = False

@@ -17,10 +17,11 @@ from sim.run_pool import RunPool
 class RunsAllocator(PagedAllocator):
     """Paged memory in which a block is an aligned run of pages, of any size from one page on, doubling each time.
 
-    The page is the smallest block; the kernel gets the pages, and the runs as a hint that lets it load more than a
-    page at once. So an entry of the table stands for a run. Where no run of the wanted size is free a shorter one
-    does, so that nothing is refused for lack of a run. Pages are shared on fork, copied on write and swapped as
-    blocks are elsewhere; pages behind the last token stay with the parent of a fork.
+    The page is the smallest block; the kernel gets the pages, and as a hint the length of runs that all of a table is
+    made of (`run_blocks` of `attention.functional.paged_attention`), which lets it load more than a page at once. So
+    an entry of the table stands for a run. Where no run of the wanted size is free a shorter one does, so that
+    nothing is refused for lack of a run. Pages are shared on fork, copied on write and swapped as blocks are
+    elsewhere; pages behind the last token stay with the parent of a fork.
     """
 
     absent: ClassVar = {
@@ -47,7 +48,7 @@ class RunsAllocator(PagedAllocator):
                 f"largest_block: got {largest_block}, expected block_size {block_size} times a power of two"
             )
         self.growth = None
-        self.longest = longest
+        self.longest = self.longest_run = longest
         self.pool = RunPool(self.pool.num_blocks, longest)
         self._entries: dict[Sequence, int] = {}  # of each table
         self._num_entries = 0  # of those on the device
