@@ -61,13 +61,16 @@ class Stopped:
 
     def make_room(self, free: int) -> None:
         """See that so many blocks of the pool are free, as far as possible."""
-        for sequence in list(self._own):
-            lacking = free - self._owner.pool.num_free
-            if lacking <= 0:
-                return
-            blocks = min(self._own[sequence], lacking)
-            if blocks:
+        lacking = free - self._owner.pool.num_free
+        if lacking <= 0:
+            return
+        for sequence, own in list(self._own.items()) if self.blocks else ():
+            if own:
+                blocks = min(own, lacking)
                 self._cut(sequence, blocks)
+                lacking -= blocks
+                if not lacking:
+                    return
         for request in self.requests:
             if self._owner.pool.num_free >= free:
                 return

@@ -156,8 +156,10 @@ class VllmV0(ChunkedScheduler):
             while not self.allocator.can_append(request):
                 candidates = queue[index:]
                 chosen = self._choose_victim(candidates) if candidates else request
-                alone = len(self.allocator.sequences) == len(request.sequences)
-                if request in partial and len(self.running) == 1 and alone:  # V0 would do this for ever
+                if request in partial and len(self.running) == 1:
+                    if self.allocator.clear_for(request):
+                        continue
+                    # V0 would do this again and again.
                     self.drop(request, self._no_spare_block(request), step)
                     break
                 self.preempt(chosen, step)

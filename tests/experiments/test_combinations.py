@@ -167,6 +167,13 @@ def test_groups_and_swaps_need_a_host_pool(technique: str) -> None:
     assert "needs a host pool" in checks.refusal("paged", [*sets, "allocator.num_host_blocks=0"])
 
 
+@pytest.mark.parametrize("technique", ["recompute", "partial"])
+def test_groups_that_are_computed_again_need_none(technique: str) -> None:
+    sets = settings("paged", names["beams"], names[technique]) or []
+    assert not checks.refusal("paged", [*sets, "allocator.num_host_blocks=0"])
+    assert run([*sets, "allocator.num_host_blocks=0"])["requests_finished"] == 20
+
+
 def test_the_shipped_tables_are_those_of_the_code(kvsim: Kvsim) -> None:
     """Where they are not: put what `kvsim list combinations` prints between the marks of experiments/README.md."""
     said = kvsim("list", "combinations")

@@ -463,3 +463,17 @@ def test_groups_with_options(options, rows, allocator_name, slots, preemption, t
     kind, fields = OPTIONS[options]
     workload = Given(rows, beams=(turnover, 1))
     assert_equal(*both(workload, allocator_name, kind, "fixed", slots, preemption=preemption, **fields))
+
+
+def test_branches_grow_in_the_order_of_their_requests():
+    """All branches of a group that V1 admits again get its new place; blocks of two sizes tell who grew first."""
+    rows = [
+        (0, 34, 34, 3, False), (0, 6, 22, 2, True), (3, 24, 29, 1, True), (0, 19, 21, 1, False),
+        (0, 38, 17, 1, False), (10, 38, 31, 3, True), (0, 1, 27, 1, False), (10, 31, 1, 2, False),
+        (0, 11, 21, 2, True), (1, 24, 21, 1, True),
+    ]  # fmt: skip
+    made = [(gap * MS, *rest) for gap, *rest in rows]
+    fields = {"preemption": "partial", "victim": "lowest_priority", "max_num_seqs": 4}
+    for turnover in (0.0, 0.1, 0.7):
+        workload = Given(made, beams=(turnover, 1))
+        assert_equal(*both(workload, "adaptive", "vllm_v1", "linear", 96, **fields))

@@ -291,3 +291,47 @@ def test_the_probe_finds_every_token_of_groups_at_every_step(kind, mode):
             summary = run(owner, crowd(3, beams=beams), Audit(every=1), transfers=dear, preemption=mode)
             assert summary["requests_finished"] == 14
             assert summary["recomputed_tokens"] > 0
+
+
+def test_a_group_that_comes_back_takes_nothing_of_its_own_branches():
+    """The first branch needs two blocks again; its siblings stopped before the one that is to give them up."""
+    owner = memory(slots=60)
+    request = group(owner, 0, 8, n=3, grown=6)
+    single = _held(owner, Request(1, 0, 16, 40))
+    owner.remember(request)
+    for sequence in (*request.sequences, single):
+        owner.stop(sequence)
+    other = _held(owner, Request(2, 0, 4 * (owner.pool.num_free + 2), 40))
+    owner.free(other)
+    owner.pool.take(owner.pool.num_free)
+    assert [owner.admit(sequence, 15) for sequence in request.sequences] == [8, 14, 14]
+    assert single.num_tokens == 8
+
+
+def test_a_group_whose_blocks_were_evicted_is_computed_once():
+    """Beside prefix caching too: of 18 tokens the samples share two full blocks of the prompt."""
+    owner = memory(slots=120, prefix_caching=True)
+    policy = scheduled("vllm_v0", owner, preemption="recompute")
+    request = group(owner, 0, 11, n=3, grown=6)
+    policy.running[request] = 1
+    policy.preempt(request, Step())
+    owner.free(_held(owner, Request(1, 0, 120, 1)))
+    step = Step()
+    policy.admit_in_order(step, 0)
+    assert [tokens for _, _, tokens in step.chunks] == [18, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("kind", "slots", "rows", "fields"),
+    [
+        ("vllm_v0", 48, [(1, 22, 21, 1), (1, 20, 12, 2)], {"chunked_prefill": True, "max_num_batched_tokens": 8}),
+        ("sglang", 40, [(0, 9, 3, 2), (1, 15, 3, 2), (1, 16, 11, 2)], {}),
+    ],
+)  # fmt: skip
+def test_nobody_is_refused_for_what_stopped_groups_hold(kind, slots, rows, fields):
+    """V0 gives up who is alone and lacks a block, SGLang whom it foresees not to fit: stopped groups go first."""
+    asked = ask(*[row[:3] for row in rows])
+    for request, row in zip(asked, rows, strict=True):
+        request.n = request.width = row[3]
+    told = Story(scheduled(kind, memory(slots=slots, watermark=0.01), preemption="partial", **fields), asked)
+    assert told.column("requests", "status") == ["finished"] * len(rows)
