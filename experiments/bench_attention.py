@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 GOAL_CPU = 0.40
 GOAL_GPU, FLOOR_S, ABOVE_FLOOR_S = 0.90, 45e-6, 8e-6
 GOAL_PREFILL = 0.60
+RUN_BLOCKS = 8
 
 
 def bench_attention(folder: Path) -> str:
@@ -35,6 +36,7 @@ def bench_attention(folder: Path) -> str:
     if kind == "cuda":
         told.append(_floor_table(bench, decodes))
     told.append(_decode_table(bench, "decode, with flex_attention", flex))
+    told.append(_runs_table(bench.runs_of_blocks(RUN_BLOCKS)))
     told.append(_prefill_table(bench, prefills))
     told += [f"{name} takes no part: {why}" for name, why in bench.absent.items()]
     return "\n".join(told) + "\n"
@@ -97,6 +99,15 @@ def _floor_table(bench: AttentionBenchmark, results: list[Result]) -> str:
     header = ["heads", "batch", "context", "block", "us", "floor us", "share", "over us", "met"]
     goal = f">= {GOAL_GPU:.2f} of it where the floor is >= 45 us, elsewhere floor + 8 us"
     return table(f"{bench.best} decode against the bandwidth's floor; goal {goal}", header, rows)
+
+
+def _runs_table(seconds: dict[str, float]) -> str:
+    first = next(iter(seconds.values()))
+    rows = [[name, _time(each), f"{first / each:.2f}"] for name, each in seconds.items()]
+    title = "the same K and V in small blocks, in small blocks whose runs are told (run_blocks), and in large ones"
+    return table(
+        f"{title}; 32 decodes of about 1,000 tokens, milliseconds", ["tables of", "time", "speed"], rows
+    )
 
 
 def _prefill_table(bench: AttentionBenchmark, results: list[Result]) -> str:

@@ -113,6 +113,26 @@ class AttentionBenchmark:
         attention = Stopwatch(self.bench.attention(seq_lens, BLOCK_SIZE, GQA), self.device, self.fused)
         return alternated(Stopwatch([copier(num_bytes, self.device)], self.device), attention, PAIRS)
 
+    def runs_of_blocks(self, run_blocks: int) -> dict[str, float]:
+        """The same decodes over small blocks in runs of so many, without and with the hint, and over large blocks.
+
+        Median seconds by name.
+        """
+        seq_lens, size = ragged(32, 1000), BLOCK_SIZE
+        ways = {
+            f"blocks of {size}": self.bench.attention(
+                seq_lens, size, GQA, None, "auto", run_blocks, told=False
+            ),
+            f"in runs of {run_blocks}": self.bench.attention(seq_lens, size, GQA, None, "auto", run_blocks),
+            f"blocks of {size * run_blocks}": self.bench.attention(seq_lens, size * run_blocks, GQA),
+        }
+        watches = {name: Stopwatch(calls, self.device, self.fused) for name, calls in ways.items()}
+        laps: dict[str, list[float]] = {name: [] for name in watches}
+        for _ in range(PAIRS):
+            for name, watch in watches.items():
+                laps[name].append(watch.lap())
+        return {name: statistics.median(each) for name, each in laps.items()}
+
     def run(self, case: Case, rivals: Sequence[Rival] = RIVALS[:-1]) -> Result:
         """All contestants of a case, in turn; of the rivals those given (`Flex` compiles, which takes long)."""
         watches = dict(self._watches(case, rivals))

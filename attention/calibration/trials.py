@@ -92,16 +92,20 @@ class Bench:
 
     def attention(
         self, seq_lens: Sequence[int], block_size: int, heads: Heads, query_lens: Sequence[int] | None = None,
-        impl: str = "auto",
+        impl: str = "auto", run_blocks: int = 1, told: bool = True,
     ) -> list[Call]:  # fmt: skip
         """Paged attention over sequences of these lengths, one call for each of several block tables.
 
-        One query token a sequence, or the last `query_lens` tokens of each.
+        One query token a sequence, or the last `query_lens` tokens of each. Tables are made of aligned runs of
+        `run_blocks` blocks, and attention is `told` so.
         """
         k_cache, v_cache = self.caches(block_size, heads)
         blocks = sum(-(-length // block_size) for length in seq_lens)
         number = rotations(blocks * block_size * heads.kv_values * self.dtype.itemsize, self.device)
-        tables = self.tables(seq_lens, block_size, len(k_cache), number)
+        tables = self.tables(seq_lens, block_size * run_blocks, len(k_cache) // run_blocks, number)
+        if run_blocks > 1:
+            within = torch.arange(run_blocks, dtype=torch.int32, device=self.device)
+            tables = [(table[:, :, None] * run_blocks + within).flatten(1) for table in tables]
         lens = torch.tensor(seq_lens, dtype=torch.int32, device=self.device)
         starts, longest = None, None
         if query_lens is not None:
@@ -113,7 +117,7 @@ class Bench:
         def call(table: Tensor) -> Call:
             return lambda: paged_attention(
                 q, k_cache, v_cache, table, lens, query_start_loc=starts, max_query_len=longest,
-                max_seq_len=furthest, check=False, impl=impl,
+                max_seq_len=furthest, run_blocks=run_blocks if told else 1, check=False, impl=impl,
             )  # fmt: skip
 
         return [call(table) for table in tables]
