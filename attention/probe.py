@@ -27,6 +27,9 @@ MAX_TOKENS = 256
 LAYERS = 8
 """Samples that attention runs on together, each in a layer of the cache of its own."""
 
+ROUNDING = 1e-4
+"""Share of a bound that floating point may add to the error of an element."""
+
 
 class AttentionProbe:
     """Sampled steps that prove the block tables right: every slot by an audit, some with real attention.
@@ -205,4 +208,11 @@ class AttentionProbe:
             self._comparison = Comparison(
                 LAYERS, *ledger.device.rows.shape, self.device, ledger.precision, ledger.allocator.longest_run
             )
+            elements = self._comparison.elements
+            if elements is not None and not elements.share <= 1 + ROUNDING:
+                raise ProbeError(
+                    f"K and V after a round trip through {ledger.precision}: an element is off by {elements.share:.3g} "
+                    f"times its bound (errors up to {elements.max_error:g}, bounds up to {elements.max_bound:g}), "
+                    "expected at most once"
+                )
         return self._comparison.errors(windows)

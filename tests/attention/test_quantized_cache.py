@@ -6,6 +6,7 @@ import pytest
 
 from attention.comparison import Comparison
 from attention.probe import AttentionProbe
+from attention.swap.quantization import Quantization
 from sim import Capacity, Model, ProbeError, Recorder, allocator, scheduler, simulate
 from sim.grouped_ledger import GroupedLedger
 from sim.layer_groups import LayerKind
@@ -163,3 +164,10 @@ def test_every_scheduler_runs_over_a_quantised_cache():
         probe = AttentionProbe(every=7)
         run(memory, requests(3), probe, kind)
         assert probe.max_error < 2e-6
+
+
+def test_a_round_trip_beyond_its_bound_is_found(monkeypatch):
+    right = Quantization.dequantize
+    monkeypatch.setattr(Quantization, "dequantize", lambda *given: 1.2 * right(*given))
+    with pytest.raises(ProbeError, match=r"round trip through int8: an element is off by .* times its bound"):
+        probed("paged", "int8")
