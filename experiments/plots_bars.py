@@ -57,10 +57,14 @@ def _upright(axes: Axes, cases: Sequence[Case], panel: Panel) -> None:
         yerr=halves if any(halves) else None,
         color=[colour(cases[at]) for at, _ in known],
     )
-    for at, value in known:
+    labels = [number(value.value, 2) for _, value in known]
+    size = (
+        "small" if len(known) > 3 and max(map(len, labels)) > 4 else None
+    )  # else they would touch each other
+    for (at, value), label in zip(known, labels, strict=True):
         axes.annotate(
-            number(value.value, 2), (at, value.value + value.half), (0, 1.5), textcoords="offset points",
-            ha="center", va="bottom",
+            label, (at, value.value + value.half), (0, 1.5), textcoords="offset points",
+            ha="center", va="bottom", fontsize=size,
         )  # fmt: skip
     axes.margins(y=0.12)
     axes.set_xlim(-0.6, len(cases) - 0.4)

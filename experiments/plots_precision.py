@@ -20,12 +20,15 @@ def precision(experiment: Experiment) -> Drawing | None:
     quantized = [(cases[at], error) for at, error in ERROR.known(cases)]
     if not quantized or len({value.value for _, value in BYTES.known(cases)}) < 2:
         return None
+    figure = bar_panels(cases, (BYTES, ERROR, BATCH, LATENCY))
+    if experiment.held():
+        figure.supxlabel(experiment.held(), fontsize="small")
     told = []
     for case, error in quantized:
         saved = mean([run.figure("kv_bytes_saved_share", 100.0) for run in case.runs]).value
         told.append(f"{case.label} saves {number(saved)} %, attention is off by {number(error.value)}")
     return Drawing(
-        bar_panels(cases, (BYTES, ERROR, BATCH, LATENCY)),
+        figure,
         "Precision of the KV cache",
         sentence(
             f"What a token takes, scales included, and what that does {experiment.held()}".rstrip(),

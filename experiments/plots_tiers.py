@@ -31,7 +31,9 @@ def hits_by_tier(experiment: Experiment) -> Drawing | None:
     figure = new_figure(PAGE, 2.9)
     lines = axis is not None and len(experiment.policies) > 1
     panels = figure.subplots(1, 2 if lines else 1, squeeze=False)[0]
+    held = experiment.held(experiment.shown_axis or "")
     _bars(panels[0], cases, ["device", *tiers], PAGE / len(panels) / len(cases) - 0.1)
+    panels[0].set_title(f"Prompt tokens found {held}".rstrip())
     handles = panels[0].get_legend_handles_labels()[0]
     if lines and axis is not None:
         upper_legend(figure, handles, PAGE, merit_lines(panels[1], experiment, axis, TTFT))
@@ -42,7 +44,7 @@ def hits_by_tier(experiment: Experiment) -> Drawing | None:
         "Hits by tier",
         sentence(
             f"Share of the prompts' tokens that was found on the device and in the tiers behind it "
-            f"{experiment.held(experiment.shown_axis or '')}".rstrip(),
+            f"{held}".rstrip(),
             *_compared(cases, axis if lines else None),
             *experiment.left_out(len(cases)),
         ),
@@ -79,7 +81,6 @@ def _bars(axes: Axes, cases: list[Case], tiers: list[str], room: float) -> None:
     axes.bar(range(len(cases)), 100, 0.58, facecolor="none", edgecolor=GREY, linewidth=0.5)
     axes.set_xticks(range(len(cases)), [wrapped(case.label, room) for case in cases])
     axes.tick_params(axis="x", length=0)
-    axes.set_title("Prompt tokens found")
     axes.set_ylabel("% of prompt tokens")
 
 
