@@ -95,3 +95,11 @@ def test_blocks_of_one_request_are_found_when_it_gives_way_and_known_to_tiers_be
     pool.take(4)
     assert pool.find_leading(keys) == []
     assert pool.num_keyed == 0
+
+
+def test_stretches_of_one_request_overlap_in_a_single_key():
+    request, index = Request(3, 0, 1, 1), RunIndex()
+    index.name(Run(own_keys(request, 5, 8), (1, 0), 1, 0))
+    for first, stop, there in ((2, 5, False), (3, 6, True), (7, 9, True), (8, 9, False)):
+        assert index.has_any(own_keys(request, first, stop)) is there
+    assert not index.has_any(own_keys(Request(4, 0, 1, 1), 5, 8))
