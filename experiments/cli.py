@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
     made = command("list", "list policies, models and devices with their fields")
     made.add_argument("kind", nargs="?", metavar="KIND", help="a sort of policy, one policy, or combinations")
     command("schema", "print the JSON Schema of the YAML")
+    for name in ("list", "schema"):
+        commands.choices[name].add_argument(
+            "--plugin", type=Path, action="append", default=[], metavar="FILE", dest="plugins",
+            help="a Python file that registers policies",
+        )  # fmt: skip
     for name, told in (
         ("plot", "draw the plots of stored results again"),
         ("report", "write the report again"),
@@ -207,15 +212,20 @@ def _draw(folder: Path) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from experiments.config import load
+    from experiments.rehearsal import read_traces
 
     plan = load(options.config, options.sets)
-    print(f"{options.config}: ok, {_counted(len(plan.points) * plan.replications)}")
+    requests = read_traces(point.settings for point in plan.points)
+    read = f", {requests:,} requests of traces read" if requests else ""
+    print(f"{options.config}: ok, {_counted(len(plan.points) * plan.replications)}{read}")
     return DONE
 
 
 def _list(options: argparse.Namespace) -> int:
     from experiments.listing import listing
+    from experiments.plugins import load_all
 
+    load_all(options.plugins)
     print(listing(options.kind))
     return DONE
 
@@ -224,6 +234,9 @@ def _schema(options: argparse.Namespace) -> int:
     import json
 
     from experiments.config import experiment_schema
+    from experiments.plugins import load_all
+
+    load_all(options.plugins)
 
     print(json.dumps(experiment_schema().json_schema(), indent=1))
     return DONE

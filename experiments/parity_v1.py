@@ -208,7 +208,7 @@ class SchedulerDriver:
             order=orders[config["policy"]],
             chunked_prefill=config["chunked_prefill"],
             long_prefill_token_threshold=config["long_prefill_token_threshold"],
-            reserve_full_prompt=config.get("reserve_full_isl", False),
+            reserve_full_prompt=config.get("reserve_full_isl", not oldest),  # the default of main
             skip_unfit=oldest,
         )
         self.numbers = {row["id"]: number for number, row in enumerate(requests)}

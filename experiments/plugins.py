@@ -20,7 +20,10 @@ def load_all(files: Iterable[Path]) -> None:
     """Import installed plug-ins and these files. Raises UserError at the first that fails."""
     load_installed()
     for file in files:
-        load_file(file)
+        try:
+            load_file(file)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
 
 
 @cache

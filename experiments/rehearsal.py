@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from experiments import build
@@ -92,6 +92,19 @@ class Rehearsal:
             except Mistakes as error:
                 self._built[name] = None, error.mistakes
         return self._built[name]
+
+
+def read_traces(settings: Iterable[dict[str, Any]]) -> int:
+    """Read every row of the traces that points are served, each once; the rows. Raises UserError at the first wrong."""
+    rows: dict[str, int] = {}
+    for each in settings:
+        experiment = Experiment(**each)
+        if experiment.workload["kind"] == "trace":
+            capacity = build.make_capacity(experiment, *build.make_hardware(experiment))
+            key = json.dumps([experiment.workload, capacity.max_model_len], default=str)
+            if key not in rows:
+                rows[key] = sum(1 for _ in build.make_workload(experiment, capacity, 0).requests())
+    return sum(rows.values())
 
 
 def at(settings: Any, path: Path) -> Any:

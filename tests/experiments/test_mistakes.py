@@ -463,3 +463,16 @@ def test_a_tables_folder_without_tables(write: Write, kvsim: Kvsim) -> None:
     assert said.code == 2
     assert said.err.startswith("--set:1:8: timing: ")
     assert "linear_ops.csv" in said.err
+
+
+def test_a_check_reads_traces_to_their_last_row(write: Write, kvsim: Kvsim) -> None:
+    rows = [{"timestamp": n, "input_length": 8, "output_length": 4, "hash_ids": [n]} for n in range(70_000)]
+    rows[-1]["output_length"] = -4
+    file = write("rows.jsonl", "\n".join(map(json.dumps, rows)))
+    workload = "workload: {kind: trace, path: rows.jsonl, format: mooncake}\n"
+    text = SMALL[: SMALL.index("workload:")] + workload + SMALL[SMALL.index("allocator:") :]
+    said = kvsim("check", write("x.yaml", text))
+    assert said.code == 2
+    assert f"{file.resolve()}:70000: output_length" in said.err
+    write("rows.jsonl", "\n".join(map(json.dumps, rows[:-1])))
+    assert kvsim("check", "x.yaml").out == "x.yaml: ok, 1 run, 69,999 requests of traces read\n"

@@ -137,3 +137,14 @@ def test_a_plugin_that_raises_while_it_runs_is_named_with_its_line(write: Write,
     line = broken.splitlines().index('        raise KeyError("oops")') + 1
     assert told.code == 2
     assert f"{file.resolve()}:{line}: seconds raises KeyError: 'oops'" in told.err
+
+
+def test_lists_and_the_schema_tell_of_a_policy_of_ones_own(write: Write, kvsim: Kvsim) -> None:
+    assert "unknown kind, got 'own'" in kvsim("list", "own").err
+    file = write("own.py", OWN)
+    assert "A timing model of the user's own." in kvsim("list", "timing", "--plugin", file).out
+    assert '"own"' in kvsim("schema", "--plugin", file).out
+    said = kvsim("list", "--plugin", write("broken.py", "import nowhere\n"))
+    assert (said.code, said.lines) == (
+        2, ["broken.py: raises ModuleNotFoundError: No module named 'nowhere' (line 1)"]
+    )  # fmt: skip
