@@ -87,7 +87,9 @@ def make_hardware(experiment: Experiment) -> tuple[Model | None, Device | None]:
     """The model with the precision of its cache, and the device with as many others as serve it."""
     model = _row(hardware.model, experiment.model)
     if model is not None:
-        model = replace(model, kv_cache_dtype=experiment.kv_cache_dtype)
+        model = replace(
+            model, kv_cache_dtype=experiment.kv_cache_dtype, tensor_parallel=experiment.tensor_parallel
+        )
     device = _row(hardware.device, experiment.device)
     if device is not None:
         device = replace(device, count=experiment.tensor_parallel)

@@ -17,7 +17,9 @@ class Model:
     of experts); `kv_values_per_token` overrides the K and V values that one token leaves over all layers.
     `num_sliding_layers` attend to the last `sliding_window` tokens only; `num_state_layers` have no attention,
     and keep a state of `state_values_per_layer` for every sequence (Mamba). With `kv_cache_dtype` the K and V of tokens
-    are kept at that precision, each token and head with a scale of its own; states stay as they are.
+    are kept at that precision, each token and head with a scale of its own; states stay as they are. Where
+    `tensor_parallel` devices outnumber the heads of K and V, each keeps a whole head, as vLLM's do: the latent values
+    of MLA, which count as one head, are on all of them.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Model:
     num_state_layers: int = 0
     state_values_per_layer: int = 0
     kv_cache_dtype: Precision | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         for count, name, size in (
@@ -68,9 +71,10 @@ class Model:
 
     @property
     def kv_values(self) -> int:
-        """Values of K and V that one token leaves over all layers."""
+        """Values of K and V that one token leaves over all layers and devices."""
         layers = self.num_layers - self.num_state_layers
-        return self.kv_values_per_token or 2 * layers * self.num_kv_heads * self.head_dim
+        values = self.kv_values_per_token or 2 * layers * self.num_kv_heads * self.head_dim
+        return values * max(self.tensor_parallel, self.num_kv_heads) // self.num_kv_heads
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -67,10 +67,21 @@ def test_a_shape_inline_and_a_shipped_one_with_a_change(write: Write) -> None:
     [
         ("opt-13b", 819_200), ("opt-66b", 2_359_296), ("opt-175b", 4_718_592), ("llama-3-8b", 131_072),
         ("llama-2-70b", 327_680), ("falcon-180b", 163_840), ("deepseek-v3-mla", 70_272),
+        ("deepseek-v2-lite-mla", 31_104), ("deepseek-v2-lite-mha", 276_480),
     ],
 )  # fmt: skip
 def test_kv_bytes_of_a_token(name: str, kv_bytes: int) -> None:
     assert hardware.model[name]().kv_bytes_per_token == kv_bytes
+
+
+def test_more_devices_than_heads_keep_copies(write: Write) -> None:
+    """vLLM's `get_num_kv_heads`: at least one head a device; MLA's latent values are whole on each."""
+
+    def slots(model: str, devices: int) -> int:
+        return capacity(write, f"model={model}", f"tensor_parallel={devices}", "kv_memory=8 GiB").num_slots
+
+    assert slots("llama-3-8b", 8) == slots("llama-3-8b", 1) == 2 * slots("llama-3-8b", 16)
+    assert slots("deepseek-v2-lite-mla", 1) // 8 == slots("deepseek-v2-lite-mla", 8)
 
 
 @pytest.mark.parametrize("table", ["models", "devices"])
