@@ -107,8 +107,9 @@ def _caption(experiment: Experiment, axis: str, found: dict[str, Saturation]) ->
         alike.setdefault(str(where), []).append(label)
     every = ["all policies"] if len(found) > 1 and len(alike) == 1 else []
     told = listed([f"{where} ({'; '.join(every or labels)})" for where, labels in alike.items()])
+    held = experiment.held(axis, experiment.beside(axis))
     return sentence(
-        f"Throughput and normalised latency against the offered rate {experiment.held(axis)}".rstrip(),
+        f"Throughput and normalised latency against the offered rate {held}".rstrip(),
         f"a policy saturates (ring) where its mean normalised latency passes {LATENCY_LIMIT} s/token, "
         f"interpolated between swept rates, in requests/s: {told}",
         _ratio(found),

@@ -114,8 +114,22 @@ class Experiment:
         return spread([case for case in found if case.runs], limit)
 
     def series(self, axis: str, limit: int = 6) -> list[Case]:
-        """Lines along an axis: one per policy, or of one policy one per value of a second axis."""
+        """Lines along an axis: one per policy, or of one policy one per value of a second axis.
+
+        Along the request rate several policies are drawn at every value of a second axis, if there is room.
+        """
         held = {name: value for name, value in self.reference.items() if name != axis}
+        if beside := self.beside(axis, limit):
+            pairs = [(policy, value) for policy in self.policies for value in self.axes[beside]]
+            found = [
+                Case(
+                    f"{policy}, {setting(beside, value)}",
+                    self.runs_at(policy, {**held, beside: value}),
+                    rank,
+                )
+                for rank, (policy, value) in enumerate(pairs)
+            ]
+            return [case for case in found if case.runs]
         if len(self.policies) == 1 and held:
             other, values = next(iter(held)), self.axes[next(iter(held))]
             found = [
@@ -132,7 +146,14 @@ class Experiment:
         found = [Case(policy, self.runs_at(policy, held), rank) for rank, policy in enumerate(self.policies)]
         return [case for case in found if case.runs]
 
-    def held(self, *free: str) -> str:
+    def beside(self, axis: str, limit: int = 6) -> str | None:
+        """The second axis whose values all stand in a figure along the request rate."""
+        others = [name for name in self.axes if name != axis]
+        if axis != self.rate or len(self.policies) == 1 or not others:
+            return None
+        return others[0] if len(self.policies) * len(self.axes[others[0]]) <= limit else None
+
+    def held(self, *free: str | None) -> str:
         """`at 2 requests/s`: the reference values of all axes but `free`; empty if there are none."""
         told = [setting(axis, value) for axis, value in self.reference.items() if axis not in free]
         return f"at {listed(told)}" if told else ""

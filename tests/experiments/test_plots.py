@@ -199,6 +199,18 @@ def test_a_number_zipped_with_policies_is_no_axis(tmp_path: Path) -> None:
     assert list(experiment.axes) == [RATE]
 
 
+def test_along_the_rate_a_second_axis_is_drawn_whole_if_there_is_room(tmp_path: Path) -> None:
+    crossed = {"allocator": [CONTIGUOUS, PAGED], RATE: [1, 2], "num_blocks": [250, 500]}
+    experiment = read_experiment(write_results(tmp_path / "a", Sweep({}, crossed, requests=3)))
+    assert [case.label for case in experiment.series(RATE)] == [
+        f"{policy}, KV memory {blocks} blocks"
+        for policy in ("contiguous max", "paged 16") for blocks in (250, 500)
+    ]  # fmt: skip
+    assert [len(case.runs) for case in experiment.series(RATE)] == [2] * 4
+    assert [case.label for case in experiment.series(RATE, 3)] == experiment.policies
+    assert [case.label for case in experiment.series("num_blocks")] == experiment.policies
+
+
 def test_a_figure_that_some_runs_lack_is_no_policy(tmp_path: Path) -> None:
     folder = write_results(tmp_path / "a", Sweep({}, {BLOCK_SIZE: [8, 16]}, requests=3))
     table = pq.read_table(folder / "runs.parquet")
