@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sim.free_queue import FreeQueue
@@ -44,7 +44,7 @@ class OffloadingPool(PrefixPool):
         super().__init__(num_blocks, keyless_first=keyless_first)
         self.free = OffloadingQueue(range(num_blocks), store)
 
-    def register_table(self, blocks: Iterable[int], keys: Iterable[Hashable]) -> None:
+    def register_table(self, blocks: Sequence[int], keys: Sequence[Hashable]) -> None:
         """`register` for those of these blocks that have no key yet; a range of keys is only noted."""
         if not isinstance(keys, range):
             super().register_table(blocks, keys)

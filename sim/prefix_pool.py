@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Sequence
 
 from sim.block_pool import BlockPool, OutOfBlocks
@@ -22,7 +23,7 @@ class PrefixPool(BlockPool):
     was registered first is found, or with `newest_found` only the one that was registered last (nano-vllm).
     """
 
-    __slots__ = ("_found", "keyless_first", "keys", "newest_found", "num_keyed")
+    __slots__ = ("_found", "changes", "keyless_first", "keys", "newest_found", "num_keyed")
 
     free: FreeQueue  # type: ignore[assignment]  # instead of a stack
 
@@ -40,6 +41,7 @@ class PrefixPool(BlockPool):
         self.newest_found = newest_found
         self.keys: list[Hashable | None] = [None] * num_blocks
         self.num_keyed = 0  # blocks that carry a key, free or held
+        self.changes = 0  # goes up whenever another block may be found than before
         self._found: dict[Hashable, int | list[int]] = {}
 
     def find(self, key: Hashable) -> int | None:
@@ -80,6 +82,7 @@ class PrefixPool(BlockPool):
                     found[key] = there
                     self._forget(block, key)
         self.num_keyed -= forgotten
+        self.changes += forgotten
         if self.fresh is not None:
             for block in blocks:
                 self.fresh[block] = 1
@@ -126,6 +129,7 @@ class PrefixPool(BlockPool):
             if self._found.setdefault(key, block) == block:
                 self.keys[block] = key
                 self.num_keyed += 1
+                self.changes += 1
             else:
                 self.register(block, key)
         assert self.references[block] == 1
@@ -138,6 +142,7 @@ class PrefixPool(BlockPool):
             raise ValueError(f"block {block} is registered already, as {self.keys[block]!r}")
         self.keys[block] = key
         self.num_keyed += 1
+        self.changes += 1
         if self.newest_found:
             self._found[key] = block
             return
@@ -147,11 +152,14 @@ class PrefixPool(BlockPool):
         elif found != block:
             self._found[key] = [found, block]
 
-    def register_table(self, blocks: Iterable[int], keys: Iterable[Hashable]) -> None:
-        """`register` for those of these blocks that have no key yet."""
+    def register_table(self, blocks: Sequence[int], keys: Sequence[Hashable]) -> None:
+        """`register` for those of a table's blocks that have no key yet; they are behind all others."""
         known, found = self.keys, self._found
+        first = bisect_left(
+            blocks, True, 0, min(len(blocks), len(keys)), key=lambda block: known[block] is None
+        )
         registered = 0
-        for block, key in zip(blocks, keys, strict=False):
+        for block, key in zip(blocks[first:], keys[first:], strict=False):
             if known[block] is None:
                 if found.setdefault(key, block) != block:
                     self.register(block, key)
@@ -159,6 +167,7 @@ class PrefixPool(BlockPool):
                 known[block] = key
                 registered += 1
         self.num_keyed += registered
+        self.changes += registered
 
     def mark_full(self, blocks: Sequence[int]) -> None:
         """Give the blocks behind the last that has a key one that is never found."""
@@ -182,6 +191,7 @@ class PrefixPool(BlockPool):
             return False
         self.keys = [None] * self.num_blocks
         self.num_keyed = 0
+        self.changes += 1
         self._found.clear()
         return True
 

@@ -32,7 +32,7 @@ class NanoAllocator(PrefixAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Nothing is found before it is computed."""
-        self._head = None, []
+        self._asked.pop(sequence.request, None)
 
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Fill the next slots of a prompt; those filled before are computed by now."""

@@ -18,6 +18,9 @@ from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
 from sim.tiered_store import TieredStore
 
+_MANY = 256
+"""Requests whose keys are kept while they wait."""
+
 
 @allocator("prefix")
 class PrefixAllocator(CachingAllocator):
@@ -68,7 +71,8 @@ class PrefixAllocator(CachingAllocator):
         super().__init__(capacity, block_size, watermark)
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
         self.prefix_caching = self.keeps_freed = prefix_caching is not False
-        self._head: tuple[Request | None, Ordered[int]] = None, []  # the last request asked for, and its keys
+        self._asked: dict[Request, Ordered[int]] = {}  # keys of requests that are not computed yet
+        self._hit: tuple[Request | None, int, int, list[int]] = None, 0, 0, []  # who was asked for last
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -85,17 +89,26 @@ class PrefixAllocator(CachingAllocator):
         if not self.prefix_caching or not (request.content or request.preemptions):
             return []
         blocks = num_tokens // self.block_size
-        known, keys = self._head
-        if known is not request or len(keys) != blocks:
-            keys = prefix_keys(request, blocks, self.block_size)
-            self._head = request, keys
-        return keys
+        keys = self._asked.get(request)
+        if keys is None or len(keys) < blocks:
+            if len(self._asked) == _MANY:
+                self._asked.clear()
+            whole = max(num_tokens, request.prefill_tokens) // self.block_size
+            self._asked[request] = keys = prefix_keys(request, whole, self.block_size)
+        return keys if len(keys) == blocks else keys[:blocks]
 
     def _hits(self, request: Request, num_tokens: int) -> list[int]:
-        keys = self._keys(request, num_tokens)
-        if len(keys) * self.block_size == num_tokens:
-            keys = keys[:-1]
-        return self.pool.find_leading(keys)
+        """Leading blocks that are found; remembered for whom it was asked last, until others can be found."""
+        if not request.content and not request.preemptions:
+            return []
+        known, tokens, changes, hits = self._hit
+        if known is not request or tokens != num_tokens or changes != self.pool.changes:
+            keys = self._keys(request, num_tokens)
+            if len(keys) * self.block_size == num_tokens:
+                keys = keys[:-1]
+            hits = self.pool.find_leading(keys)
+            self._hit = request, num_tokens, self.pool.changes, hits
+        return hits
 
     def open_tiers(self, tiers: TieredStore) -> None:
         """Tell the tiers of every full block that can be found, and of what is evicted."""
@@ -106,8 +119,10 @@ class PrefixAllocator(CachingAllocator):
 
     def _register(self, sequence: Sequence, keys: Ordered[int], first: int = 0) -> None:
         """Let the sequence's blocks be found from the block `first` on, those that have no key yet."""
+        if not keys:
+            return
         table = sequence.block_table[first:] if first else sequence.block_table
-        if self.tiers is not None and keys:
+        if self.tiers is not None:
             keys = stretch(keys) if len(sequence.request.sequences) == 1 else [*keys]
             known, named = self.pool.keys, 0
             for block in table:
@@ -126,7 +141,7 @@ class PrefixAllocator(CachingAllocator):
     def hold(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Touch the hits, so that they are not handed out to somebody else."""
         if sequence.lineage is None:
-            hits = self._hits(sequence.request, num_tokens)
+            hits = self._hits(sequence.request, num_tokens).copy()
         else:
             blocks = (num_tokens - 1) // self.block_size
             keys = sequence_keys(sequence, blocks, self.block_size) if self.prefix_caching else []
@@ -141,7 +156,8 @@ class PrefixAllocator(CachingAllocator):
         else:
             keys = self._own_keys(sequence, num_tokens)
         self._register(sequence, keys)
-        self._head = None, []
+        if num_tokens >= sequence.request.prefill_tokens:
+            self._asked.pop(sequence.request, None)
 
     def _own_keys(self, sequence: Sequence, num_tokens: int, first: int = 0) -> Ordered[int]:
         """Keys of the full blocks of any branch from the block `first` on."""
