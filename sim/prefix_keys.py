@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -11,7 +12,7 @@ from sim.identity import mixed, mixed_words
 from sim.request import Request, Sequence
 
 _CONTENT = 0xD6E8FEB86659FD93
-_INSIDE = np.uint64(0xA0761D6478BD642F)
+_INSIDE = 0xA0761D6478BD642F
 _TAIL = 0x8EBC6AF09C88C6E3
 _MASK = (1 << 64) - 1
 
@@ -63,30 +64,43 @@ def sequence_keys(sequence: Sequence, num_blocks: int, block_size: int, first: i
 
 def _keys_of_runs(request: Request, num_blocks: int, block_size: int, first: int) -> list[int]:
     """Keys of blocks that end inside named runs of any length."""
+    if request.content_chains is None:
+        request.content_chains = _chained_runs(request)
+    ends, chained = request.content_chains
+    block = first
+    chains: list[int] = []
+    counts: list[int] = []
+    for run in range(bisect_left(ends, (first + 1) * block_size), len(ends)):
+        stop = min(ends[run] // block_size, num_blocks)
+        if stop > block:
+            chains.append(chained[run])
+            counts.append(stop - block)
+            block = stop
+        if stop == num_blocks:
+            break
+    if block - first <= 1:  # without numpy, of which one key is not worth the way
+        return [mixed(chain + block * block_size * _INSIDE - _INSIDE & _MASK) for chain in chains]
+    keys = np.arange((first + 1) * block_size - 1, block * block_size, block_size, dtype=np.uint64)
+    keys *= np.uint64(_INSIDE)
+    keys += np.repeat(np.array(chains, np.uint64), counts)
+    whole: list[int] = mixed_words(keys).tolist()
+    return whole
+
+
+def _chained_runs(request: Request) -> tuple[Ordered[int], list[int]]:
+    """Where the named runs of a request end, and the chain of names up to each; that of its output has no end."""
     content, ends = request.content, request.content_ends
     assert content is not None
     if request.output_content is not None and ends[-1] == request.prompt_tokens:
         content = (*content, request.output_content)
-        ends = (*ends, num_blocks * block_size)
+        ends = (*ends, 1 << 62)
     chain = start = 0
-    block = first
-    chains: list[int] = []
-    counts: list[int] = []
+    chains = []
     for name, end in zip(content, ends, strict=True):
-        chain += mixed(mixed(name & _MASK) + (start + 1) * _CONTENT & _MASK)
-        stop = min(end // block_size, num_blocks)
-        if stop > block:
-            chains.append(chain & _MASK)
-            counts.append(stop - block)
-            block = stop
+        chain = chain + mixed(mixed(name & _MASK) + (start + 1) * _CONTENT & _MASK) & _MASK
+        chains.append(chain)
         start = end
-    if not chains:
-        return []
-    keys = np.arange((first + 1) * block_size - 1, block * block_size, block_size, dtype=np.uint64)
-    keys *= _INSIDE
-    keys += np.repeat(np.array(chains, np.uint64), counts)
-    whole: list[int] = mixed_words(keys).tolist()
-    return whole
+    return ends, chains
 
 
 def _keys_of_grains(request: Request, num_blocks: int, block_size: int, first: int) -> list[int]:
@@ -105,7 +119,7 @@ def _keys_of_grains(request: Request, num_blocks: int, block_size: int, first: i
     words += np.arange(1, len(words) + 1, dtype=np.uint64) * np.uint64(_CONTENT)
     keys = mixed_words(words).cumsum()[at]
     if block_size % grain:
-        keys = mixed_words(keys + (last % grain).astype(np.uint64) * _INSIDE)
+        keys = mixed_words(keys + (last % grain).astype(np.uint64) * np.uint64(_INSIDE))
     whole: list[int] = keys.tolist()
     return whole
 

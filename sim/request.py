@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Ordered
+
     from sim.allocators.counted_beams import CountedGroup
     from sim.decode_set import DecodeSet
     from sim.source import Session
@@ -80,8 +82,8 @@ class Request:
     """
 
     __slots__ = (
-        "arrival_time", "beam_width", "cached_tokens", "content", "content_ends", "content_grain", "counted",
-        "finish_time", "first_scheduled_time", "first_token_time", "id", "n", "next_branch",
+        "arrival_time", "beam_width", "cached_tokens", "content", "content_chains", "content_ends", "content_grain",
+        "counted", "finish_time", "first_scheduled_time", "first_token_time", "id", "n", "next_branch",
         "output_content", "output_tokens", "preemptions", "prefill_tokens", "prefills", "priority",
         "prompt_tokens", "reason", "reused_tokens", "sequences", "session", "status", "tenant", "width",
     )  # fmt: skip
@@ -115,6 +117,7 @@ class Request:
         self.content_grain = content_grain
         self.content_ends = content_ends
         self.output_content = output_content
+        self.content_chains: tuple[Ordered[int], list[int]] | None = None  # kept by those who need keys of it
         self.session = session
         self.priority = priority
         self.tenant = tenant

@@ -76,7 +76,7 @@ class PrefixOrder:
             cached = self._allocator.cached_tokens(request, request.prefill_tokens)
             alike = False
             if cached <= ALIKE <= request.prefill_tokens and request.content:
-                beginning = prefix_keys(request, ALIKE, 1)[-1]
+                beginning = prefix_keys(request, ALIKE, 1, ALIKE - 1)[-1]
                 alike = beginning in beginnings
                 beginnings.add(beginning)
             ranks[request] = alike, 0 if alike else -cached
