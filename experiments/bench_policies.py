@@ -1,13 +1,14 @@
-"""`kvsim bench policies`: requests per CPU second of engines with their memory, beside vLLM V0's over plain pages."""
+"""`kvsim bench policies`: sequences per CPU second of engines and of techniques, beside vLLM V0 over plain pages."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.bench_sim import run
 from experiments.text import table
 
-REQUESTS = 10_000
+SEQUENCES = 10_000
 RATE = 27.0
 
 CHAT = (
@@ -18,54 +19,95 @@ CHAT = (
 """Conversations behind shared system prompts, as many requests a second."""
 
 GPT_OSS = ("model=gpt-oss-20b", "device=h100-80gb")
+OPT = ("model=opt-13b", "device=a100-80gb")
 
 SMALL = ("num_blocks=262144",)
 """As many slots in blocks of one."""
 
-CASES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("paged", "block_size: 16", "vllm_v0", ()),
-    ("paged", "block_size: 16, prefix_caching: true", "vllm_v0", ()),
-    ("prefix", "block_size: 16", "vllm_v1", ()),
-    ("prefix", "block_size: 16", "aisimulate", ()),
-    ("prefix", "block_size: 16", "sarathi", ()),
-    ("prefix", "block_size: 16, windows: [null, 1024]", "vllm_v1", ()),
-    ("prefix", "block_size: 16", "vllm_v1", GPT_OSS),
-    ("jenga", "block_size: 16", "vllm_v1", GPT_OSS),
-    ("radix", "block_size: 16", "sglang", ()),
-    ("radix", "block_size: 1", "sglang", SMALL),
-    ("token", "", "lightllm", SMALL),
-    ("paged", "block_size: 16", "trtllm", ()),
-    ("nano_vllm", "block_size: 16", "nano_vllm", ()),
-    ("vattention", "", "vllm_v0", ("model=opt-13b", "device=a100-80gb")),
-    ("prefix", "block_size: 16", "vllm_v1", CHAT),
-    ("radix", "block_size: 16", "sglang", CHAT),
-)
+SHORT = ("num_blocks=2200",)
+"""Memory that makes one request in three give way."""
 
-LOADS = {CHAT: "conversations", GPT_OSS: "lognormal, gpt-oss-20b"}
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A server and its load; of requests with several branches so many fewer come."""
+
+    memory: str
+    scheduler: str
+    load: str = "lognormal"
+    sets: tuple[str, ...] = ()
+    branches: int = 1
+
+    def settings(self) -> tuple[str, ...]:
+        """As of `kvsim run --set`."""
+        return (
+            f"allocator={{kind: {self.memory}}}",
+            f"scheduler={{kind: {self.scheduler}}}",
+            *(() if self.branches == 1 else (f"workload.arrivals.rate={RATE / self.branches:g}",)),
+            *self.sets,
+        )
+
+
+CASES = (
+    Case("paged", "vllm_v0"),
+    Case("paged, prefix_caching: true", "vllm_v0"),
+    Case("prefix", "vllm_v1"),
+    Case("prefix", "aisimulate"),
+    Case("prefix", "sarathi"),
+    Case("prefix, windows: [null, 1024]", "vllm_v1"),
+    Case("prefix", "vllm_v1", "lognormal, gpt-oss-20b", GPT_OSS),
+    Case("jenga", "vllm_v1", "lognormal, gpt-oss-20b", GPT_OSS),
+    Case("radix, block_size: 16", "sglang"),
+    Case("radix", "sglang", sets=SMALL),
+    Case("token", "lightllm", sets=SMALL),
+    Case("paged", "trtllm"),
+    Case("nano_vllm", "nano_vllm"),
+    Case("vattention", "vllm_v0", sets=OPT),
+    Case("multi_size", "vllm_v0"),
+    Case("adaptive", "vllm_v0"),
+    Case("prefix", "vllm_v1", "conversations", CHAT),
+    Case("radix, block_size: 16", "sglang", "conversations", CHAT),
+    Case(
+        "prefix", "vllm_v1", "conversations, a host tier", (*CHAT, "tiers=[{kind: host, num_blocks: 65536}]")
+    ),
+    *(
+        Case("paged", "vllm_v0", f"{name} of {width}", (f"workload.sampling={{{field}: {width}}}",), width)
+        for name, field in (("samples", "n"), ("beams", "beam_width"))
+        for width in (2, 4, 6)
+    ),
+    *(
+        Case("paged", f"vllm_v0, preemption: {mode}", "short of memory", SHORT)
+        for mode in ("recompute", "swap", "hybrid", "partial")
+    ),
+    Case(
+        "paged", "vllm_v0, preemption: swap", "short of memory, asynchronous, int8",
+        (*SHORT, *OPT, "transfers={asynchronous: true, quantization: int8}"),
+    ),
+)  # fmt: skip
 
 
 def bench_policies(folder: Path) -> str:
     """The table; prefix caching is on wherever an allocator has it."""
     rows = []
     first = 0.0
-    for number, (allocator, fields, scheduler, sets) in enumerate(CASES):
-        kind = f"allocator={{kind: {allocator}{', ' * bool(fields)}{fields}}}"
-        chosen = (kind, f"scheduler={{kind: {scheduler}}}", *sets)
-        figures = run(folder / str(number), REQUESTS, RATE, chosen)
+    for number, case in enumerate(CASES):
+        figures = run(folder / str(number), SEQUENCES // case.branches, RATE, case.settings())
         cpu = float(figures["cpu_s"])
         first = first or cpu
-        load = LOADS.get(sets, "lognormal")
         rows.append(
             [
-                f"{allocator}{': ' * bool(fields)}{fields}",
-                scheduler,
-                load,
+                case.memory,
+                case.scheduler,
+                case.load,
                 f"{figures['mean_running']:.0f}",
                 f"{figures['prefix_hit_rate']:.2f}",
+                f"{figures['preemptions']:,}",
                 f"{cpu:.2f}",
-                f"{REQUESTS / cpu:,.0f}",
+                f"{SEQUENCES / cpu:,.0f}",
                 f"{first / cpu:.2f}",
             ]
         )
-    header = ["memory", "scheduler", "load", "batch", "hits", "CPU s", "requests/CPU-s", "speed ratio"]
-    return table(f"whole runs of {REQUESTS:,} requests, {RATE:g} a second", header, rows)
+    header = [
+        "memory", "scheduler", "load", "batch", "hits", "preemptions", "CPU s", "sequences/CPU-s", "speed ratio",
+    ]  # fmt: skip
+    return table(f"whole runs of {SEQUENCES:,} sequences, {RATE:g} a second", header, rows)
