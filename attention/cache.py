@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attention.block_allocator import BlockAllocator
 from attention.functional import copy_blocks
+from attention.in_flight import Fence, InFlight
 from attention.metadata import AttentionMetadata, CachedSequence
 from sim.block_pool import OutOfBlocks
 
@@ -61,6 +62,7 @@ class PagedKVCache:
         self.num_layers = num_layers
         self.sequences: dict[int, CachedSequence] = {}
         self.detached: dict[int, str] = {}  # sequences that are elsewhere, and where
+        self.in_flight = InFlight(allocator.pool)
         self._next_id = 0
         self._rows: list[int] = []
         self._tensors: tuple[Tensor, Tensor] | None = None
@@ -159,6 +161,10 @@ class PagedKVCache:
         del self.detached[seq_id]
         self.sequences[seq_id] = sequence
 
+    def arrived(self, seq_id: int) -> bool:
+        """Whether all K and V of the sequence are here; a step that needs them earlier waits for them."""
+        return all(fence.done for fence in self.in_flight.before_reading(self._sequence(seq_id).blocks))
+
     def length(self, seq_id: int) -> int:
         """Tokens that the sequence has."""
         return self._sequence(seq_id).length
@@ -202,7 +208,8 @@ class PagedKVCache:
             num_tokens: New tokens, of all or of each.
 
         Returns:
-            Where to write their K and V, and what to attend over.
+            Where to write their K and V, and what to attend over. Where copies are in flight, each layer calls
+            `wait(layer)` of it before it writes.
 
         Raises OutOfBlocks if the pool has too few blocks, ValueError for sequences that are none; both leave
         everything as it was.
@@ -220,6 +227,7 @@ class PagedKVCache:
             -(-(sequence.length + count) // self.block_size) - len(sequence.blocks)
             for sequence, count in zip(sequences, counts, strict=True)
         ]
+        self.in_flight.make_room(sum(wanted) + sum(copied))
         fresh = iter(self.allocator.allocate(sum(wanted) + sum(copied)))  # nothing has changed if it raises
         pairs = []
         for sequence, count, more, copy in zip(sequences, counts, wanted, copied, strict=True):
@@ -229,10 +237,23 @@ class PagedKVCache:
             sequence.blocks += [next(fresh) for _ in range(more)]
             sequence.length += count
         if pairs:
+            self.in_flight.hold([source for source, _ in pairs], [target for _, target in pairs])
             copy_blocks(self.layers, torch.tensor(pairs, device=self.k.device), check=False)
             self.allocator.free([source for source, _ in pairs])
         device = self._tensors[0].device if self._tensors else "cpu"
-        return AttentionMetadata.of(sequences, counts, self.block_size, device, len(pairs))
+        fences = self._fences(sequences, counts) if self.in_flight else ()
+        return AttentionMetadata.of(sequences, counts, self.block_size, device, len(pairs), fences)
+
+    def _fences(self, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> tuple[Fence, ...]:
+        """The copies that a step over these new tokens has to wait for."""
+        read = [block for sequence in sequences for block in sequence.blocks]
+        written = [
+            block
+            for sequence, count in zip(sequences, counts, strict=True)
+            for block in sequence.blocks[(sequence.length - count) // self.block_size :]
+        ]
+        in_flight = self.in_flight
+        return tuple(dict.fromkeys((*in_flight.before_reading(read), *in_flight.before_writing(written))))
 
     def _to_copy(self, sequences: Iterable[CachedSequence]) -> list[bool]:
         """Whether each sequence's last block has to be copied: the last holder of a block keeps it."""

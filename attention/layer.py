@@ -134,6 +134,7 @@ class PagedAttention(nn.Module):
             positions = metadata.positions if positions is None else positions
             rotation = rotations(positions, self.head_dim, self.rope_theta, exact(x.dtype))
             q, k = rotate(q, rotation), rotate(k, rotation)
+        metadata.wait(self.layer)
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
         write(k, v, k_cache, v_cache, metadata.slot_mapping, check=False)
         out = paged_attention(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attention.in_flight import Fence
+
 
 @dataclass(slots=True)
 class CachedSequence:
@@ -26,7 +28,7 @@ class AttentionMetadata:
     `query_start_loc` `[num_seqs + 1]`, `slot_mapping` `[num_tokens]`, `block_tables` `[num_seqs, max_blocks]`,
     `seq_lens` `[num_seqs]`, `positions` `[num_tokens]`, the place of each token in its sequence; all int64, on
     the cache's device. On the host, `query_lens` are the tokens of each sequence, and `copied_blocks` counts the
-    blocks that were copied before they are written.
+    blocks that were copied before they are written, and `fences` are copies in flight that a layer waits for.
     """
 
     query_start_loc: Tensor
@@ -38,6 +40,12 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     copied_blocks: int
+    fences: tuple[Fence, ...] = ()
+
+    def wait(self, layer: int) -> None:
+        """Compute started from now on waits for the copies of this layer's blocks that the step reads or writes."""
+        for fence in self.fences:
+            fence.wait(layer)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `paged_attention` that come from here."""
@@ -58,6 +66,7 @@ class AttentionMetadata:
         block_size: int,
         device: torch.device | str,
         copied_blocks: int = 0,
+        fences: tuple[Fence, ...] = (),
     ) -> AttentionMetadata:
         """That of sequences whose last `counts` tokens are new; their block tables have room for these already."""
         widest = max([len(sequence.blocks) for sequence in sequences], default=0)
@@ -80,4 +89,5 @@ class AttentionMetadata:
             max_query_len=max(counts, default=0),
             max_seq_len=max(lengths, default=0),
             copied_blocks=copied_blocks,
+            fences=fences,
         )

@@ -89,7 +89,8 @@ class PagedKV:
         return metadata
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, metadata: KVMetadata) -> Tensor:
-        """Write by slot mapping, then paged attention through the block tables."""
+        """Write by slot mapping, then paged attention through the block tables, behind this layer's copies."""
+        metadata.wait(layer)
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         write(k, v, k_cache, v_cache, metadata.slot_mapping, check=False)
         out: Tensor = paged_attention(

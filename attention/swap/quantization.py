@@ -28,6 +28,7 @@ Grids:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,18 @@ class QuantizationError:
     max_bound: float
     share: float
     num_values: int
+
+    @classmethod
+    def worst(cls, errors: Sequence[QuantizationError]) -> QuantizationError | None:
+        """Those of all parts together, None of no parts."""
+        if not errors:
+            return None
+        return cls(
+            max(error.max_error for error in errors),
+            max(error.max_bound for error in errors),
+            max(error.share for error in errors),
+            sum(error.num_values for error in errors),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,12 +44,13 @@ def swap_out(
     copies = CopyStream(device, stream)
     copies.wait_for_compute()
     size = sum(cache[0].nbytes for cache in caches)
-    with copies.running():
-        for batch in batches(len(pairs), size, staging_bytes(device)):
+    for batch in batches(len(pairs), size, staging_bytes(device)):
+        with copies.running():
             sources = index([source for source, _ in pairs[batch]], device)
             staged = copies.staged(cache.index_select(0, sources) for cache in caches)
-            if batch.stop == len(pairs):
-                copies.hold_compute()
+        if batch.stop == len(pairs):
+            copies.hold_compute()
+        with copies.running():
             for values, host in zip(staged, host_caches, strict=True):
                 to_host(values, host, [target for _, target in pairs[batch]])
 
@@ -73,17 +74,18 @@ def swap_in(
     device = caches[0].device
     copies = CopyStream(device, stream)
     size = sum(cache[0].nbytes for cache in caches)
-    with copies.running():
-        for batch in batches(len(pairs), size, staging_bytes(device)):
-            sources = [source for source, _ in pairs[batch]]
+    for batch in batches(len(pairs), size, staging_bytes(device)):
+        sources = [source for source, _ in pairs[batch]]
+        with copies.running():
             staged = copies.staged(
                 _fetched(cache, host, sources) for cache, host in zip(caches, host_caches, strict=True)
             )
-            copies.wait_for_compute()
+        copies.wait_for_compute()
+        with copies.running():
             targets = index([target for _, target in pairs[batch]], device)
             for values, cache in zip(staged, caches, strict=True):
                 cache.index_copy_(0, targets, values)
-        copies.hold_compute()
+    copies.hold_compute()
 
 
 def _fetched(cache: Tensor, host: Tensor, blocks: Sequence[int]) -> Tensor:

@@ -52,7 +52,9 @@ def swapped(
 
 def stored_rows(twin: Twin, seq_id: int, layer: int) -> Tensor:
     """K and V of a sequence in the cache, `[2, seq_len, num_kv_heads, head_dim]`."""
-    table = torch.tensor(twin.cache.block_table(seq_id), dtype=torch.int64, device=twin.device)
+    blocks = twin.cache.block_table(seq_id)
+    twin.cache.in_flight.hold(read=blocks)
+    table = torch.tensor(blocks, dtype=torch.int64, device=twin.device)
     both = torch.stack([cache[layer][table].flatten(0, 1) for cache in (twin.cache.k, twin.cache.v)])
     return both[:, : twin.cache.length(seq_id)]
 

@@ -156,6 +156,7 @@ class Twin:
     def spoil(self) -> None:
         """Fill what is free with what is not a number: whoever still reads it shows."""
         free = self.cache.allocator.pool.free
+        self.cache.in_flight.hold(written=free)
         self.cache.k[:, free] = torch.nan
         self.cache.v[:, free] = torch.nan
 
@@ -188,6 +189,7 @@ class Twin:
         """As `append`, with these K and V of every layer, `[num_tokens, num_kv_heads, head_dim]`."""
         metadata = self.cache.extend(seq_ids, counts)
         for layer, (k, v) in enumerate(new):
+            metadata.wait(layer)
             write(k, v, self.cache.k[layer], self.cache.v[layer], metadata.slot_mapping)
             for seq_id, mine, its in zip(
                 seq_ids, torch.split(k, counts), torch.split(v, counts), strict=True
@@ -200,6 +202,7 @@ class Twin:
     def again(self, seq_ids: Sequence[int], problem: Problem) -> Problem:
         """The same queries once more, through the tables as they are now."""
         tables = [self.cache.block_table(seq_id) for seq_id in seq_ids]
+        self.cache.in_flight.hold(read=[block for table in tables for block in table])
         padded = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int64)
         for row, table in zip(padded, tables, strict=True):
             row[: len(table)] = torch.tensor(table)

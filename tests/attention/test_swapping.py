@@ -14,12 +14,14 @@ import torch
 from attention.cache import BlockAllocator, OutOfBlocks, PagedKVCache
 from attention.functional import paged_attention
 from attention.swap import block_copies
-from attention.swap.block_copies import CopyStream, batches, runs
+from attention.swap.block_copies import batches, runs
+from attention.swap.host_records import HostRecords
 from attention.swap.quantization import Quantization
 from attention.swap.swap_space import SwapSpace
 from attention.swap.swapping import swap_in, swap_out
 from attention.validation.swapped import stored_rows
 from attention.validation.twin import Form, Twin
+from tests.attention.late import DiaryStream
 
 FORM = Form(block_size=4, num_heads=4, num_kv_heads=2, head_dim=8, num_layers=3)
 
@@ -67,6 +69,7 @@ def test_a_family_comes_back_elsewhere_to_the_bit(dtype, staging_bytes, device):
     distinct = len(set().union(*before))
     space = SwapSpace(twin.cache, 20, staging_bytes=staging_bytes)
     moved = space.swap_out(members)
+    space.synchronize()
     assert (moved.num_blocks, moved.num_bytes) == (distinct, distinct * 2 * 3 * 4 * 2 * 8 * dtype.itemsize)
     assert moved.num_copies == {1: distinct, 1 << 30: 1}.get(staging_bytes, moved.num_copies)
     assert twin.cache.allocator.num_free == 40
@@ -76,6 +79,7 @@ def test_a_family_comes_back_elsewhere_to_the_bit(dtype, staging_bytes, device):
     guest = twin.new()
     twin.append(guest, 30)  # in the blocks that were given back
     assert space.swap_in(members).num_blocks == distinct
+    space.synchronize()
     after = [twin.cache.block_table(seq_id) for seq_id in members]
     assert not set(before[0]) & set(after[0])
     assert twin.cache.blocks_saved == saved
@@ -173,24 +177,24 @@ def test_a_full_device_changes_nothing():
     check(twin, space)
 
 
-@pytest.mark.parametrize("direction", ["_gather", "_scatter"])
+@pytest.mark.parametrize("direction", ["gather", "scatter"])
 def test_a_copy_that_fails_changes_nothing(direction, monkeypatch):
     twin = twins()
     members = family(twin)
     space = SwapSpace(twin.cache, 20)
-    if direction == "_scatter":
+    if direction == "scatter":
         space.swap_out(members)
     before = state(twin, space)
 
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(SwapSpace, direction, fail)
+    monkeypatch.setattr(HostRecords, direction, fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        (space.swap_in if direction == "_scatter" else space.swap_out)(members)
+        (space.swap_in if direction == "scatter" else space.swap_out)(members)
     assert state(twin, space) == before
     monkeypatch.undo()
-    if direction == "_scatter":
+    if direction == "scatter":
         space.swap_in(members)
     check(twin, space)
 
@@ -389,47 +393,24 @@ def test_copies_on_a_stream_are_ordered_against_compute():
 
 
 def test_copies_and_compute_wait_for_each_other_in_this_order(monkeypatch):
-    """What a GPU is told, seen without one: by streams that only keep a diary."""
+    """What a GPU is told, seen without one: by a stream that keeps a diary."""
     diary: list[str] = []
-
-    class Diary:
-        def __init__(self, name):
-            self.name = name
-
-        def record_event(self):
-            return f"what {self.name} has"
-
-        def wait_event(self, event):
-            diary.append(f"{self.name} waits for {event}")
-
-    compute, copying = Diary("compute"), Diary("copying")
-    order = CopyStream(torch.device("cpu"))
-    order._compute, order._copies = compute, copying
-    monkeypatch.setattr(CopyStream, "running", lambda self: nullcontext())
+    stream = DiaryStream("copying", diary)
+    stream.running, stream.staged = nullcontext, lambda values: values
+    monkeypatch.setattr("attention.swap.swapping.CopyStream", lambda device, given: stream)
     for name in ("to_host", "from_host"):
         original = getattr(block_copies, name)
         logged = partial(
             lambda name, original, *args: (diary.append(name), original(*args))[1], name, original
         )
-        for module in ("attention.swap.swapping", "attention.swap.swap_space"):
-            monkeypatch.setattr(f"{module}.{name}", logged)
-    for module in ("attention.swap.swapping", "attention.swap.swap_space"):
-        monkeypatch.setattr(f"{module}.CopyStream", lambda device, stream: order)
-    twin = twins()
-    members = family(twin)
-    space = SwapSpace(twin.cache, 20)
-    leaving = ["copying waits for what compute has", "compute waits for what copying has", "to_host"]
-    coming = ["from_host", "copying waits for what compute has", "compute waits for what copying has"]
+        monkeypatch.setattr(f"attention.swap.swapping.{name}", logged)
     hosts = caches(5, 1)
-    for swap, expected in (
-        (lambda: space.swap_out(members), leaving),
-        (lambda: space.swap_in(members), coming),
-        (lambda: swap_out(caches(8, 0)[:1], hosts[:1], torch.tensor([[1, 1]])), leaving),
-        (lambda: swap_in(caches(8, 0)[:1], hosts[:1], torch.tensor([[1, 1]])), coming),
-    ):
-        diary.clear()
-        swap()
-        assert diary == expected
+    swap_out(caches(8, 0)[:1], hosts[:1], torch.tensor([[1, 1]]))
+    assert diary == ["copying waits for compute", "compute waits for copying", "to_host"]
+    diary.clear()
+    stream.staged = list
+    swap_in(caches(8, 0)[:1], hosts[:1], torch.tensor([[1, 1]]))
+    assert diary == ["from_host", "copying waits for compute", "compute waits for copying"]
 
 
 @pytest.mark.parametrize(

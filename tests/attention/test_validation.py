@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attention.functional import paged_attention
-from attention.swap.swap_space import SwapSpace
+from attention.swap.host_records import HostRecords
 from attention.validation.matrix import matrix
 from attention.validation.twin import Form, Problem, Twin
 from attention.validation.validate import Row, implementations, validate
@@ -158,15 +158,16 @@ def test_a_broken_implementation_is_over_its_bound(broken, monkeypatch):
 
 @pytest.mark.parametrize("stale", ["K", "V", "last layer"])
 def test_a_swap_that_brings_back_something_else_is_seen(stale, monkeypatch):
-    scatter = SwapSpace._scatter
+    scatter = HostRecords.scatter
 
-    def broken(self, sources, targets):
-        swap = scatter(self, sources, targets)
-        cache = self.cache.v if stale == "V" else self.cache.k
+    def broken(self, sources, targets, *fences):
+        copied = scatter(self, sources, targets, *fences)
+        self.synchronize()
+        cache = self._cache.v if stale == "V" else self._cache.k
         cache[-1 if stale == "last layer" else 0, targets[0]] = cache[0, targets[-1]]
-        return swap
+        return copied
 
-    monkeypatch.setattr(SwapSpace, "_scatter", broken)
+    monkeypatch.setattr(HostRecords, "scatter", broken)
     over = {row.name for row in validate(CPU, {"torch": torchs}, small=True) if not row.ok}
     assert {"swapped K and V, the same to the bit", "swapped K and V in int8"} <= over
     assert "decoding through swap, the same to the bit" in over
