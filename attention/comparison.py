@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
@@ -14,17 +13,13 @@ from torch import Tensor
 
 from attention.functional import paged_attention, write
 from attention.plain import plain_attention
+from attention.rows import HEAD_DIM, NUM_KV_HEADS, NUM_ROWS, ROWS
 from attention.runs import longest_run
 from attention.swap.quantization import Quantization, QuantizationError
 from attention.swap.swapping import swap_in, swap_out
 from sim.errors import UserError
 from sim.identity import UNWRITTEN, Ints
 from sim.tier import Journey
-
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16  # the smallest that the kernels of a GPU take
-SEED = 20230923
-NUM_ROWS = 4093
-"""Different K and V, Q; identities take them in turn. A prime, so that no stride of identities hits few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +43,15 @@ class Window:
     journeys: Ordered[Journey | None] = ()
 
 
-@functools.cache
-def random_rows() -> tuple[Tensor, Tensor, Tensor]:
-    """The Q, K and V of every row, `[NUM_ROWS, heads, HEAD_DIM]` each; always the same."""
-    random = torch.Generator().manual_seed(SEED)
-    heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
-    q, k, v = (torch.randn(NUM_ROWS, number, HEAD_DIM, generator=random) for number in heads)
-    return q, k, v
-
-
 class Comparison:
     """Paged caches as large as the simulated one, in small heads, and what they are compared with.
 
     The caches of all layers are one piece, so that windows of several layers are attended to at once: block b of
     layer l is block l * num_blocks + b.
 
-    The K and V of a token are rows of a fixed random table, looked up by the token's identity; a slot that is
-    unwritten holds no numbers. Attention runs in float32, what it is compared with in float64.
+    The K and V of a token are rows of a fixed table (`values`: `random`, or those that a `model` computes), looked up
+    by the token's identity; a slot that is unwritten holds no numbers. Attention runs in float32, what it is compared
+    with in float64.
 
     Where tables are made of runs of blocks, of `longest_run` at most, attention is told so (`run_blocks`).
 
@@ -81,6 +68,7 @@ class Comparison:
         device: str = "auto",
         quantization: str | None = None,
         longest_run: int = 1,
+        values: str = "random",
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +85,7 @@ class Comparison:
             raise UserError(
                 f"probe.device: got {device!r}, expected auto or a device of torch: {reason}"
             ) from None
-        self._q, self._k, self._v = random_rows()
+        self._q, self._k, self._v = ROWS[values]()
         self.distance: float | None = None
         self.elements: QuantizationError | None = None
         if quantization is not None:  # rows as they are, then rows after a round trip

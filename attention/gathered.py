@@ -6,6 +6,8 @@ head stand in the place of query positions, so that every key is read once.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -40,7 +42,7 @@ def gathered(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 def _loop(call: AttentionCall, attend: _Attend) -> tuple[Tensor, Tensor | None]:
     """One sequence after the other."""
     block_size, num_kv_heads, head_dim = call.k_cache.shape[1:]
-    in_pieces = attend is _fast and call.q.device.type == "cpu"
+    in_pieces = attend is _fast and call.q.device.type == "cpu" and tells_lse()
     piece = max(1, PIECE_BYTES // (block_size * num_kv_heads * head_dim * call.k_cache.element_size()))
     out = torch.zeros_like(call.q)
     lse = None
@@ -68,6 +70,23 @@ def _loop(call: AttentionCall, attend: _Attend) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
+@functools.cache
+def tells_lse() -> bool:
+    """Whether this torch has the private operator that tells the log-sum-exp on a CPU, as it is called here."""
+    q, kv = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 2, 8)
+    try:
+        out, lse = _flash(q, kv, kv, 1.0)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return out.shape == q.shape and lse.numel() == 1 and abs(float(lse) - math.log(2)) < 1e-6
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention on a CPU, all `[1, heads, tokens, head_dim]`, and its log-sum-exp."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return out, lse
+
+
 class _Gathering:
     """Copies blocks out of the caches, into the same buffers again and again."""
 
@@ -91,7 +110,8 @@ def _decode(
 ) -> Tensor:
     """One query q `[num_heads, head_dim]` over a history in pieces, merged as in Flash-Decoding (Dao et al., 2023).
 
-    The first `unseen` tokens are outside the window. torch tells the log-sum-exp in a private operator only.
+    The first `unseen` tokens are outside the window. torch tells the log-sum-exp in a private operator
+    only; where that is not as expected (`tells_lse`) histories are gathered whole.
     """
     block_size, num_kv_heads, head_dim = call.k_cache.shape[1:]
     queries = q.reshape(1, num_kv_heads, -1, head_dim)
@@ -104,9 +124,7 @@ def _decode(
         if skipped >= len(k):
             continue
         keys, values = (tensor[skipped:].transpose(0, 1)[None] for tensor in (k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, scale=call.scale
-        )
+        out, lse = _flash(queries, keys, values, call.scale)
         outs.append(out.reshape_as(q))
         sums.append(lse.reshape(-1, 1))
     if len(outs) == 1:

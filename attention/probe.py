@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time as clock
 from collections.abc import Sequence as Ordered
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class AttentionProbe:
         share: Share of the run's CPU time that samples may take, so that short runs have fewer of them.
         device: Where torch runs: auto, cpu, cuda, ...
         tolerance: Largest difference from plain attention.
+        values: The Q, K and V of tokens: a fixed random table, or the rows that the core's own transformer, whose
+            weights are random, has in its cache. Errors of quantised K and V are those of such values.
         calibrate: Time attention on the real shapes of sampled steps, correct a calibrated timing by it, and
             report predicted against measured; such a run cannot be repeated to the bit.
     """
@@ -61,6 +63,7 @@ class AttentionProbe:
         share: PositiveFloat = 0.05,
         device: str = "auto",
         tolerance: PositiveFloat = 1e-5,
+        values: Literal["random", "model"] = "random",
         calibrate: bool = False,
     ) -> None:
         if calibrate and model is None:
@@ -68,6 +71,7 @@ class AttentionProbe:
         self.audit = Audit(samples=samples, every=every, num_requests=num_requests, share=share)
         self.device = device
         self.tolerance = tolerance
+        self.values = values
         self.next_sample = self.audit.next_sample
         self.max_error: float | None = None
         self._sampling_s = 0.0
@@ -206,7 +210,12 @@ class AttentionProbe:
 
             ledger = self.audit.ledger
             self._comparison = Comparison(
-                LAYERS, *ledger.device.rows.shape, self.device, ledger.precision, ledger.allocator.longest_run
+                LAYERS,
+                *ledger.device.rows.shape,
+                self.device,
+                ledger.precision,
+                ledger.allocator.longest_run,
+                self.values,
             )
             elements = self._comparison.elements
             if elements is not None and not elements.share <= 1 + ROUNDING:

@@ -9,6 +9,7 @@ from experiments.text import table
 
 if TYPE_CHECKING:
     from attention.calibration.benchmark import AttentionBenchmark, Case, Result
+    from attention.calibration.overlap import SwapOverlap
 
 GOAL_CPU = 0.40
 GOAL_GPU, FLOOR_S, ABOVE_FLOOR_S = 0.90, 45e-6, 8e-6
@@ -20,6 +21,7 @@ def bench_attention(folder: Path) -> str:
     """All tables, on the GPU if there is one; ratios are taken between calls that alternate."""
     from attention.calibration.benchmark import AttentionBenchmark, decode_cases, flex_cases, prefill_cases
     from attention.calibration.measuring import device_name
+    from attention.calibration.overlap import SwapOverlap
     from attention.calibration.rivals import RIVALS
 
     bench = AttentionBenchmark()
@@ -38,6 +40,7 @@ def bench_attention(folder: Path) -> str:
     told.append(_decode_table(bench, "decode, with flex_attention", flex))
     told.append(_runs_table(bench.runs_of_blocks(RUN_BLOCKS)))
     told.append(_prefill_table(bench, prefills))
+    told.append(_overlap_table(SwapOverlap(bench.device)))
     told += [f"{name} takes no part: {why}" for name, why in bench.absent.items()]
     return "\n".join(told) + "\n"
 
@@ -129,6 +132,16 @@ def _prefill_table(bench: AttentionBenchmark, results: list[Result]) -> str:
     header = ["heads", "batch", "tokens", "context", *names, "TFLOP/s", "/ SDPA"]
     title = f"prefill, milliseconds; speed of {bench.best}, over that of SDPA on contiguous K and V (goal on a GPU"
     return table(f"{title} >= {GOAL_PREFILL:.2f})", header, rows)
+
+
+def _overlap_table(overlap: SwapOverlap) -> str:
+    seconds = overlap.seconds()
+    step = seconds["step of those that stay"]
+    rows = [[name, _time(each), f"{each / step:.2f}"] for name, each in seconds.items()]
+    title = f"a decode step beside a swap-in of {overlap.num_bytes / 1e6:,.0f} MB, milliseconds"
+    if overlap.device.type == "cpu":
+        title += "; to overlap them needs a GPU: here they take turns on one thread, process time"
+    return table(title, ["way", "time", "of a step"], rows)
 
 
 def _time(seconds: float | None) -> str:

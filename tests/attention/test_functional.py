@@ -112,6 +112,27 @@ def ragged(draw):
     return lengths, [draw(st.integers(0, length)) for length in lengths]
 
 
+@pytest.mark.parametrize("operator", ["missing", "other arguments", "other log-sum-exp"])
+def test_a_torch_without_the_private_operator_gathers_whole_histories(operator, monkeypatch):
+    case = Case([50, 9, 33], dtype=torch.float32)
+    found = gathered._flash
+
+    def changed(*given):
+        if operator != "other log-sum-exp":
+            raise AttributeError("no operator") if operator == "missing" else RuntimeError("unknown keyword")
+        out, lse = found(*given)
+        return out, lse / 2
+
+    monkeypatch.setattr(gathered, "_flash", changed)
+    monkeypatch.setattr(gathered, "PIECE_BYTES", 1)
+    gathered.tells_lse.cache_clear()
+    try:
+        assert not gathered.tells_lse()
+        np.testing.assert_allclose(case.run("torch"), case.expected()[0], rtol=0, atol=2e-6)
+    finally:
+        gathered.tells_lse.cache_clear()
+
+
 @settings(max_examples=120)
 @given(
     ragged=ragged(),

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from attention.comparison import HEAD_DIM, NUM_ROWS, Comparison, Window, random_rows
+from attention.comparison import Comparison, Window
+from attention.generation.transformer import Transformer, TransformerConfig
 from attention.probe import AttentionProbe
+from attention.rows import HEAD_DIM, NUM_ROWS, SEED, model_rows, random_rows, rows_of
 from attention.swap.quantization import Quantization
 from sim import Device, Model, ProbeError, Transfers
 from sim.ledger import Ledger
@@ -22,9 +24,11 @@ DEVICE = Device(name="d", flops_per_s=1e12, memory_bytes_per_s=1e10, memory_byte
 PRECISIONS = ["int8", "fp8", "int4"]
 
 
-def serve(precision: str | None, seed: int = 0, **fields) -> tuple[dict, AttentionProbe]:
+def serve(
+    precision: str | None, seed: int = 0, values: str = "random", **fields
+) -> tuple[dict, AttentionProbe]:
     """A run under pressure, half of its requests groups, seen by the probe at every step."""
-    probe = AttentionProbe(every=1)
+    probe = AttentionProbe(every=1, values=values)
     transfers = Transfers(MODEL, DEVICE, 4, quantization=precision, **fields)
     asked = requests(seed, groups=bool(seed % 2))
     summary = run(memory(slots=100), asked, probe, "vllm_v0", transfers, preemption="swap")
@@ -42,6 +46,32 @@ def test_attention_equals_attention_over_what_a_round_trip_leaves(precision, asy
         far = max(far, probe.figures["quantization_max_error"] or 0.0)
     least, most = {"int8": (1e-4, 0.05), "fp8": (1e-3, 0.2), "int4": (1e-2, 1.0)}[precision]
     assert least < far < most
+
+
+def test_errors_are_those_of_a_transformers_cache_if_asked_for():
+    drawn, computed = (serve("int8", 1, values)[1] for values in ("random", "model"))
+    assert computed.max_error < 2e-6
+    kept = torch.cat(model_rows()[1:])
+    trip = Quantization.named("int8")
+    largest = (trip.dequantize(trip.quantize(kept), HEAD_DIM, torch.float32) - kept).abs().max()
+    assert computed.figures["quantization_value_error"] == pytest.approx(float(largest))
+    assert drawn.figures["quantization_value_error"] != computed.figures["quantization_value_error"]
+    assert drawn.figures["quantization_max_error"] != computed.figures["quantization_max_error"]
+
+
+def test_rows_of_a_model_are_what_it_computes():
+    """Against the same transformer over contiguous K and V."""
+    model = Transformer(TransformerConfig(hidden_dim=64, seed=5))
+    kv, (q, k, v) = model.contiguous_kv(), rows_of(model, 300)
+    assert [len(rows) for rows in (q, k, v)] == [300, 300, 300]
+    seq_ids = [kv.new(), kv.new()]
+    kept, attend = [], kv.attend
+    kv.attend = lambda *given: (kept.append(given[1:4]), attend(*given))[1]
+    tokens = torch.randint(256, (300,), generator=torch.Generator().manual_seed(SEED))
+    places = torch.cat([torch.arange(256), torch.arange(44)])
+    model(tokens, places, kv, kv.extend(seq_ids, [256, 44]))
+    for got, wanted in zip((q, k, v), kept[-1], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
 def test_coarser_codes_are_farther_off_and_take_fewer_bytes():

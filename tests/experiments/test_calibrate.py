@@ -167,7 +167,7 @@ def test_a_profile_is_readable_yaml() -> None:
 
 
 def test_the_benchmark_has_a_row_for_every_case(monkeypatch, tmp_path: Path) -> None:
-    from attention.calibration import benchmark
+    from attention.calibration import benchmark, overlap
     from attention.calibration.trials import Heads
 
     small = [benchmark.Case(Heads(4, 2, 16), 2, 32, block_size) for block_size in (4, 16)]
@@ -180,10 +180,19 @@ def test_the_benchmark_has_a_row_for_every_case(monkeypatch, tmp_path: Path) -> 
     monkeypatch.setattr(benchmark, "prefill_cases", lambda kind: prompts)
     monkeypatch.setattr(benchmark, "find_device", lambda name: measuring.find_device("cpu"))
     monkeypatch.setattr(benchmark, "POOL_BYTES", {"cpu": 16 << 20})
+    tiny = overlap.Load(overlap.TransformerConfig(), 2, 1, 20)
+    monkeypatch.setattr(overlap, "load_of", lambda device: tiny)
     lines = bench_attention(tmp_path).splitlines()
     assert "goal >= 0.40" in lines[0]
     assert sum(line.startswith("4/2x16") for line in lines) == 4
     header = next(line for line in lines if "of copy" in line)
     assert all(name in header for name in ("reference", "torch", "SDPA", "GB/s", "/ SDPA"))
+    assert any("to overlap them needs a GPU" in line for line in lines)
+    for way in (
+        "swap-in, then a step of all",
+        "layer by layer, step of all",
+        "prefetch, step of those that stay",
+    ):
+        assert any(line.startswith(way) for line in lines)
     for name in ("triton", "varlen_attn", "FlashInfer"):
         assert any(line.startswith(f"{name} takes no part: ") for line in lines)
