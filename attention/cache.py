@@ -119,6 +119,12 @@ class PagedKVCache:
     # Sequences
 
     @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, and that no copy still reads."""
+        self.in_flight.settle()
+        return self.allocator.num_free
+
+    @property
     def blocks_saved(self) -> int:
         """Blocks that the allocator would have to hand out more if nobody shared any."""
         return self.allocator.pool.extra_references

@@ -16,6 +16,7 @@ from attention.calibration import measuring
 from attention.calibration.fitting import Errors, Observation, fit, monotone, predict
 from attention.calibration.grid import GRIDS, TERMS, Case, Grid, cases
 from attention.calibration.measuring import Stopwatch, find_device
+from attention.calibration.precision import cache_errors
 from attention.calibration.trials import Bench, capturable, default_dtype
 from sim.timing.profile import Curve
 
@@ -67,6 +68,12 @@ def calibrate(
         name: list(value) if isinstance(value, tuple) else value for name, value in asdict(grid).items()
     }
     shapes["heads"] = [f"{query}/{kv}x{size}" for query, kv, size in grid.heads]
+    with measuring.one_thread():
+        precision = cache_errors(place, dtype)
+    profile["quantization"] = {
+        name: {figure: rounded(value) for figure, value in figures.items()}
+        for name, figures in precision.items()
+    }
     return {**profile, "fit": errors, "grid": shapes, "residuals": residuals}
 
 

@@ -185,6 +185,7 @@ class Profile:
         copy: Copies of blocks on the device.
         swap_out: Blocks moved from the device to the host.
         swap_in: Blocks moved from the host to the device.
+        quantization: Largest errors of a transformer's quantised K and V and of attention over them, by format.
         fit: Errors of the fit by term.
         grid: What was measured.
         residuals: Every measured case by term, with what the fit says of it.
@@ -203,6 +204,7 @@ class Profile:
     copy: MoveCost
     swap_out: MoveCost
     swap_in: MoveCost
+    quantization: dict[str, Any] | None = None
     fit: dict[str, Any] | None = None
     grid: dict[str, Any] | None = None
     residuals: dict[str, Any] | None = None

@@ -270,6 +270,11 @@ def test_a_tiny_grid_measured_for_real(monkeypatch):
         assert profile["fit"][term]["held_back"]["median_error"] < 100
         assert len(profile["residuals"][term]) == sum(part["cases"] for part in profile["fit"][term].values())
     assert profile["grid"]["heads"] == ["4/2x8"]
+    errors = profile["quantization"]
+    for figure in ("value_error", "attention_error"):
+        assert 0 < errors["int8"][figure] < errors["fp8"][figure] < errors["int4"][figure]
+    assert all(0.5 < figures["bound_share"] <= 1 for figures in errors.values())
+    assert errors["int8"]["value_error"] < 6 / 254  # no K or V is 6 times the standard deviation
 
 
 # Refining
