@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from random import Random
 
 import pytest
 import torch
 
-from attention.cache import OutOfBlocks
+from attention.cache import BlockAllocator, OutOfBlocks, PagedKVCache
 from attention.generation.transformer import Transformer, TransformerConfig
 from attention.in_flight import Fence, InFlight
+from attention.layer import PagedAttention
 from attention.metadata import AttentionMetadata
+from attention.swap.block_copies import CopyStream
 from attention.swap.host_records import HostRecords
 from attention.swap.swap_space import SwapSpace
 from tests.attention.late import DiaryStream, LateStream, PromptStream
@@ -256,6 +259,22 @@ def test_a_prefetch_stalls_nobody_but_who_reads_it(monkeypatch):
     torch.testing.assert_close(row, expected([9, 8, 7, 6, 5, 4, 3, 2, 1, 8])[-1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_layer_by_itself_waits_too(late):
+    layer = PagedAttention(32, 4, BLOCK_SIZE, device="cpu")
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    cache = PagedKVCache(BLOCK_SIZE, 32, BlockAllocator(12, BLOCK_SIZE, 32))
+    seq_ids = [cache.new(), cache.new()]
+    layer(x[:, :8], cache, seq_ids)
+    space = SwapSpace(cache, 8, streams=(LateStream(), LateStream()) if late else None)
+    space.swap_out(seq_ids[1:])
+    space.swap_in(seq_ids[1:])
+    assert cache.arrived(seq_ids[1]) is not late
+    out = layer(x[:, 8:], cache, seq_ids)
+    whole = layer(x, PagedKVCache(BLOCK_SIZE, 32, BlockAllocator(12, BLOCK_SIZE, 32)))
+    torch.testing.assert_close(out, whole[:, 8:], rtol=0, atol=1e-5)
+
+
 def test_sources_are_not_free_until_copied_out_and_destinations_are_taken_at_submission():
     out, back = LateStream(), LateStream()
     kv, _, leaving, space = two_groups((out, back))
@@ -308,6 +327,46 @@ def test_streams_are_told_in_this_order():
     small.swap_out(members[:1])
     blocks = len(small.block_table(members[0]))
     assert diary == ["out waits for compute", *["out copies"] * 6 * blocks]
+
+
+def test_what_a_gpu_is_told(monkeypatch):
+    """The calls of torch.cuda behind a copy stream, on streams that keep a diary."""
+    diary = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            return f"event of {self.name}"
+
+        def wait_event(self, event):
+            diary.append(f"{self.name} waits for {event}")
+
+        def synchronize(self):
+            diary.append(f"the host waits for {self.name}")
+
+    current = [Stream("compute")]
+
+    @contextmanager
+    def running(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", running)
+    stream = CopyStream(torch.device("cuda"), Stream("copies"))
+    stream.wait_for_compute()
+    stream.submit(lambda: diary.append(f"work on {current[-1].name}"))
+    event = stream.record()
+    stream.wait("event of others")
+    stream.hold(event)
+    stream.synchronize()
+    assert diary == [
+        "copies waits for event of compute", "work on copies", "copies waits for event of others",
+        "compute waits for event of copies", "the host waits for copies",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("layers_per_copy", [1, 2, 3, 7, None])
