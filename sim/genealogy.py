@@ -93,24 +93,38 @@ def _distinct(ancestors: Ints) -> Ints:
 
 
 def _full_blocks(parents: Ints, prompt: int, ticks: int, size: int) -> Ints:
-    """Full blocks behind the prompt's after each turnover, shape [ticks]: of each the ancestors at its end."""
+    """Full blocks behind the prompt's after each turnover, shape [ticks].
+
+    A block lives as long as a beam is left that descends from the one that filled it.
+    """
     ends = np.arange(size - prompt % size, ticks, size)  # in ticks from the prompt on
-    added = np.zeros(ticks, np.int64)
     if not len(ends):
-        return added
-    ancestors = parents[ends - 1]
-    joined = []  # when all beams have one ancestor at the end
-    while len(ends):
-        distinct = _distinct(ancestors)
-        apart = distinct > 1
-        if not apart.all():
-            joined.append(ends[~apart])
-            ends, ancestors, distinct = ends[apart], ancestors[apart], distinct[apart]
-        added[ends] += distinct
-        ends = ends + 1
-        if len(ends) and ends[-1] == ticks:
-            ends, ancestors = ends[:-1], ancestors[:-1]
-        ancestors = ancestors[np.arange(len(ends))[:, None], parents[ends - 1]]
-    if joined:
-        added += np.bincount(np.concatenate(joined), minlength=ticks).cumsum()
-    return added
+        return np.zeros(ticks, np.int64)
+    turning, last = _last_heirs(parents[: ticks - 1])
+    lives = last[turning.searchsorted(ends - 1)]
+    alive = lives >= ends[:, None]
+    change = np.zeros(ticks + 1, np.int64)
+    change[ends] = alive.sum(axis=1)
+    change -= np.bincount(lives[alive] + 1, minlength=ticks + 1)
+    full: Ints = change.cumsum()[:-1]
+    return full
+
+
+def _last_heirs(parents: Ints) -> tuple[Ints, Ints]:
+    """After which turnover, counted from 1, the last beam dies that descends from a beam, or which is the last of all.
+
+    The turnovers at which anything changes, counted from 0, in rising order, shape [n]; and for the beams before each
+    of them, and those behind the last, the last turnover that heirs have lived through, shape [n + 1, beams].
+    """
+    steps, width = parents.shape
+    turning = (parents != np.arange(width)).any(axis=1).nonzero()[0]
+    heirs = [steps] * width
+    found = [heirs]
+    for step, line in zip(turning[::-1].tolist(), parents[turning[::-1]].tolist(), strict=True):
+        before = [step] * width
+        for beam, parent in enumerate(line):
+            if heirs[beam] > before[parent]:
+                before[parent] = heirs[beam]
+        found.append(before)
+        heirs = before
+    return turning, np.array(found[::-1])
