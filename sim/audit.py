@@ -45,6 +45,8 @@ class Audit:
 
     After the run nothing is held anywhere. Which steps are sampled is for `SampledSteps` to say, beside those in
     which blocks are shared, copied or moved for the 1st, 4th, 16th ... time; with `every` each sample looks at all.
+    Of beam groups whose blocks an allocator can count, only a few have tables to be looked at, one in 64, but for the
+    first; with `every` all have.
     `looked_at` are the sequences of the last sample, all if it was `thorough`; `cpu_s` is the CPU time spent in
     samples and on the ledger.
     """
@@ -91,6 +93,8 @@ class Audit:
             self.ledger = Ledger(allocator)
         if self.steps.every is None:
             self.ledger.on_event = self._hurry
+        elif isinstance(self.ledger, Ledger):
+            self.ledger.follows_all = True
         self._stopwatch = Stopwatch(self.ledger)
         allocator.watch(self._stopwatch)
 
@@ -104,7 +108,7 @@ class Audit:
         ledger = self.ledger
         ledger.when = f"step {step}"
         thorough = self.thorough = self.steps.every is not None or self.num_samples % THOROUGH == 0
-        live = [sequence for sequence in sequences if sequence.num_tokens]
+        live = [each for each in sequences if each.num_tokens and each.request.counted is None]
         self.looked_at = live if thorough else self._drawn(live)
         ledger.changed.clear()
         if thorough:

@@ -63,7 +63,9 @@ class BeamSearch:
     def count(self, parent: Sequence, scheduler: Scheduler) -> bool:
         """Let a group whose prompt is computed decode, if its allocator can count its blocks; whether it does."""
         allocator = scheduler.allocator
-        if not allocator.counts_beams or allocator.probe is not None:
+        if not allocator.counts_beams:
+            return False
+        if allocator.probe is not None and allocator.probe.follows(parent.request):
             return False
         if self._counted is None:
             self._counted = allocator.count_beams(scheduler.decodes, self)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sim.allocators.grouped import GroupedAllocator
 from sim.errors import ProbeError
 from sim.identity import UNWRITTEN, History, Ints
-from sim.request import Sequence
+from sim.request import Request, Sequence
 from sim.tier import Tier
 
 _GROUP = 0x5851F42D4C957F2D
@@ -82,6 +82,18 @@ class GroupedLedger:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Nobody forks here."""
         raise self.error(f"{parent} is forked into {child}")
+
+    def follows(self, request: Request) -> bool:
+        """All that there are."""
+        return True
+
+    def hide(self, sequence: Sequence) -> None:
+        """Nobody is hidden."""
+        raise self.error(f"{sequence} is hidden")
+
+    def show(self, sequence: Sequence) -> None:
+        """Nor shown again."""
+        raise self.error(f"{sequence} is shown again")
 
     def copy(self, source: int, target: int) -> None:
         """Nor copies."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Ordered
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.request import Request
+from sim.request import Request, Sequence
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -89,6 +89,19 @@ class History:
         else:
             seeds.append(mixed(mixed(output & _MASK) + request.prompt_tokens * _STEP + _CONTENT & _MASK))
         return cls(starts, seeds)
+
+    @classmethod
+    def along(cls, sequence: Sequence) -> History:
+        """The history of a branch by its lineage."""
+        request, forks = sequence.request, []
+        link = sequence.lineage
+        while link is not None:
+            forks.append(link)
+            link = link.parent
+        history = cls.of(request)
+        for fork in reversed(forks):
+            history = history.fork(request, fork.branch, fork.start)
+        return history
 
     def fork(self, request: Request, branch: int, length: int) -> History:
         """The history of a branch that goes its own way after `length` tokens."""

@@ -13,11 +13,14 @@ from sim.allocators.base import Allocator
 from sim.errors import ProbeError
 from sim.identity import UNWRITTEN, History, Ints, identities, identity
 from sim.layout import Layout
-from sim.request import Sequence
+from sim.request import Request, Sequence
 from sim.tier import NOWHERE, Journey, Tier
 
 FEW = 12
 """Tokens that are faster entered one by one than as an array."""
+
+FIRST_FOLLOWED, FOLLOWED = 8, 64
+"""Of beam groups that could be counted the first are followed, and one in so many."""
 
 
 class Written:
@@ -57,6 +60,7 @@ class Ledger:
             self.tiers["device"] = Tier("device", allocator.num_slots, 1)
         self.device = self.tiers["device"]
         self.live: dict[Sequence, Written] = {}
+        self.follows_all = False  # groups that could be counted too
         self._forked: dict[Sequence, History] = {}  # of branches, which may have to start again
         self._touched: set[int] = set()
         self._keeps_freed = allocator.keeps_freed
@@ -125,6 +129,22 @@ class Ledger:
         self.live[child] = Written(history, written.tokens, written.total)
         self.live[child].quantized = written.quantized
         self._forked[child] = history
+
+    def follows(self, request: Request) -> bool:
+        """One group in so many: who follows a group beam by beam takes far longer than who counts its blocks."""
+        return self.follows_all or request.id < FIRST_FOLLOWED or request.id % FOLLOWED == 0
+
+    def hide(self, sequence: Sequence) -> None:
+        """Forget what is entered of the sequence; other branches will have its blocks."""
+        written = self.live.pop(sequence, None)
+        if written is not None and written.tokens:
+            for block in sequence.block_table:
+                self.cut(block, 0)
+
+    def show(self, sequence: Sequence) -> None:
+        """Enter all that the sequence has written; what it shares it has to share with those of its descent."""
+        self._forked[sequence] = History.along(sequence)
+        self._enter_one(sequence)
 
     def copy(self, source: int, target: int) -> None:
         """The target holds what the source holds."""
@@ -338,7 +358,8 @@ class Ledger:
         Every live sequence with its block table; of each tier the identity in every slot, and of each sequence
         the identities that its history asks for.
         """
-        live = dict.fromkeys([*self.allocator.sequences, *self.live])
+        held = [sequence for sequence in self.allocator.sequences if sequence.request.counted is None]
+        live = dict.fromkeys([*held, *self.live])
         sequences = [
             {
                 "sequence": str(sequence),

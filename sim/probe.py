@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from sim.allocators.base import Allocator
-    from sim.request import Sequence
+    from sim.request import Request, Sequence
 
 
 class Witness(Protocol):
@@ -58,6 +58,15 @@ class Witness(Protocol):
 
     def lose(self, sequence: Sequence) -> None:
         """The sequence lost its tokens from `num_tokens` on, and will write them again."""
+
+    def follows(self, request: Request) -> bool:
+        """Whether to be told of this beam group, whose blocks its allocator could count instead of listing them."""
+
+    def hide(self, sequence: Sequence) -> None:
+        """Nobody tells what the sequence writes from now on, and what its request's other branches do."""
+
+    def show(self, sequence: Sequence) -> None:
+        """A branch that was hidden is told of again: it has a block table, and its lineage says what it wrote."""
 
     def end(self, sequence: Sequence) -> None:
         """The sequence, written up to `num_tokens`, is over or will start again from its prompt."""

@@ -19,11 +19,12 @@ class Stopwatch:
         for name in EVENTS:
             setattr(self, name, self._timed(getattr(witness, name)))
 
-    def _timed(self, event: Callable[..., None]) -> Callable[..., None]:
-        def timed(*what: Any) -> None:
+    def _timed(self, event: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*what: Any) -> Any:
             begin = time.process_time()
-            event(*what)
+            answer = event(*what)
             self.cpu_s += time.process_time() - begin
+            return answer
 
         return timed
 

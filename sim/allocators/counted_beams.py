@@ -12,7 +12,7 @@ import numpy as np
 from sim.decode_set import DecodeSet
 from sim.errors import IntegrityError
 from sim.genealogy import COPIES, LEFT, LOST, SPARED, TAKEN, Ints, changes
-from sim.request import NEVER, Request, Sequence
+from sim.request import NEVER, Lineage, Request, Sequence
 
 if TYPE_CHECKING:
     from sim.allocators.paged import PagedAllocator
@@ -52,6 +52,24 @@ class CountedGroup:
             line: list[int] = self.parents[tokens - self.prompt - 1].tolist()
             return line
         return list(range(self.parents.shape[1]))
+
+    def trace(self, tokens: int, turned: bool) -> None:
+        """Tell every beam its lineage, with so many tokens each, as if it had been followed from fork to fork."""
+        request, prompt, width = self.request, self.prompt, self.parents.shape[1]
+        lines = [None, *(Lineage(prompt, branch, None) for branch in range(1, width))]
+        past = self.parents[: max(0, tokens + turned - prompt - 1)]
+        turning = (past != np.arange(width)).any(axis=1).nonzero()[0]
+        for step, parents in zip(turning.tolist(), past[turning].tolist(), strict=True):
+            lives = 1
+            while lives < width and parents[lives] > parents[lives - 1]:
+                lives += 1
+            before = lines
+            lines = [before[parent] for parent in parents[:lives]]
+            for parent in parents[lives:]:
+                lines.append(Lineage(prompt + step + 1, request.next_branch, before[parent]))
+                request.next_branch += 1
+        for sequence, line in zip(request.sequences, lines, strict=True):
+            sequence.lineage = line
 
     def ancestors(self, tokens: int, turned: bool, size: int) -> list[list[int]]:
         """Of each block behind the prefix the beam that filled it, for each beam; shape [blocks, beams].
@@ -97,6 +115,8 @@ class CountedBeams:
         prompt, final, size = parent.origin, parent.final_tokens, owner.block_size
         whole = prompt // size
         prefix, tail = parent.block_table[:whole], parent.block_table[whole:]
+        if owner.probe is not None:
+            owner.probe.hide(parent)
         parent.block_table = []
         for branch in range(1, request.width):
             request.sequences.append(Sequence(request, branch, prompt, final))
@@ -293,6 +313,10 @@ class CountedBeams:
                 sequence for sequence, beam in zip(sequences, line, strict=True) if line.count(beam) > 1
             ]
             self._search.follow(request, group.parents, tokens + turned)
+        if owner.probe is not None:
+            group.trace(tokens, turned)
+            for sequence in sequences:
+                owner.probe.show(sequence)
 
     def _refer(self, tables: list[list[int]], whole: int) -> int:
         """Set the references of the blocks in these tables from an index on; the number of blocks."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sim import Capacity, Recorder, Transfers, allocator, scheduler, simulate, timing
+from sim import Capacity, ProbeError, Recorder, Transfers, allocator, ledger, scheduler, simulate, timing
+from sim.allocators.counted_beams import CountedGroup
+from sim.audit import Audit
 from sim.errors import IntegrityError
 from sim.genealogy import COPIES, LEFT, LOST, SPARED, TAKEN, WASTED, WRITTEN, changes, draw_parents
 from sim.request import Request
@@ -64,13 +66,23 @@ def test_changes_are_those_of_tables_that_are_forked_and_copied(width, prompt, s
             assert found[tick, [LEFT, LOST, SPARED]].tolist() == left.tolist()
 
 
-def run(blocks: int, *, counts: bool, policy: str = "vllm_v0", every=None, **fields):
+def run(
+    blocks: int,
+    *,
+    counts: bool,
+    policy: str = "vllm_v0",
+    every=None,
+    probe=None,
+    turnover=0.35,
+    gap=60 * MS,
+    **fields,
+):
     """Beams, samples and single sequences at a rate that fills half of 600 blocks."""
     draw = np.random.default_rng(1)
     asked = [
         Request(
             name,
-            name * 60 * MS,
+            name * gap,
             *draw.integers(1, 120, 2).tolist(),
             **[{}, {"n": 3}, {"beam_width": 4}][name % 3],
         )
@@ -91,12 +103,13 @@ def run(blocks: int, *, counts: bool, policy: str = "vllm_v0", every=None, **fie
     if every is not None:
         served.plan = looked_at
     summary = simulate(
-        Asked(asked, beams=(0.35, 2)),
+        Asked(asked, beams=(turnover, 2)),
         scheduler=served,
         timing=timing["fixed"](prefill_ms=7.0, decode_ms=3.0),
         transfers=Transfers(None, None, 16),
         recorder=Recorder(lambda table, columns: tables.append((table, columns))),
         max_model_len=256,
+        probe=probe,
     )
     memory.check_integrity()
     assert memory.usage().free == blocks * 16
@@ -104,7 +117,7 @@ def run(blocks: int, *, counts: bool, policy: str = "vllm_v0", every=None, **fie
 
 
 @pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "orca", "static", "lightllm"])
-@pytest.mark.parametrize("blocks", [120, 200, 600])
+@pytest.mark.parametrize("blocks", [40, 60, 600])
 def test_a_run_is_the_same_with_a_table_for_each_beam(blocks, policy):
     (one, mine, _), (other, theirs, _) = (
         run(blocks, counts=counts, policy=policy) for counts in (True, False)
@@ -114,6 +127,40 @@ def test_a_run_is_the_same_with_a_table_for_each_beam(blocks, policy):
         assert name == same
         for column in columns:
             np.testing.assert_array_equal(columns[column], others[column], err_msg=f"{name}.{column}")
+
+
+@pytest.fixture
+def few_followed(monkeypatch):
+    """Two groups that the ledger follows; all others are counted until memory runs short."""
+    monkeypatch.setattr(ledger, "FIRST_FOLLOWED", 6)
+    monkeypatch.setattr(ledger, "FOLLOWED", 10**9)
+
+
+@pytest.mark.parametrize("mode", ["auto", "swap", "recompute", "partial"])
+@pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "lightllm"])
+@pytest.mark.parametrize(("blocks", "gap"), [(60, 60 * MS), (40, 100 * MS)])
+def test_a_probe_changes_nothing_and_knows_a_group_again_that_gets_tables(
+    blocks, gap, policy, mode, few_followed
+):
+    fields = {"counts": True, "policy": policy, "preemption": mode, "turnover": 0.15, "gap": gap}
+    probe = Audit(samples=300, num_requests=90)
+    plain, *_ = run(blocks, **fields)
+    watched, *_ = run(blocks, probe=probe, **fields)
+    assert watched == pytest.approx(plain, rel=0, abs=0, nan_ok=True)
+    assert probe.num_samples >= 10
+
+
+@pytest.mark.parametrize("shift", ["tables", "lineage"])
+def test_a_group_whose_tables_are_not_those_of_its_descent_is_noticed(shift, few_followed, monkeypatch):
+    ancestors, trace = CountedGroup.ancestors, CountedGroup.trace
+    if shift == "tables":
+        monkeypatch.setattr(
+            CountedGroup, "ancestors", lambda *args: [line[::-1] for line in ancestors(*args)]
+        )
+    else:
+        monkeypatch.setattr(CountedGroup, "trace", lambda group, at, turned: trace(group, at - 1, turned))
+    with pytest.raises(ProbeError, match="is written over token"):
+        run(60, counts=True, probe=Audit(samples=300, num_requests=90), turnover=0.15)
 
 
 def test_the_books_agree_with_the_tables_that_beams_would_have_before_every_plan():
