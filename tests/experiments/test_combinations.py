@@ -142,10 +142,7 @@ NEVER = {
     "partial preemption of layer groups": (("prefix", "partial"), "cannot take a part of what a sequence"),
     "partial preemption of states": (("jenga", "states", "partial"), "cannot take a part of what a sequence"),
     "cached prefixes of states": (("prefix", "states", "prefixes"), "no checkpoints of states"),
-    "two precisions under one key": (
-        ("paged", "prefixes", "quantised swap"),
-        "two precisions would be under",
-    ),
+    "partial preemption of what stays cached": (("paged", "prefixes", "partial"), "take recompute"),
     "two precisions in one cache": (
         ("paged", "quantised cache", "quantised swap"),
         "the precision of the cache",

@@ -281,6 +281,25 @@ def test_cached_blocks_need_not_be_computed_again():
     assert told == pytest.approx(dict.fromkeys(range(4), 2e-3))  # of 18 tokens 16 are cached; 1 ms a token
 
 
+OVER = {
+    "token": {},
+    "multi_size": {"block_size": 2, "largest_block": 16, "slack": 0.5},
+    "adaptive": {"block_size": 2, "largest_block": 16, "window": 5},
+}
+
+
+@pytest.mark.parametrize("kind", OVER)
+@pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "sarathi"])
+def test_the_probe_finds_what_partial_preemptions_leave_over_other_allocators(kind, policy):
+    lost = {"partial": 0, "recompute": 0}
+    for mode in lost:
+        for seed in range(4):
+            over = memory(kind, slots=(64, 100, 150)[seed % 3], **OVER[kind])
+            summary = run(over, crowd(seed, groups=bool(seed % 2)), Audit(every=1), policy, preemption=mode)
+            lost[mode] += summary["recomputed_tokens"]
+    assert 0 < lost["partial"] < lost["recompute"]
+
+
 @pytest.mark.parametrize("mode", ["recompute", "swap", "hybrid", "partial"])
 @pytest.mark.parametrize("who", ["cheapest_to_recover", "fewest_blocks", "earliest"])
 def test_the_probe_finds_every_token_at_every_step(mode, who):
