@@ -238,10 +238,3 @@ class TieredStore(TierPlaces):
                 yield "offload.min_hits", "only the selective policy counts hits"
             if "prefetch" in (config.get("transfers") or {}):
                 yield "transfers.prefetch", "what tiers have is loaded for the step that admits its request"
-            sampling = config["workload"].get("sampling") or {}
-            for field in ("n", "best_of", "beam_width"):
-                if (sampling.get(field) or 1) > 1:
-                    yield (
-                        f"workload.sampling.{field}",
-                        "tiers keep blocks by request, not those of several branches",
-                    )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sim.allocators.base import allocator
 from sim.allocators.blocks import block_slots, grow_by_block, in_common
-from sim.allocators.capacity import Admission, Capacity
+from sim.allocators.capacity import STAYS_CACHED, Admission, Capacity
 from sim.allocators.counted_beams import CountedBeams
 from sim.allocators.swapping import SwappingAllocator
 from sim.block_pool import BlockPool
@@ -21,13 +21,6 @@ from sim.request import Request, Sequence
 if TYPE_CHECKING:
     from sim.beams import BeamSearch
     from sim.decode_set import DecodeSet
-
-
-STAYS_CACHED = (
-    "what a preempted request had stays cached until others need it, its end first, and is found again: "
-    "take recompute"
-)
-"""Why an allocator with prefix caching has no partial preemption."""
 
 
 @allocator("paged")

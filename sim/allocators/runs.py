@@ -27,6 +27,7 @@ class RunsAllocator(PagedAllocator):
     absent: ClassVar = {
         "prefix_caching": "blocks differ in size, and keys of prefixes would need the smallest as their grain"
     }
+    reasons: ClassVar = {"can_offload": "blocks differ in size"}
     growth = None
     pool: RunPool
 

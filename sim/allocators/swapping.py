@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from sim.allocators.base import Allocator
 from sim.allocators.capacity import Admission
@@ -19,6 +20,9 @@ class SwappingAllocator(Allocator):
     (`yielding`): copies that leave over a link are waited for, and who stopped loses what is needed.
     """
 
+    reasons: ClassVar = {
+        "can_offload": "cached blocks go to its own host pool with their requests (swap); prefix and radix have tiers"
+    }
     recomputes_groups = True
     can_stop = True
     can_swap = True

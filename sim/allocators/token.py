@@ -28,6 +28,7 @@ class TokenAllocator(PagedAllocator):
     """
 
     absent: ClassVar = {"prefix_caching": "slots are not found by their content; radix does so by the token"}
+    reasons: ClassVar = {"can_offload": "slots are not found by their content; radix has tiers by the token"}
 
     def __init__(self, capacity: Capacity, *, num_host_blocks: NonNegativeInt | None = None) -> None:
         super().__init__(capacity, block_size=1, watermark=0.0, num_host_blocks=num_host_blocks)

@@ -136,7 +136,7 @@ NEVER = {
     "contiguous with forks": (("contiguous", "parallel samples"), "it cannot fork"),
     "contiguous with prefixes": (("contiguous", "prefixes"), "one request's alone"),
     "contiguous with partial preemption": (("contiguous", "partial"), "nobody outgrows a reservation"),
-    "contiguous with tiers": (("contiguous", "tiers"), "keeps no cached prefixes"),
+    "contiguous with tiers": (("contiguous", "tiers"), "no cached prefixes that tiers"),
     "adaptive sizes with prefix chains": (("adaptive", "prefixes"), "the smallest as their grain"),
     "several sizes with prefix chains": (("multi_size", "prefixes"), "the smallest as their grain"),
     "partial preemption of layer groups": (("prefix", "partial"), "cannot take a part of what a sequence"),
