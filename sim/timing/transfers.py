@@ -20,7 +20,7 @@ class Transfers:
     microseconds whatever its size, which is why swapping small blocks is slow (Kwon et al., SOSP 2023,
     section 7.3). The engine waits for swaps, as vLLM V0 does, unless they are asynchronous: then they take their
     time on a link of their own (`Link`), a block that leaves is free when it is copied, and a step waits only for
-    blocks that it needs before.
+    blocks that it needs before. Without a model blocks have no bytes, and a move costs its copies alone.
 
     Fields:
         host_bandwidth_gb_per_s: Bandwidth of the host link, each direction; by default 0.75 of the

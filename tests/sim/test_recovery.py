@@ -91,6 +91,21 @@ def test_what_swapping_cost_is_reported():
     assert told.summary["recompute_s"] == told.summary["recomputed_tokens"] == 0
 
 
+def test_swaps_that_the_host_has_no_room_for_are_counted():
+    """Three blocks, and a host pool of one; computing again is not what was asked for."""
+    told = {
+        mode: Story(
+            scheduled("vllm_v0", memory(slots=24, num_host_blocks=1), preemption=mode),
+            ask(*TWO),
+            clock=clock(),
+        ).summary
+        for mode in ("swap", "recompute", "hybrid")
+    }
+    assert [each["swap_refused"] for each in told.values()] == [1, 0, 1]
+    assert all(each["recomputed_tokens"] == 12 and not each["swapped_gb"] for each in told.values())
+    assert story(24, *TWO, preemption="swap").summary["swap_refused"] == 0
+
+
 def test_a_chunk_counts_as_far_as_it_was_computed_before():
     """Of a step's three chunks one is new, one was lost but for its next token, one for nine more of its prompt."""
     step = Step()
