@@ -183,8 +183,7 @@ class TieredStore(TierPlaces):
         self._drain()
         worth = found = self.index.leading(keys)
         if found and self.cost is not None:
-            pieces = [(run, count) for run, _, count in self._pieces(keys[:found])]
-            worth = self.cost.worth(request, pieces, before, self)
+            worth = self.cost.worth(request, self._pieces(keys[:found]), before, self)
         self._declined = found - worth
         return worth
 

@@ -48,6 +48,8 @@ class Recovery:
             allocator.link = Link(transfers) if transfers.asynchronous else None
         if allocator.tiers is not None:
             allocator.tiers.traffic.asynchronous = transfers.asynchronous
+            for tier in allocator.tiers.tiers:
+                tier.price_copies(transfers.copy_out, transfers.copy_in, transfers.copies_per_block)
             allocator.tiers.traffic.layers = transfers.overlapping_layers
             if allocator.tiers.cost is not None:
                 allocator.tiers.cost.price = self.prefill_seconds
