@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.paged import PagedAllocator
+from sim.allocators.swapping import SwappingAllocator
 from sim.errors import IntegrityError, UserError
 from sim.request import Request, Sequence
 from sim.run_pool import RunPool
@@ -123,39 +124,34 @@ class RunsAllocator(PagedAllocator):
 
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """A further run for each sequence of each batch."""
+        size, take_run, run, entries = self.block_size, self.pool.take_run, self.run, self._entries
         books = []
         for tick, sequences in batches:
             if self.yielding:  # free pages may be short
-                for sequence in sequences:
-                    self._grow_to(sequence, sequence.capacity + 1)
-                done = True
-            else:
-                done = self._grow_freely(sequences)
+                SwappingAllocator.grow(self, [(tick, sequences)])
+                self.entry_log.append((tick, self.num_held // size - self._num_entries))
+                books.append((tick, self.num_held, self.num_internal))
+                continue
+            held, internal, done = self.num_held, self.num_internal, False
+            for sequence in sequences:
+                table = sequence.block_table
+                table += take_run(run(sequence, 1))
+                before, final = sequence.capacity, sequence.final_tokens
+                sequence.capacity = capacity = len(table) * size
+                held += capacity - before
+                if capacity >= final:
+                    internal += capacity - final
+                    done = True
+                entries[sequence] += 1
+            self._num_entries += len(sequences)
+            self.num_held, self.num_internal = held, internal
             if done:
                 sequences[:] = [
                     sequence for sequence in sequences if sequence.capacity < sequence.final_tokens
                 ]
-            self.entry_log.append((tick, self.num_held // self.block_size - self._num_entries))
-            books.append((tick, self.num_held, self.num_internal))
+            self.entry_log.append((tick, held // size - self._num_entries))
+            books.append((tick, held, internal))
         return books
-
-    def _grow_freely(self, sequences: list[Sequence]) -> bool:
-        """A further run for each, while there are pages for all; whether one of them needs no more."""
-        size, take_run, run, entries = self.block_size, self.pool.take_run, self.run, self._entries
-        held, internal, done = self.num_held, self.num_internal, False
-        for sequence in sequences:
-            table = sequence.block_table
-            table += take_run(run(sequence, 1))
-            before, final = sequence.capacity, sequence.final_tokens
-            sequence.capacity = capacity = len(table) * size
-            held += capacity - before
-            if capacity >= final:
-                internal += capacity - final
-                done = True
-            entries[sequence] += 1
-        self._num_entries += len(sequences)
-        self.num_held, self.num_internal = held, internal
-        return done
 
     def append(self, sequence: Sequence) -> int:
         """A further run if the last is full, a copy of the next token's page if others share it, else nothing."""
