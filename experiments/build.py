@@ -222,8 +222,12 @@ def make_tiers(
     if experiment.tiers is None:
         return None
     if not (over.can_offload and over.keeps_freed):
+        kind = experiment.allocator["kind"]
+        grouped = "each group of layers has a table of its own"
+        without = "it finds no prefixes (prefix_caching)" if over.can_offload else grouped
+        why = getattr(allocator[kind], "reasons", {}).get("can_offload", without)
         raise _wrong(
-            "the allocator keeps no cached prefixes that tiers could go on with",
+            f"there are no cached prefixes that tiers could go on with: {why}",
             "tiers",
             str(experiment.allocator["kind"]),
             f"one that does: {those('can_offload')}, with prefix caching and one group of layers",

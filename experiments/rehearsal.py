@@ -158,12 +158,8 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
     for field in ("n", "best_of", "beam_width"):
         if (sampling.get(field) or 1) > 1 and not getattr(owner, "can_fork", True):
             expected = f"1, or an allocator that shares slots ({those('can_fork')})"
-            yield Mistake(
-                f"allocator {name} cannot fork",
-                ("workload", "sampling", field),
-                str(sampling[field]),
-                expected,
-            )
+            what = _cannot(name, "can_fork", "fork")
+            yield Mistake(what, ("workload", "sampling", field), str(sampling[field]), expected)
     for field, how, without in (
         ("asynchronous", "beside the computation", "false"),
         ("quantization", "at another precision", "null"),
@@ -173,7 +169,7 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             continue  # so are those from and to tiers
         if value and not getattr(owner, "can_fly", True):
             expected = f"{without}, or an allocator that does ({those('can_fly')})"
-            what = f"allocator {name} cannot swap {how}"
+            what = _cannot(name, "can_swap", f"swap {how}")
             yield Mistake(what, ("transfers", field), str(value).lower(), expected)
     if not _swaps(owner, settings):
         idle = ["allocator.num_host_blocks"] if settings["allocator"].get("num_host_blocks") else []
@@ -195,9 +191,13 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
         mode = settings["scheduler"].get("preemption")
         if mode in modes and not getattr(owner, power, True):
             expected = f"recompute, or an allocator {others} ({those(power)})"
-            yield Mistake(
-                f"allocator {name} cannot {what}", ("scheduler", "preemption"), f"'{mode}'", expected
-            )
+            yield Mistake(_cannot(name, power, what), ("scheduler", "preemption"), f"'{mode}'", expected)
+
+
+def _cannot(name: str, power: str, what: str) -> str:
+    """What an allocator cannot do, and why if it says so."""
+    why = getattr(allocator[name], "reasons", {}).get(power)
+    return f"allocator {name} cannot {what}" + (f": {why}" if why else "")
 
 
 def _swaps(owner: type[Allocator], settings: dict[str, Any]) -> bool:

@@ -19,11 +19,13 @@ class HashedPool(BlockPool):
     free and stay findable. Blocks that were never handed out go first; then free blocks are looked at in the order in
     which they were freed, up to the first that was used after the one chosen so far, and the one that lay deepest in
     its prompt is evicted. (Where blocks are freed in the order of their last use, as in V0's own runs, that is the one
-    used longest ago.) `computed` flags blocks whose content a later prompt need not compute.
+    used longest ago.) `computed` flags blocks whose content a later prompt need not compute. `num_leaving` blocks are
+    held by nothing but copies away from them.
     """
 
     __slots__ = (
-        "_freed", "_made", "_releases", "_stamps", "computed", "found", "keys", "last_accessed",
+        "_freed", "_made", "_releases", "_stamps", "computed", "found", "keys", "last_accessed", "leaving",
+        "num_leaving",
     )  # fmt: skip
 
     free: dict[int, None]  # type: ignore[assignment]  # those that were never handed out, and those that were
@@ -41,6 +43,8 @@ class HashedPool(BlockPool):
         self._freed: OrderedDict[int, tuple[int, int, list[int]]] = OrderedDict()
         self._stamps = [0] * num_blocks  # the release with which a block was freed last
         self._releases = 0
+        self.leaving: dict[int, int] = {}  # blocks that are being copied away, with the copies' references
+        self.num_leaving = 0
 
     def take(self, count: int = 1) -> list[int]:
         """Hand out `count` blocks without content. Raises OutOfBlocks and takes none if there are fewer."""
@@ -98,11 +102,31 @@ class HashedPool(BlockPool):
 
     def hold(self, block: int) -> None:
         """Add a reference to a block that was found."""
-        if self.references[block]:
+        count = self.references[block]
+        if count:
             self.extra_references += 1
+            if self.leaving and self.leaving.get(block) == count:
+                self.num_leaving -= 1
         else:
             del self.free[block]
-        self.references[block] += 1
+        self.references[block] = count + 1
+
+    def depart(self, block: int) -> None:
+        """A copy away from a block begins, while somebody holds it; it holds it too."""
+        self.hold(block)
+        self.leaving[block] = self.leaving.get(block, 0) + 1
+
+    def arrive(self, blocks: Sequence[int], first: int, now: int) -> None:
+        """The copies of these blocks of a table, from index `first` on, have ended; they are released."""
+        for block in blocks:
+            copies = self.leaving[block]
+            if self.references[block] == copies:
+                self.num_leaving -= 1
+            if copies > 1:
+                self.leaving[block] = copies - 1
+            else:
+                del self.leaving[block]
+        self.release(blocks, first, now)
 
     def obtain(self, key: Hashable | None) -> int:
         """The block with this content, with one more reference, or a new one for it; for None one that is not found."""
@@ -141,7 +165,7 @@ class HashedPool(BlockPool):
 
         Raises ValueError on a double free.
         """
-        references, last = self.references, self.last_accessed
+        references, last, leaving = self.references, self.last_accessed, self.leaving
         if [references[block] for block in blocks].count(1) == len(blocks) and (
             max([last[block] for block in blocks], default=now) <= now
         ):
@@ -158,6 +182,8 @@ class HashedPool(BlockPool):
             if count == 0:
                 raise ValueError(f"double free of block {block}")
             references[block] = count - 1
+            if leaving and leaving.get(block) == count - 1:
+                self.num_leaving += 1
             if freed and (count > 1 or last[block] != last[freed[-1]]):
                 self._let_go(depth - len(freed), freed, last[freed[-1]])
                 freed = []

@@ -46,18 +46,21 @@ class Link(Generic[C]):
             self.busy_time += ends[-1] - start
         return ends
 
-    def copy_out(self, blocks: int, after: int = 0) -> int:
-        """Copy blocks away in one go, not before `after`; the end of the copy."""
+    def copy_out(self, blocks: int, after: int = 0, further: float = 0.0) -> int:
+        """Copy blocks away in one go, not before `after`, and in so many `further` seconds; the end of the copy."""
         start = max(self.now, self.out_free_at, after)
-        duration = round(self.transfers.swap_seconds(blocks, 0) * 1e9)
+        duration = round((self.transfers.swap_seconds(blocks, 0) + further) * 1e9)
         self.out_free_at = start + duration
         self.busy_time += duration
         return self.out_free_at
 
-    def submit_in(self, blocks: int, after: int = 0) -> int:
-        """Copy blocks back, not before they have all arrived on the host (`after`); the end of the copy."""
+    def submit_in(self, blocks: int, after: int = 0, further: float = 0.0) -> int:
+        """Copy blocks back, not before they have all arrived on the host (`after`); the end of the copy.
+
+        It takes so many `further` seconds.
+        """
         start = max(self.now, self.in_free_at, after)
-        duration = round(self.transfers.swap_seconds(0, blocks) * 1e9)
+        duration = round((self.transfers.swap_seconds(0, blocks) + further) * 1e9)
         self.in_free_at = start + duration
         self.busy_time += duration
         return self.in_free_at

@@ -11,7 +11,7 @@ from sim.request import Request
 if TYPE_CHECKING:
     from collections.abc import Sequence as Ordered
 
-    from sim.storage_tier import Run, StorageTier
+    from sim.storage_tier import Copies, Run, StorageTier
     from sim.tiered_store import TieredStore
 
 
@@ -29,23 +29,27 @@ class LoadCost:
         """Seconds that computing a request's prompt adds to a step, behind so many tokens."""
 
     def worth(
-        self, request: Request, pieces: Iterable[tuple[Run, int]], before: int, store: TieredStore
+        self, request: Request, pieces: Iterable[tuple[Run, int, int]], before: int, store: TieredStore
     ) -> int:
         """How many blocks to load: all that tiers have up to the one where the step is shortest, the least on a tie.
 
-        `pieces` are runs with the number of their blocks that are found, behind `before` tokens on the device.
+        `pieces` are runs with the first of their blocks that are found, behind `before` tokens on the device, and the
+        number of these.
         """
         reads = {tier: sum([count for _, count in tier.reads]) for tier in self._tiers}
         ready = dict.fromkeys(self._tiers, store.now)
-        best = self._seconds(request, before, reads, ready, store)
+        copies = {tier: tier.back.copy() for tier in self._tiers}
+        best = self._seconds(request, before, reads, ready, copies, store)
         loaded = worth = 0
         for tier, found in groupby(pieces, lambda piece: piece[0].tier):
             assert tier is not None
-            for run, count in found:
+            for run, first, count in found:
                 loaded += count
+                copies[tier].add(run.slots[first : first + count])
                 reads[tier] += count
                 ready[tier] = max(ready[tier], run.ready)
-            seconds = self._seconds(request, before + loaded * store.block_size, reads, ready, store)
+            tokens = before + loaded * store.block_size
+            seconds = self._seconds(request, tokens, reads, ready, copies, store)
             if seconds < best:
                 best, worth = seconds, loaded
         return worth
@@ -56,6 +60,7 @@ class LoadCost:
         before: int,
         reads: dict[StorageTier, int],
         ready: dict[StorageTier, int],
+        copies: dict[StorageTier, Copies],
         store: TieredStore,
     ) -> float:
         """What a request adds to a step that computes it behind the token `before`, and waits for these reads."""
@@ -65,5 +70,7 @@ class LoadCost:
         for tier, blocks in reads.items():
             if blocks:
                 begin = max(tier.link.in_free_at, ready[tier])
-                wait = max(wait, (begin - store.now) / 1e9 + tier.swap_seconds(0, blocks))
+                wait = max(
+                    wait, (begin - store.now) / 1e9 + tier.swap_seconds(0, blocks) + copies[tier].seconds
+                )
         return computing + max(0.0, wait - computing * (store.traffic.layers - 1) / store.traffic.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -107,6 +108,7 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
     unshared = memory.held + memory.saved * engine.allocator.block_slots
     prompts = requests.admitted_prompt_tokens
     allocator = engine.allocator
+    swapped = clock.swapped_out_blocks + clock.swapped_in_blocks
     averages = memory.averages(allocator.block_size if allocator.pools else 0)
     shares = {name: averages.pop(name) for name in list(averages) if name.endswith("_share")}
     return {
@@ -126,9 +128,8 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "swapped_in_blocks": clock.swapped_in_blocks,
         "copied_blocks": clock.copied_blocks,
         "recompute_s": clock.recompute_time / 1e9,
-        "swapped_gb": (clock.swapped_out_blocks + clock.swapped_in_blocks)
-        * clock.transfers.swapped_bytes
-        / 1e9,
+        "swap_refused": engine.scheduler.swap_refused,
+        "swapped_gb": swapped * (clock.transfers.swapped_bytes or math.nan) / 1e9 if swapped else 0.0,
         "swap_transfer_s": (clock.transfer_time if clock.link is None else clock.link.busy_time) / 1e9,
         "swap_stall_s": clock.stall_time / 1e9,
         "recovery_s": (clock.recompute_time + clock.stall_time) / 1e9,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
+from typing import ClassVar
 
 from sim.errors import IntegrityError, UserError
 from sim.eviction import Eviction, belady
@@ -46,12 +47,55 @@ class Run:
         return other
 
 
+class Copies:
+    """Copies of a planned transfer, by stretches of slots that follow one another; `price` is the seconds of one."""
+
+    __slots__ = ("_last", "price", "stretches")
+
+    def __init__(self, price: float = 0.0) -> None:
+        self.price = price
+        self.stretches = 0
+        self._last = -2
+
+    def add(self, slots: Ordered[int]) -> None:
+        """These slots are moved behind the others."""
+        last, found = self._last, 0
+        for slot in slots:
+            if slot != last + 1:
+                found += 1
+            last = slot
+        self._last = last
+        self.stretches += found
+
+    @property
+    def seconds(self) -> float:
+        """What they take."""
+        return self.stretches * self.price
+
+    def clear(self) -> None:
+        """They are submitted."""
+        self.stretches = 0
+        self._last = -2
+
+    def copy(self) -> Copies:
+        """The same, to add to."""
+        other = Copies(self.price)
+        other.stretches, other._last = self.stretches, self._last
+        return other
+
+
 class StorageTier:
     """One memory of blocks behind the device, with an eviction order of its own and a link in both directions.
 
-    Its slots are numbered from 0, one for each block. A transfer takes `latency_us` and the time of its bytes, however
-    many blocks it moves, as they travel together.
+    Its slots are numbered from 0, one for each block. A transfer takes `latency_us`, the time of its bytes, and that of
+    its copies: blocks in slots that follow one another go in one, or in one for each piece where the tier keeps blocks
+    in pieces as the device does, K and V of each layer by themselves. How they lie on the device does not matter: a
+    kernel gathers them there and spreads them, as in SGLang's HiCache and LMCache. A copy takes what one takes in a
+    swap (`price_copies`).
     """
+
+    whole: ClassVar[bool] = True
+    """Whether a block is kept in one piece."""
 
     def __init__(
         self,
@@ -89,6 +133,8 @@ class StorageTier:
         self.reads: list[tuple[Run, int]] = []  # of the step that is planned, with the number of blocks
         self.writes: list[tuple[Run, int, list[int]]] = []  # likewise, and a place for its end
         self.read_blocks = self.written_blocks = self.hit_tokens = 0
+        self.out = Copies()  # of `writes`
+        self.back = Copies()  # of `reads`
         self._latency = latency_us / 1e6
         self._read_block = block_bytes / read_bytes_per_s
         self._write_block = block_bytes / write_bytes_per_s
@@ -98,13 +144,18 @@ class StorageTier:
         self._pushes = 0
 
     def swap_seconds(self, out_blocks: int, in_blocks: int) -> float:
-        """Seconds that a transfer takes which writes so many blocks, and one that reads so many."""
+        """Seconds of a transfer which writes so many blocks, and of one that reads so many, their copies aside."""
         seconds = 0.0
         if out_blocks:
             seconds += self._latency + out_blocks * self._write_block
         if in_blocks:
             seconds += self._latency + in_blocks * self._read_block
         return seconds
+
+    def price_copies(self, out: float, back: float, pieces: int) -> None:
+        """Take the seconds of a copy in either direction, and the pieces of a block on the device."""
+        number = 1 if self.whole else pieces
+        self.out.price, self.back.price = out * number, back * number
 
     def add(self, run: Run) -> None:
         """Give a run slots; there have to be as many."""

@@ -18,7 +18,7 @@ tier: Registry[type[StorageTier]] = Registry("tier")
 
 @tier("host")
 class HostTier(StorageTier):
-    """Memory of the host, behind the device's own link.
+    """Memory of the host, behind the device's own link; K and V of each layer lie by themselves.
 
     Fields:
         name: What its figures are called by.
@@ -28,6 +28,8 @@ class HostTier(StorageTier):
         latency_us: Fixed time of a transfer.
         eviction: Which block goes first when it is full.
     """
+
+    whole = False
 
     def __init__(
         self,

@@ -74,6 +74,7 @@ class TierTraffic:
                 copied[block] = until
         tier.writes.append((run, count, until))
         tier.written_blocks += count
+        tier.out.add(run.slots)
         self._copying = True
 
     def read(self, tier: StorageTier, run: Run) -> None:
@@ -81,6 +82,7 @@ class TierTraffic:
         count = len(run.keys)
         tier.reads.append((run, count))
         tier.read_blocks += count
+        tier.back.add(run.slots)
         self._copying = True
 
     def reuse(self, blocks: Ordered[int]) -> None:
@@ -102,7 +104,8 @@ class TierTraffic:
                 count += blocks
                 if run.ready > after:
                     after = run.ready
-            after = tier.link.copy_out(count, after)
+            after = tier.link.copy_out(count, after, tier.out.seconds)
+            tier.out.clear()
             for run, _, until in writes:
                 run.ready = until[0] = after
             writes.clear()
@@ -116,7 +119,9 @@ class TierTraffic:
         for tier in self.tiers:
             if tier.reads:
                 count = sum([count for _, count in tier.reads])
-                end = tier.link.submit_in(count, max([run.ready for run, _ in tier.reads]))
+                ready = max([run.ready for run, _ in tier.reads])
+                end = tier.link.submit_in(count, ready, tier.back.seconds)
+                tier.back.clear()
                 self._awaited = max(self._awaited, end)
                 tier.reads.clear()
         if self._reused:

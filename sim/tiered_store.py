@@ -183,8 +183,7 @@ class TieredStore(TierPlaces):
         self._drain()
         worth = found = self.index.leading(keys)
         if found and self.cost is not None:
-            pieces = [(run, count) for run, _, count in self._pieces(keys[:found])]
-            worth = self.cost.worth(request, pieces, before, self)
+            worth = self.cost.worth(request, self._pieces(keys[:found]), before, self)
         self._declined = found - worth
         return worth
 
@@ -238,10 +237,3 @@ class TieredStore(TierPlaces):
                 yield "offload.min_hits", "only the selective policy counts hits"
             if "prefetch" in (config.get("transfers") or {}):
                 yield "transfers.prefetch", "what tiers have is loaded for the step that admits its request"
-            sampling = config["workload"].get("sampling") or {}
-            for field in ("n", "best_of", "beam_width"):
-                if (sampling.get(field) or 1) > 1:
-                    yield (
-                        f"workload.sampling.{field}",
-                        "tiers keep blocks by request, not those of several branches",
-                    )

@@ -77,7 +77,13 @@ class AdaptiveAllocator(RunsAllocator):
         if 0 < sequence.final_tokens <= sequence.num_tokens:
             self._learn(sequence.final_tokens)
         super().free(sequence)
-        del self._sizes_of[sequence]
+        self._sizes_of.pop(sequence, None)
+
+    def shortened(self, sequence: Sequence) -> None:
+        """One that has nothing left is admitted anew."""
+        super().shortened(sequence)
+        if not sequence.block_table:
+            self._sizes_of.pop(sequence, None)
 
     def retire(self, request: Request) -> None:
         """The branches are done; their lengths are known."""

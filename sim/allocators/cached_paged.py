@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
+from typing import NamedTuple
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.shared_tails import TailSharingAllocator
 from sim.hashed_blocks import HashedPool
 from sim.prefix_keys import prefix_keys, sequence_keys, tail_key
 from sim.request import Request, Sequence
+
+
+class Lowered(NamedTuple):
+    """What a block is known by whose content came through a swap at a lower precision."""
+
+    key: Hashable
+    precision: str
 
 
 class CachedPagedAllocator(TailSharingAllocator):
@@ -25,6 +33,9 @@ class CachedPagedAllocator(TailSharingAllocator):
     leaves it, to the last step that he took part in; and a block that fills up while decoding gets its key then, as
     nobody asks for it before. Where V0 would swap a block into one that somebody has written on in since, as both
     were known by the same beginning, it goes to a block of its own.
+
+    What comes back from a swap at a lower precision is known as such, to others that come back alone; prompts do not
+    find it. What a sequence fills from then on follows from it, and is not found at all.
     """
 
     def __init__(
@@ -40,6 +51,7 @@ class CachedPagedAllocator(TailSharingAllocator):
         self._tails: dict[
             Sequence, int
         ] = {}  # where in its table a sequence has a block known by a part of it
+        self._lowered: set[Sequence] = set()  # that came back less precise
         self._moves = 0  # blocks that were swapped without a key
         self._ready: set[Sequence] = set()  # whose prompts are computed
         self._last_full: dict[Sequence, int] = {}  # the last full block of a prompt when it was computed
@@ -203,6 +215,8 @@ class CachedPagedAllocator(TailSharingAllocator):
 
     def _name(self, sequence: Sequence, full: int) -> None:
         """Let the first full blocks be found, where their content is not found elsewhere."""
+        if sequence in self._lowered:
+            return
         pool = self.pool
         keys = self._keys(sequence, full)
         for block, key in zip(sequence.block_table, keys, strict=False):
@@ -251,6 +265,8 @@ class CachedPagedAllocator(TailSharingAllocator):
             self.host_pool.release(sequence.block_table, now=self._last_use(sequence))
             sequence.block_table = []
             self._hosted.discard(sequence)
+            if not self._hosted.intersection(sequence.request.sequences):
+                self._flying.forget(sequence.request)
         else:
             table = sequence.block_table
             if sequence not in self._done:
@@ -262,6 +278,7 @@ class CachedPagedAllocator(TailSharingAllocator):
         sequence.capacity = 0
         self._ready.discard(sequence)
         self._done.discard(sequence)
+        self._lowered.discard(sequence)
         del self._used[sequence]
 
     def retire(self, request: Request) -> None:
@@ -281,6 +298,8 @@ class CachedPagedAllocator(TailSharingAllocator):
         """Share every block of the parent; needs no memory."""
         super().fork(parent, child)
         self._used[child] = self._used[parent]
+        if parent in self._lowered:
+            self._lowered.add(child)
         if parent in self._ready:
             self._ready.add(child)
         if parent in self._tails:
@@ -299,7 +318,9 @@ class CachedPagedAllocator(TailSharingAllocator):
         places: dict[int, int] = {}
         tables = [self._move_table(each, self.pool, self.host_pool, places) for each in request.sequences]
         if self.probe is not None:
-            self.probe.swap(self.host_pool.tier, list(places.items()))
+            self.probe.swap(self.host_pool.tier, list(places.items()), request.sequences)
+        if self.link is not None:
+            self._flying.leave_from(request, self._uses(request))
         for sequence, moved in zip(request.sequences, tables, strict=True):
             self._leave(sequence)
             sequence.block_table = moved
@@ -310,6 +331,10 @@ class CachedPagedAllocator(TailSharingAllocator):
     def swap_in(self, request: Request) -> int:
         """Move the distinct blocks back to the device, where their content may still be found."""
         places: dict[int, int] = {}
+        if self.link is not None:
+            self._flying.come_back_from(request, self._uses(request))
+        if self.quantization is not None:
+            self._lowered.update(request.sequences)
         self._hosted.difference_update(request.sequences)
         self.sequences.update(request.sequences)
         for sequence in request.sequences:
@@ -325,6 +350,15 @@ class CachedPagedAllocator(TailSharingAllocator):
             self.probe.swap(self.pool.tier, list(places.items()))
         return len(places)
 
+    def _uses(self, request: Request) -> dict[int, tuple[int, int]]:
+        """Of each distinct block its index in the first table that has it, and when that was used last."""
+        uses: dict[int, tuple[int, int]] = {}
+        for sequence in request.sequences:
+            time = self._last_use(sequence)
+            for index, block in enumerate(sequence.block_table):
+                uses.setdefault(block, (index, time))
+        return uses
+
     def _move_table(
         self, sequence: Sequence, source: HashedPool, target: HashedPool, places: dict[int, int]
     ) -> list[int]:
@@ -339,7 +373,7 @@ class CachedPagedAllocator(TailSharingAllocator):
             if there is None:
                 key = self._key_to_move(source, block, whole=index < full)
                 places[block] = there = target.obtain(key)
-                if isinstance(key, tuple) and target is self.pool:
+                if type(key) is tuple and target is self.pool:
                     target.rename(there, None)  # it is held again
             else:
                 target.hold(there)
@@ -353,6 +387,8 @@ class CachedPagedAllocator(TailSharingAllocator):
             self._moves += 1
             key = (self._moves,)
             source.rename(block, key)
-        elif not whole and not isinstance(key, tuple):
+        elif not whole and type(key) is not tuple:
             return None  # known by a part of it, and somebody may have written on in it since
+        elif self.quantization is not None and type(key) is int:
+            return Lowered(key, self.quantization)
         return key

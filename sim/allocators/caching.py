@@ -6,16 +6,17 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Ordered
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.allocators.base import Allocator
 from sim.allocators.blocks import block_slots, grow_by_block
-from sim.allocators.capacity import Admission, Capacity
+from sim.allocators.capacity import STAYS_CACHED, Admission, Capacity
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
-from sim.prefix_keys import prefix_keys
+from sim.prefix_keys import sequence_keys
 from sim.request import Request, Sequence
 from sim.tiered_store import TieredStore
 
@@ -30,6 +31,11 @@ class CachingAllocator(Allocator):
     free. Nothing is swapped: a group that gives way is computed again, each branch behind what is found of it.
     """
 
+    reasons: ClassVar = {
+        "can_swap": "what a preempted request had stays cached and is found again, as vLLM V1 and SGLang do it; "
+        "tiers keep it on the host",
+        "can_stop": STAYS_CACHED,
+    }
     can_fork = True
     recomputes_groups = True
     keeps_freed = True
@@ -151,14 +157,17 @@ class CachingAllocator(Allocator):
         """Those in the leading blocks that are cached, on the device or worth loading from a tier behind it."""
         hits = self.cached(request, num_tokens)[0]
         if self.tiers is not None:
-            hits += len(self._to_load(self.tiers, request, num_tokens, hits))
+            keys = self._keys(request, num_tokens)
+            hits += len(self._to_load(self.tiers, request, keys, num_tokens, hits))
         return hits * self.block_size
 
-    def _to_load(self, tiers: TieredStore, request: Request, num_tokens: int, hits: int) -> list[int]:
+    def _to_load(
+        self, tiers: TieredStore, request: Request, known: Ordered[int], num_tokens: int, hits: int
+    ) -> list[int]:
         """Keys of blocks in tiers that go on behind the hits of the device; one token at least is left to compute."""
         keys: list[int] = []
         if request.content or request.preemptions:  # else nobody can have written what it asks for
-            keys += self._keys(request, num_tokens)[hits : (num_tokens - 1) // self.block_size]
+            keys += known[hits : (num_tokens - 1) // self.block_size]
         del keys[tiers.lookup(request, keys, hits * self.block_size) :]
         return keys
 
@@ -172,12 +181,17 @@ class CachingAllocator(Allocator):
         if filled is None:
             filled = num_tokens
         size, pool, tiers = self.block_size, self.pool, self.tiers
-        loads: list[int] = []
-        if tiers is not None:
-            found = self.cached(sequence.request, num_tokens)[0]
-            loads = self._to_load(tiers, sequence.request, num_tokens, found)
         free = pool.num_free
         hits = self.hold(sequence, num_tokens)
+        loads: list[int] = []
+        if tiers is not None:
+            request = sequence.request
+            keys = (
+                self._keys(request, num_tokens)
+                if sequence.lineage is None
+                else sequence_keys(sequence, num_tokens // size, size)
+            )
+            loads = self._to_load(tiers, request, keys, num_tokens, len(hits))
         if hits:
             self.revive(sequence, hits)
             if self.probe is not None:
@@ -205,7 +219,7 @@ class CachingAllocator(Allocator):
         """Count the hits of the device, and load what the tiers have behind them; the tokens of that."""
         request, hits = sequence.request, cached // self.block_size
         if hits and tiers.counts_hits:
-            tiers.hit(sequence, prefix_keys(request, hits, self.block_size), table[:hits])
+            tiers.hit(sequence, sequence_keys(sequence, hits, self.block_size), table[:hits])
         if not request.preemptions:
             tiers.device_hit_tokens += cached
         tiers.load(request, loads, table[hits : hits + len(loads)])

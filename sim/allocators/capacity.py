@@ -7,6 +7,12 @@ from enum import Enum
 
 from sim.layer_groups import LayerKind
 
+STAYS_CACHED = (
+    "what a preempted request had stays cached until others need it, its end first, and is found again: "
+    "take recompute"
+)
+"""Why an allocator with prefix caching has no partial preemption."""
+
 
 class Admission(Enum):
     """Whether a request can be given memory: now, after others have left, or not in this pool at all."""

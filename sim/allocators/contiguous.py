@@ -30,6 +30,10 @@ class ContiguousAllocator(Allocator):
 
     can_grow = False
     absent: ClassVar = {"prefix_caching": "a contiguous reservation is one request's alone, its prefix too"}
+    reasons: ClassVar = {
+        "can_fork": "a reservation is one sequence's alone",
+        "can_offload": "a reservation is given back as a whole",
+    }
 
     def __init__(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from sim.allocators.base import allocator
-from sim.allocators.capacity import Capacity
+from sim.allocators.capacity import STAYS_CACHED, Capacity
 from sim.allocators.prefix import PrefixAllocator
 from sim.prefix_keys import prefix_keys
 from sim.prefix_pool import PrefixPool
@@ -24,6 +26,12 @@ class NanoAllocator(PrefixAllocator):
         block_size: KV slots per block; nano-vllm's own is 256.
     """
 
+    reasons: ClassVar = {
+        "can_fork": "a request of nano-vllm is one sequence",
+        "can_swap": "nano-vllm has no memory but the device's; what a preempted request had stays cached there",
+        "can_stop": STAYS_CACHED,
+        "can_offload": "nano-vllm has no memory but the device's",
+    }
     can_fork = can_offload = groups_layers = recomputes_groups = False
 
     def __init__(self, capacity: Capacity, *, block_size: PositiveInt = 16) -> None:

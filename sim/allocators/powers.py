@@ -23,6 +23,8 @@ class Powers:
 
     absent: ClassVar[dict[str, str]] = {}
     """Fields that other allocators have, and why this one does not."""
+    reasons: ClassVar[dict[str, str]] = {}
+    """Powers that other allocators have, and why this one does not."""
     can_fork: ClassVar[bool] = False
     recomputes_groups: ClassVar[bool] = False
     """Whether a group of branches that gives way can be computed again, what branches share once."""

@@ -7,8 +7,9 @@ from collections.abc import Collection
 from itertools import pairwise
 from typing import ClassVar
 
-from sim.allocators.capacity import Admission, Capacity
+from sim.allocators.capacity import Capacity
 from sim.allocators.paged import PagedAllocator
+from sim.allocators.swapping import SwappingAllocator
 from sim.errors import IntegrityError, UserError
 from sim.request import Request, Sequence
 from sim.run_pool import RunPool
@@ -27,7 +28,7 @@ class RunsAllocator(PagedAllocator):
     absent: ClassVar = {
         "prefix_caching": "blocks differ in size, and keys of prefixes would need the smallest as their grain"
     }
-    can_stop = can_fly = False
+    reasons: ClassVar = {"can_offload": "blocks differ in size"}
     growth = None
     pool: RunPool
 
@@ -62,15 +63,6 @@ class RunsAllocator(PagedAllocator):
         """Runs in all tables."""
         return self._num_entries
 
-    def admission(self, request: Request, num_tokens: int) -> Admission:
-        """Room for all of the prompt beside the watermark."""
-        return self._fits(self._needed(request, num_tokens), self.pool.num_blocks - self.watermark_blocks)
-
-    def _fits(self, needed: int, largest: int, held: int = 0, own: int = 0) -> Admission:
-        if needed > largest:
-            return Admission.NEVER
-        return Admission.OK if self.pool.num_free - needed >= self.watermark_blocks else Admission.LATER
-
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Pages needed against pages there."""
         return (
@@ -80,8 +72,8 @@ class RunsAllocator(PagedAllocator):
 
     @property
     def headroom(self) -> int:
-        """Runs of the longest size that free pages come to: nobody's growth takes more."""
-        return self.pool.num_free // self.longest
+        """Runs of the longest size that pages come to which are free or given up: nobody's growth takes more."""
+        return (self.pool.num_free + self.yielding) // self.longest
 
     def demand(self, sequence: Sequence, num_tokens: int) -> int:
         """Runs of the longest size that its next tokens may take, all of the headroom at most if its pages are free."""
@@ -89,18 +81,24 @@ class RunsAllocator(PagedAllocator):
         if pages <= 0:
             return 0
         headroom = self.headroom
-        return min(headroom, pages // self.longest + 2) if pages <= self.pool.num_free else headroom + 1
+        there = self.pool.num_free + self.yielding
+        return min(headroom, pages // self.longest + 2) if pages <= there else headroom + 1
 
     def can_append(self, request: Request) -> bool:
         """A free page for every running branch, whether it needs one or not."""
-        return self.pool.num_free >= len(request.sequences)
+        return self.pool.num_free + self.yielding >= len(request.sequences)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
-        """Append runs until the table is long enough; none takes the last pages of the other branches."""
+        """Append runs until the table is long enough; none takes the last pages of the other branches.
+
+        Others give up or are waited for no more pages than it lacks, so that its runs are shorter then.
+        """
         pool, table, size = self.pool, sequence.block_table, self.block_size
         needed = -(-num_tokens // size)
         others = sum([_lacking(each, needed) for each in sequence.request.sequences if each is not sequence])
         entries = 0
+        if self.yielding or self._stopped:
+            self.make_room(needed - len(table))
         while (missing := needed - len(table)) > 0:
             wanted = self.run(sequence, missing)
             if others > 0:
@@ -122,13 +120,18 @@ class RunsAllocator(PagedAllocator):
     def release(self, sequence: Sequence) -> None:
         """Drop the table's references."""
         super().release(sequence)
-        self._num_entries -= self._entries.pop(sequence)
+        self._num_entries -= self._entries.pop(sequence, 0)
 
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """A further run for each sequence of each batch."""
         size, take_run, run, entries = self.block_size, self.pool.take_run, self.run, self._entries
         books = []
         for tick, sequences in batches:
+            if self.yielding:  # free pages may be short
+                SwappingAllocator.grow(self, [(tick, sequences)])
+                self.entry_log.append((tick, self.num_held // size - self._num_entries))
+                books.append((tick, self.num_held, self.num_internal))
+                continue
             held, internal, done = self.num_held, self.num_internal, False
             for sequence in sequences:
                 table = sequence.block_table
@@ -160,6 +163,8 @@ class RunsAllocator(PagedAllocator):
         shared = table[index]
         if self.pool.references[shared] == 1:
             return 0
+        if self.yielding:
+            self.make_room(1)
         (own,) = self.pool.take()
         if self.probe is not None:
             self.probe.copy(shared, own)
@@ -187,6 +192,20 @@ class RunsAllocator(PagedAllocator):
         super().free(sequence)
         if hosted:
             del self._entries[sequence]
+
+    def stop(self, sequence: Sequence) -> None:
+        """Its unshared pages at the end yield; those behind its last token are free at once."""
+        super().stop(sequence)
+        empty = len(sequence.block_table) + (-sequence.num_tokens // self.block_size)
+        if empty > 0:
+            self._stopped.cut(sequence, empty)
+
+    def shortened(self, sequence: Sequence) -> None:
+        """What it has left is as many runs as lie apart."""
+        if sequence.block_table:
+            self._enter(sequence, _runs(sequence.block_table, self.longest) - self._entries[sequence])
+        else:
+            self._num_entries -= self._entries.pop(sequence, 0)
 
     def swap_out(self, request: Request) -> int:
         """Move the distinct pages to the host; sharing is kept there."""
@@ -227,7 +246,7 @@ def _runs(table: list[int], longest: int) -> int:
 
 
 def _lacking(branch: Sequence, pages: int) -> int:
-    """Pages to leave to a branch: a further one, or so many less those it shares where it is yet to be admitted."""
+    """Pages to leave to a branch: a further one, or those that it lacks or does not share before it is admitted."""
     if branch.capacity:
-        return 1
+        return 1 if branch.decodes is not None else max(1, pages - len(branch.block_table))
     return pages - branch.sibling[1] if branch.sibling else pages

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
+from collections import Counter, deque
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.paged import PagedAllocator
+from sim.allocators.yielding import InFlight
 from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
 from sim.hashed_blocks import HashedPool
-from sim.request import Sequence
+from sim.request import Request, Sequence
 
 
 class TailSharingAllocator(PagedAllocator):
@@ -22,7 +23,7 @@ class TailSharingAllocator(PagedAllocator):
     """
 
     keeps_freed = True
-    can_stop = can_fly = False
+    can_stop = False
     pool: HashedPool
     host_pool: HashedPool
 
@@ -39,7 +40,18 @@ class TailSharingAllocator(PagedAllocator):
         ] = {}  # who holds a block that is filled in part and may be shared
         # Of sequences that are done and keep their blocks.
         self._done: set[Sequence] = set()
-        self._retired: Counter[int] = Counter()  # references by block
+        self._retired: Counter[int] = Counter()  # references by block, those of copies in flight too
+        self._flying: FindableInFlight = FindableInFlight(self)
+
+    @property
+    def yielding(self) -> int:  # type: ignore[override]  # others may find what is in flight
+        """Blocks that nothing but a copy in flight holds."""
+        return self.pool.num_leaving
+
+    @property
+    def blocks_saved(self) -> int:
+        """References of sequences beyond the first of every device block."""
+        return self.pool.extra_references - len(self._flying) + self.pool.num_leaving
 
     @abstractmethod
     def _last_use(self, sequence: Sequence) -> int:
@@ -71,8 +83,13 @@ class TailSharingAllocator(PagedAllocator):
             self._grow_to(sequence, sequence.capacity + 1)
             return 0
         shared = sequence.block_table[-1]
-        if self.pool.references[shared] == 1:
+        references = self.pool.references
+        if references[shared] == 1:
             return 0
+        if self.yielding:
+            self.make_room(1)
+            if references[shared] == 1:  # it was being copied away
+                return 0
         self._count(sequence, -1)
         index = len(sequence.block_table) - 1
         (own,) = self.pool.take()
@@ -147,12 +164,21 @@ class TailSharingAllocator(PagedAllocator):
             slots = len(sequence.block_table) * size
             if sequence.capacity != slots:
                 raise IntegrityError(f"{sequence}: held({sequence.capacity}) != slots of its table({slots})")
-        pools: tuple[tuple[BlockPool, set[Sequence]], ...]
-        pools = (self.pool, self.sequences), (self.host_pool, self._hosted)
-        for pool, sequences in pools:
-            pool.check_integrity(sequence.block_table for sequence in sequences)
+        pools: tuple[tuple[BlockPool, set[Sequence], list[int]], ...]
+        leaving, returning = self._flying.held()
+        pools = (self.pool, self.sequences, leaving), (self.host_pool, self._hosted, returning)
+        for pool, sequences, flying in pools:
+            pool.check_integrity([*[sequence.block_table for sequence in sequences], flying])
+        alone = [
+            block for block, copies in self.pool.leaving.items() if self.pool.references[block] == copies
+        ]
+        if self.pool.leaving != Counter(leaving) or len(alone) != self.yielding:
+            raise IntegrityError(
+                f"yielding({self.yielding}) != blocks in flight that nobody has({len(alone)})"
+            )
         filled: dict[int, int] = {}
-        unused: dict[int, int] = {}
+        filled |= dict.fromkeys(leaving, 0)
+        unused: dict[int, int] = dict.fromkeys(leaving, size)
         for sequence in self.sequences:
             for index, block in enumerate(sequence.block_table):
                 tokens, waste = 0, size
@@ -168,3 +194,63 @@ class TailSharingAllocator(PagedAllocator):
         ):
             if kept != counted:
                 raise IntegrityError(f"{name}({kept}) != recount over the block tables({counted})")
+
+
+class FindableInFlight(InFlight):
+    """Copies in flight from blocks that others may find meanwhile, and hold as well.
+
+    A copy counts as a sequence that is done: what it alone holds is waste, and whoever else has the block parts from
+    it to write. Blocks are let go as those of the sequence would have been, with their places in its table and the
+    time of its last use.
+    """
+
+    __slots__ = ("_uses", "_uses_on_host")
+
+    _owner: TailSharingAllocator
+
+    def __init__(self, owner: TailSharingAllocator) -> None:
+        super().__init__(owner)
+        self._uses: deque[tuple[int, int]] = deque()  # of the blocks that leave
+        self._uses_on_host: deque[list[tuple[int, int]]] = deque()
+
+    def leave_from(self, request: Request, uses: dict[int, tuple[int, int]]) -> None:
+        """Copy device blocks that a request holds to the host; of each its index in a table and its last use."""
+        self._uses += uses.values()
+        self.leave(request, [*uses])
+
+    def come_back_from(self, request: Request, uses: dict[int, tuple[int, int]]) -> None:
+        """Copy host blocks that a request holds to the device."""
+        for block in uses:
+            self._owner.host_pool.hold(block)
+        self._uses_on_host.append([*uses.values()])
+        self.come_back(request, [*uses])
+
+    def _depart(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._owner.pool.depart(block)
+        self._owner._retired.update(blocks)
+
+    def _let_go(self, blocks: list[int]) -> None:
+        owner, pool = self._owner, self._owner.pool
+        copies = Counter(blocks)
+        alone = sum([pool.references[block] == count for block, count in copies.items()])
+        owner._retired -= copies
+        owner.num_held -= alone * owner.block_size
+        owner.num_internal -= alone * owner.block_size
+        for first, time, part in _parts(blocks, [self._uses.popleft() for _ in blocks]):
+            pool.arrive(part, first, time)
+
+    def _let_go_of_host(self, blocks: list[int]) -> None:
+        for first, time, part in _parts(blocks, self._uses_on_host.popleft()):
+            self._owner.host_pool.release(part, first, time)
+
+
+def _parts(blocks: list[int], uses: list[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
+    """Blocks that follow one another in a table and were used last at the same time: (first index, time, blocks)."""
+    parts: list[tuple[int, int, list[int]]] = []
+    for block, (index, time) in zip(blocks, uses, strict=True):
+        if parts and parts[-1][1] == time and parts[-1][0] + len(parts[-1][2]) == index:
+            parts[-1][2].append(block)
+        else:
+            parts.append((index, time, [block]))
+    return parts

@@ -28,7 +28,7 @@ class TokenAllocator(PagedAllocator):
     """
 
     absent: ClassVar = {"prefix_caching": "slots are not found by their content; radix does so by the token"}
-    can_stop = can_fly = False
+    reasons: ClassVar = {"can_offload": "slots are not found by their content; radix has tiers by the token"}
 
     def __init__(self, capacity: Capacity, *, num_host_blocks: NonNegativeInt | None = None) -> None:
         super().__init__(capacity, block_size=1, watermark=0.0, num_host_blocks=num_host_blocks)
@@ -37,6 +37,8 @@ class TokenAllocator(PagedAllocator):
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
         """One more slot for each sequence of each batch."""
         books = []
+        if self.yielding:
+            self.make_room(sum([len(sequences) for _, sequences in batches]))
         for tick, sequences in batches:
             self.num_held += len(sequences)
             done = False

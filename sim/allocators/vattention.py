@@ -47,6 +47,12 @@ class VAttentionAllocator(Allocator):
 
     pool: GroupPool
     absent: ClassVar = {"prefix_caching": "a batch slot's range is its own, no page group is mapped twice"}
+    reasons: ClassVar = {
+        "can_fork": "a batch slot's range is its own, no page group is mapped twice",
+        "can_swap": "who gives way leaves its batch slot, and what is mapped there is the next one's",
+        "can_stop": "who gives way leaves its batch slot, and what is mapped there is the next one's",
+        "can_offload": "a batch slot's range is its own",
+    }
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from sim.request import Request, Sequence
 from sim.units import FOREVER
 
 if TYPE_CHECKING:
-    from sim.allocators.paged import PagedAllocator
+    from sim.allocators.swapping import SwappingAllocator
 
 
 class Stopped:
@@ -22,7 +22,7 @@ class Stopped:
 
     __slots__ = ("_own", "_owner", "blocks")
 
-    def __init__(self, owner: PagedAllocator) -> None:
+    def __init__(self, owner: SwappingAllocator) -> None:
         self._owner = owner
         self._own: dict[Sequence, int] = {}
         self.blocks = 0
@@ -39,17 +39,21 @@ class Stopped:
 
     def add(self, sequence: Sequence) -> None:
         """A sequence stops."""
-        references = self._owner.pool.references
-        self._own[sequence] = own = 0
-        if sequence.num_tokens < sequence.capacity and references[sequence.block_table[-1]] > 1:
-            self._cut(sequence, 1, own=False)  # whoever has it last would write on in it
-        for block in reversed(sequence.block_table):
-            if references[block] > 1:
+        count, table = self._owner.pool.count, sequence.block_table
+        own = 0
+        for block in reversed(table):
+            if count(block) > 1:
                 break
             own += 1
-        if sequence in self._own:
-            self._own[sequence] = own
-            self._count(own)
+        self._own[sequence] = own
+        self._count(own)
+        index = sequence.num_tokens // self._owner.block_size
+        if own < len(table) and index == len(table) - own - 1:
+            if own:
+                self.cut(sequence, own)
+            self.cut(sequence, 1, own=False)  # whoever has it last would write on in it
+            if sequence in self._own:
+                self.add(sequence)
 
     def discard(self, sequence: Sequence) -> None:
         """The sequence goes on, or ends."""
@@ -67,7 +71,7 @@ class Stopped:
         for sequence, own in list(self._own.items()) if self.blocks else ():
             if own:
                 blocks = min(own, lacking)
-                self._cut(sequence, blocks)
+                self.cut(sequence, blocks)
                 lacking -= blocks
                 if not lacking:
                     return
@@ -90,7 +94,7 @@ class Stopped:
                     owner.probe.end(sequence)
                 owner.free(sequence)
 
-    def _cut(self, sequence: Sequence, blocks: int, *, own: bool = True) -> None:
+    def cut(self, sequence: Sequence, blocks: int, *, own: bool = True) -> None:
         """Take the last blocks of a sequence, its own or one that others hold too, and the tokens in them."""
         owner, table = self._owner, sequence.block_table
         before, tokens, final = sequence.capacity, sequence.origin, sequence.final_tokens
@@ -107,6 +111,7 @@ class Stopped:
         if not held:
             del self._own[sequence]
             owner.sequences.discard(sequence)
+        owner.shortened(sequence)
         if owner.probe is not None:
             (owner.probe.lose if held else owner.probe.end)(sequence)
 
@@ -119,7 +124,7 @@ class InFlight:
 
     __slots__ = ("_leaving", "_on_host_at", "_owner", "_returning")
 
-    def __init__(self, owner: PagedAllocator) -> None:
+    def __init__(self, owner: SwappingAllocator) -> None:
         self._owner = owner
         self._leaving: deque[tuple[int, int]] = deque()  # end of the copy (ns), block of the device
         self._returning: deque[tuple[int, list[int]]] = deque()  # likewise, blocks of the host
@@ -130,15 +135,15 @@ class InFlight:
         return len(self._leaving)
 
     def leave(self, request: Request, blocks: list[int]) -> None:
-        """Copy device blocks of a request to the host."""
+        """Copy device blocks of a request to the host; they have a reference for it."""
         link = self._owner.link
         assert link is not None
         self._leaving += zip(link.submit_out(len(blocks)), blocks, strict=True)
-        self._count(len(blocks))
+        self._depart(blocks)
         self._on_host_at[request] = link.out_free_at
 
     def come_back(self, request: Request, blocks: list[int]) -> None:
-        """Copy host blocks of a request to the device, when they are there."""
+        """Copy host blocks of a request, which have a reference for it, to the device, when they are there."""
         assert self._owner.link is not None
         end = self._owner.link.submit_in(len(blocks), self._on_host_at.pop(request))
         self._returning.append((end, blocks))
@@ -154,6 +159,19 @@ class InFlight:
         owner.num_held += slots
         owner.num_internal += slots
 
+    def _depart(self, blocks: list[int]) -> None:
+        """The copies of these blocks of the device begin."""
+        self._count(len(blocks))
+
+    def _let_go(self, blocks: list[int]) -> None:
+        """These blocks of the device are copied."""
+        self._owner.pool.release(blocks)
+        self._count(-len(blocks))
+
+    def _let_go_of_host(self, blocks: list[int]) -> None:
+        """These blocks of the host are copied."""
+        self._owner.host_pool.release(blocks)
+
     def land(self, now: int) -> None:
         """Free the sources of copies that have ended."""
         leaving, returning = self._leaving, self._returning
@@ -161,10 +179,9 @@ class InFlight:
         while leaving and leaving[0][0] <= now:
             landed.append(leaving.popleft()[1])
         if landed:
-            self._owner.pool.release(landed)
-            self._count(-len(landed))
+            self._let_go(landed)
         while returning and returning[0][0] <= now:
-            self._owner.host_pool.release(returning.popleft()[1])
+            self._let_go_of_host(returning.popleft()[1])
 
     def make_room(self, free: int) -> None:
         """Wait until so many blocks of the pool are free, as far as possible: the step does not begin before."""
@@ -174,8 +191,7 @@ class InFlight:
             assert link is not None
             end, block = leaving.popleft()
             link.awaited = max(link.awaited, end)
-            self._owner.pool.release((block,))
-            self._count(-1)
+            self._let_go([block])
 
     @property
     def next_landing(self) -> int:

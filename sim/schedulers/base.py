@@ -168,6 +168,8 @@ class Scheduler(Queues, ABC):
         allocator, decodes = self.allocator, self.decodes
         count = branches(request)
         swap = self.recovery.swaps(request)
+        if not swap and self.recovery.refused(request):
+            self.swap_refused += 1
         for sequence in request.sequences:
             if sequence.decodes is not None:
                 decodes.leave(sequence)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from sim.allocators.base import Allocator
 from sim.request import Request, Sequence
-from sim.schedulers.base import Preemption, branches
+from sim.schedulers.base import Preemption, arrival, branches
 from sim.schedulers.chunked import ChunkedScheduler
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
@@ -80,7 +80,7 @@ class PromisingScheduler(ChunkedScheduler):
         requests = [request for request in self.running if request.sequences[0].decodes is not None]
         if self.demanded(requests) > self.allocator.headroom:
             self.relieve(requests, step)
-        for request in requests:
+        for request in sorted(requests, key=arrival):  # as the decode set does
             self.append(request, step)
         self.decode_walked(step)
 

@@ -57,6 +57,7 @@ class Queues:
         self.head_refused = False  # the head of the queue waits for memory
         self.tight = False  # the last growth may have come too close to a refusal to foresee the next
         self.recomputed_tokens = 0
+        self.swap_refused = 0  # preemptions that found no room on the host
         self.lost: dict[Request, int] = {}  # tokens that preempted requests had, until those are back
         self.recovery = Recovery(self)
         self._choose_victim = bound(victim, self.recovery)

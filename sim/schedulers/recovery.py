@@ -48,19 +48,36 @@ class Recovery:
             allocator.link = Link(transfers) if transfers.asynchronous else None
         if allocator.tiers is not None:
             allocator.tiers.traffic.asynchronous = transfers.asynchronous
+            for tier in allocator.tiers.tiers:
+                tier.price_copies(transfers.copy_out, transfers.copy_in, transfers.copies_per_block)
             allocator.tiers.traffic.layers = transfers.overlapping_layers
             if allocator.tiers.cost is not None:
                 allocator.tiers.cost.price = self.prefill_seconds
 
     def swaps(self, request: Request) -> bool:
         """Whether the request would be moved to the host if it gave way now; a tie is computed again."""
-        mode, allocator = self._queues.preemption, self._queues.allocator
+        if not self._may_swap(request) or not self._queues.allocator.can_swap_out(request):
+            return False
+        return self._swap_pays(request)
+
+    def refused(self, request: Request) -> bool:
+        """Whether it would be moved if the host had room for it."""
+        allocator = self._queues.allocator
+        if not allocator.can_swap or not self._may_swap(request) or allocator.can_swap_out(request):
+            return False
+        return self._swap_pays(request)
+
+    def _may_swap(self, request: Request) -> bool:
+        """Whether the mode lets it be moved."""
+        mode = self._queues.preemption
         again = self.computes(request)
-        if again and (mode in ("recompute", "partial") or (mode == "auto" and branches(request) == 1)):
-            return False
-        if not allocator.can_swap_out(request):
-            return False
-        return mode != "hybrid" or not again or self.swap_seconds(request) < self.recompute_seconds(request)
+        return not again or mode in ("swap", "hybrid") or (mode == "auto" and branches(request) > 1)
+
+    def _swap_pays(self, request: Request) -> bool:
+        """Whether moving it is cheaper, where the mode asks for that."""
+        if self._queues.preemption != "hybrid" or not self.computes(request):
+            return True
+        return self.swap_seconds(request) < self.recompute_seconds(request)
 
     def computes(self, request: Request) -> bool:
         """Whether the request could be computed again; V0 (auto) gives up a group that the host has no room for."""

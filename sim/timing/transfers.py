@@ -18,15 +18,17 @@ class Transfers:
 
     A block is moved in pieces, K and V of every layer by themselves, and a small copy costs a few
     microseconds whatever its size, which is why swapping small blocks is slow (Kwon et al., SOSP 2023,
-    section 7.3). The engine waits for swaps, as vLLM V0 does, unless they are asynchronous: then they take their
-    time on a link of their own (`Link`), a block that leaves is free when it is copied, and a step waits only for
-    blocks that it needs before.
+    section 7.3); tiers pay as much for each of their copies (`sim/storage_tier.py`). The engine waits for swaps, as
+    vLLM V0 does, unless they are asynchronous: then they take their time on a link of their own (`Link`), a block
+    that leaves is free when it is copied, and a step waits only for blocks that it needs before. Without a model
+    blocks have no bytes, and a move costs its copies alone.
 
     Fields:
         host_bandwidth_gb_per_s: Bandwidth of the host link, each direction; by default 0.75 of the
             datasheet's, which is what large copies reach on PCIe.
         copy_latency_us: Fixed cost of one copy between device and host.
-        copies_per_block: Copies that moving one block takes; by default two per layer.
+        copies_per_block: Copies that moving one block takes; by default two per layer, 1 where all of a block lies
+            in one piece.
         asynchronous: Whether swaps go on beside the computation.
         prefetch: Whether asynchronous swap-ins run ahead, their sequences join when all is there; otherwise the next
             step waits for them.
@@ -67,7 +69,9 @@ class Transfers:
             host_bandwidth = host_bandwidth_gb_per_s * 1e9
         else:
             host_bandwidth = 0.75 * device.host_bytes_per_s * device.count if device is not None else 25e9
-        self.swap_block = copies_per_block * copy_latency_us / 1e6 + self.swapped_bytes / host_bandwidth
+        self.copies_per_block = copies_per_block
+        self.copy_out = self.copy_in = copy_latency_us / 1e6
+        self.swap_block = copies_per_block * self.copy_out + self.swapped_bytes / host_bandwidth
         # Read and written once on the device.
         device_bandwidth = device.memory_bytes_per_s * device.count if device is not None else 1e12
         self.copy_block = 2 * bytes_per_block / device_bandwidth
@@ -86,6 +90,10 @@ class Transfers:
                 _of_blocks(profile.swap_in, model.num_layers, moved),
                 _of_blocks(profile.copy, model.num_layers, bytes_per_block / count),
             ]
+            self.copy_out, self.copy_in = (
+                model.num_layers * (way.us_per_block * US) / copies_per_block
+                for way in (profile.swap_out, profile.swap_in)
+            )
 
     def seconds(self, step: Step) -> float:
         """Seconds that a step spends on moving blocks; asynchronous swaps take none of it but to quantise."""

@@ -58,11 +58,11 @@ CONTRADICTIONS = {
     ),
     "samples": (
         [(PAGED, "{kind: vattention}"), ("  arrivals:", "  sampling: {n: 2}\n  arrivals:")],
-        "x.yaml:7:17: workload.sampling.n: allocator vattention cannot fork, got 2, expected 1, or an allocator",
+        "x.yaml:7:17: workload.sampling.n: allocator vattention cannot fork: a batch slot's range is its own",
     ),
     "swap": (
         [(PAGED, "{kind: vattention}"), ("vllm_v0}", "vllm_v0, preemption: swap}")],
-        "x.yaml:10:40: scheduler.preemption: allocator vattention cannot swap, got 'swap', expected recompute",
+        "x.yaml:10:40: scheduler.preemption: allocator vattention cannot swap: who gives way leaves its batch slot",
     ),
     "no double": (
         [(PAGED, "{kind: multi_size, largest_block: 100}")],

@@ -136,16 +136,13 @@ NEVER = {
     "contiguous with forks": (("contiguous", "parallel samples"), "it cannot fork"),
     "contiguous with prefixes": (("contiguous", "prefixes"), "one request's alone"),
     "contiguous with partial preemption": (("contiguous", "partial"), "nobody outgrows a reservation"),
-    "contiguous with tiers": (("contiguous", "tiers"), "keeps no cached prefixes"),
+    "contiguous with tiers": (("contiguous", "tiers"), "no cached prefixes that tiers"),
     "adaptive sizes with prefix chains": (("adaptive", "prefixes"), "the smallest as their grain"),
     "several sizes with prefix chains": (("multi_size", "prefixes"), "the smallest as their grain"),
     "partial preemption of layer groups": (("prefix", "partial"), "cannot take a part of what a sequence"),
     "partial preemption of states": (("jenga", "states", "partial"), "cannot take a part of what a sequence"),
     "cached prefixes of states": (("prefix", "states", "prefixes"), "no checkpoints of states"),
-    "two precisions under one key": (
-        ("paged", "prefixes", "quantised swap"),
-        "two precisions would be under",
-    ),
+    "partial preemption of what stays cached": (("paged", "prefixes", "partial"), "take recompute"),
     "two precisions in one cache": (
         ("paged", "quantised cache", "quantised swap"),
         "the precision of the cache",

@@ -14,6 +14,7 @@ from experiments.config import load
 from experiments.experiment import Experiment
 from experiments.mistakes import listed
 from sim.allocators import allocator
+from sim.allocators.capacity import STAYS_CACHED
 from sim.schedulers import scheduler
 from tests.experiments.conftest import SMALL, Kvsim, Write
 
@@ -164,6 +165,8 @@ def named(line: str) -> str:
         "FORKING": [kind for kind in allocator if allocator[kind].can_fork],
         "SWAPPING": [kind for kind in allocator if allocator[kind].can_swap],
         "FLYING": [kind for kind in allocator if allocator[kind].can_fly],
+        "CACHED": [allocator["prefix"].reasons["can_swap"]],
+        "STAYS": [STAYS_CACHED],
         "STOPPING": [kind for kind in allocator if allocator[kind].can_stop],
     }
     for word, known in names.items():
@@ -188,8 +191,8 @@ def test_an_option_without_meaning_is_refused_if_written(write: Write, kvsim: Kv
     )
     assert refused.lines == [
         named(
-            "--set:2:23: workload.sampling.n: allocator contiguous cannot fork, got 4, expected 1, "
-            "or an allocator that shares slots (FORKING)"
+            "--set:2:23: workload.sampling.n: allocator contiguous cannot fork: a reservation is one sequence's "
+            "alone, got 4, expected 1, or an allocator that shares slots (FORKING)"
         )
     ]
     refused = kvsim(
@@ -209,12 +212,13 @@ SWAPS = {
         "allocator=prefix",
         "scheduler.preemption=hybrid",
     ): "--set:2:22: scheduler.preemption: allocator prefix cannot "
-    "swap, got 'hybrid', expected recompute, or an allocator that swaps (SWAPPING)",
+    "swap: CACHED, got 'hybrid', expected recompute, or an allocator that swaps (SWAPPING)",
     (
         "allocator=prefix",
         "scheduler.preemption=partial",
     ): "--set:2:22: scheduler.preemption: allocator prefix cannot "
-    "take a part of what a sequence holds, got 'partial', expected recompute, or an allocator that does (STOPPING)",
+    "take a part of what a sequence holds: STAYS, got 'partial', expected recompute, "
+    "or an allocator that does (STOPPING)",
     (
         "allocator=contiguous",
         "scheduler.preemption=partial",
@@ -226,18 +230,13 @@ SWAPS = {
         "allocator=prefix",
         "transfers.asynchronous=true",
     ): "--set:2:24: transfers.asynchronous: allocator prefix "
-    "cannot swap beside the computation, got true, expected false, or an allocator that does (FLYING)",
-    ("allocator=token", "transfers.quantization=int8"): "--set:2:24: transfers.quantization: allocator token "
-    "cannot swap at another precision, got int8, expected null, or an allocator that does (FLYING)",
+    "cannot swap beside the computation: CACHED, got true, expected false, or an allocator that does (FLYING)",
+    ("allocator=radix", "transfers.quantization=int8"): "--set:2:24: transfers.quantization: allocator radix "
+    "cannot swap at another precision: CACHED, got int8, expected null, or an allocator that does (FLYING)",
     (
         "allocator.prefix_caching=true",
         "scheduler.preemption=partial",
-    ): "--set:2:22: scheduler.preemption: partial preemption is not there for cached blocks (prefix_caching)",
-    (
-        "allocator.prefix_caching=true",
-        "transfers.quantization=int8",
-    ): "--set:2:24: transfers.quantization: blocks come back less precise, and two precisions would be under one "
-    "prefix key (prefix_caching)",
+    ): "--set:2:22: scheduler.preemption: STAYS",
     (
         "kv_cache_dtype=int8",
         "transfers.quantization=int4",

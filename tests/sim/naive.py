@@ -283,7 +283,9 @@ def run_naively(
                 complete(sequence)
         if search is not None:
             search.turn_over(scheduler)
-    outcome.counters = {**counters, "recomputed_tokens": scheduler.recomputed_tokens}
+    outcome.counters = {
+        **counters, "recomputed_tokens": scheduler.recomputed_tokens, "swap_refused": scheduler.swap_refused
+    }  # fmt: skip
     saved = outcome.saved * allocator.block_slots
     if allocator.tiers is not None:
         asked = sum(row[2] for row in outcome.requests if row[5] != NEVER)

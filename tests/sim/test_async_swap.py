@@ -135,6 +135,34 @@ def test_the_last_copy_ends_before_the_run_does():
     assert told.summary["duration_s"] * 1e3 >= 6 * 30
 
 
+OVER = {
+    "token": ("token", {}),
+    "sizes": ("multi_size", {"block_size": 2, "largest_block": 16, "slack": 0.5}),
+    "picked sizes": ("adaptive", {"block_size": 2, "largest_block": 16, "window": 5}),
+    "cached": ("paged", {"prefix_caching": True}),
+}
+
+
+@pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "sglang"])
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_the_probe_finds_every_token_over_every_allocator_that_swaps(policy, over, precision):
+    kind, fields = OVER[over]
+    moved = 0
+    for seed in range(4):
+        there = memory(kind, slots=(64, 100, 150)[seed % 3], **fields)
+        ways = {
+            "prefetch": seed < 2,
+            "quantization": precision,
+            "host_bandwidth_gb_per_s": (1e-2, 1e-4)[seed % 2],
+        }
+        link = Transfers(MODEL, DEVICE, there.block_size, asynchronous=bool(seed), **ways)
+        asked = requests(seed, groups=bool(seed % 2))
+        summary = run(there, asked, Audit(every=1), policy, link, preemption="swap")
+        moved += summary["swapped_in_blocks"]
+    assert moved or policy == "sglang", "who looks ahead preempts nobody"
+
+
 @pytest.mark.parametrize("policy", scheduler.kinds)
 @pytest.mark.parametrize("ways", [{}, {"prefetch": False}])
 def test_the_probe_finds_every_token_at_every_step(policy, ways):

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim import Capacity, Request, Sequence, allocator
+from sim import Capacity, Request, Sequence, Transfers, allocator
 from sim.allocators.cached_paged import CachedPagedAllocator
 from sim.allocators.paged import PagedAllocator
 from sim.beams import fork
 from sim.decode_set import DecodeSet
 from sim.hashed_blocks import HashedPool
+from sim.link import Link
 from tests.sim.story import Story, ask, memory, scheduled
 
 A = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -312,3 +313,95 @@ def test_a_prompt_in_chunks_is_found_whole_and_within_the_budget(kind, fields, b
     assert story.column("requests", "cached_tokens") == [0, 60]
     spent = zip(story.column("steps", "prefill_tokens"), story.column("steps", "decode_seqs"), strict=True)
     assert max(prompt + decodes for prompt, decodes in spent) <= budget
+
+
+def hosted(over, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        over.swap_out(sequence.request)
+        over.check_integrity()
+
+
+def back(over, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        over.swap_in(sequence.request)
+        over.check_integrity()
+
+
+def test_what_comes_back_less_precise_is_not_found_as_what_was_computed():
+    """A prompt finds the blocks that never left; those that came back are for who was away as well."""
+    over = cached(slots=200)
+    over.quantization = "int8"
+    first, second = admit(over, 0, 12), admit(over, 1, 12)
+    for sequence in (first, second):
+        over.computed(sequence)
+    kept = first.block_table
+    hosted(over, first, second)
+    assert first.block_table == second.block_table  # once on the host
+    third = admit(over, 2, 12)
+    assert (third.block_table, third.cached) == (kept, 8)
+    back(over, first, second)
+    assert first.block_table == second.block_table
+    assert not {*first.block_table} & {*third.block_table}
+    fourth = admit(over, 3, 12)
+    assert fourth.block_table == kept
+
+
+def test_what_follows_from_less_precise_blocks_is_not_found():
+    over = cached(slots=200)
+    over.quantization = "int8"
+    first = admit(over, 0, 8, content=A, output=20)
+    first.request.output_content = 77
+    over.computed(first)
+    hosted(over, first)
+    back(over, first)
+    for _ in range(12):
+        step(over, first)
+    table = first.block_table
+    over.free(first)
+    for sequence in (admit(over, 1, 20), admit(over, 2, 24, content=(*A, 77))):
+        assert not {*sequence.block_table} & {*table}
+
+
+def in_flight(slots: int = 200) -> tuple[CachedPagedAllocator, Link]:
+    """A block takes 10 ns either way."""
+    over = cached(slots=slots)
+    over.link = Link(Transfers(None, None, 1, copy_latency_us=0.01, asynchronous=True))
+    return over, over.link
+
+
+def test_a_block_in_flight_is_found_and_is_whose_who_found_it():
+    over, link = in_flight()
+    first = admit(over, 0, 12)
+    over.computed(first)
+    table = first.block_table
+    hosted(over, first)
+    assert (over.usage().internal, over.yielding) == (12, 3)
+    second = admit(over, 1, 10)
+    assert second.block_table[:2] == table[:2]
+    assert (over.usage().token_states, over.usage().internal, over.yielding) == (10, 4, 1)
+    link.now = 30
+    over.land(30)
+    assert (over.usage().token_states, over.usage().internal, over.yielding) == (10, 0, 0)
+    over.check_integrity()
+
+
+def test_who_writes_into_a_block_in_flight_copies_it_first():
+    over, link = in_flight()
+    first = admit(over, 0, 10)
+    over.computed(first)
+    hosted(over, first)
+    second, third = admit(over, 1, 10), admit(over, 2, 10)
+    over.computed(second)
+    assert over.shares_tail(second)
+    over.free(third)
+    assert step(over, second) == 1
+    link.now = 30
+    over.land(30)
+    assert step(over, second) == 0
+    back(over, first)
+    link.now = 60
+    over.land(60)
+    for sequence in (first, second):
+        over.free(sequence)
+    over.check_integrity()
+    assert over.num_held == over.yielding == 0

@@ -340,6 +340,7 @@ def test_groups_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, bu
     assert_equal(*both(workload, allocator_name, scheduler_kind, clock, slots, **fields))
 
 
+SWAPPING = [name for name, (kind, *_) in ALLOCATORS.items() if getattr(allocator[kind], "can_swap", False)]
 BESIDE = {
     "ahead": {"asynchronous": True},
     "awaited": {"asynchronous": True, "prefetch": False},
@@ -354,7 +355,7 @@ BESIDE = {
 @settings(max_examples=15)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=2, max_size=10),
-    memory=st.sampled_from(["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]),
+    memory=st.sampled_from(SWAPPING),
     slots=st.sampled_from([64, 96, 150, 400]),
     clock=st.sampled_from(["fixed", "roofline"]),
     bandwidth=st.sampled_from([1e-4, 1e-3, 1e-2]),  # a block of four slots takes 10, 1 or 0.1 ms

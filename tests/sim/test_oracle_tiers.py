@@ -11,7 +11,7 @@ from sim import Recorder, scheduler, simulate
 from sim.audit import Audit
 from sim.eviction import eviction
 from tests.sim.naive import run_naively
-from tests.sim.test_oracle import CHUNKED, TIMINGS, Given, assert_equal, single
+from tests.sim.test_oracle import CHUNKED, TIMINGS, Given, assert_equal, group, single
 from tests.sim.test_oracle_sessions import SESSIONS, asked
 from tests.sim.tiers import TIERS, tiered, transfers
 
@@ -89,6 +89,43 @@ def test_prompts_in_chunks(scheduler_kind, allocator_name, rows, slots, clock, t
         return tiered(allocator_name, scheduler_kind, slots, tiers, offload, **fields)
 
     assert_equal(*both(Given(rows), built, clock, way))
+
+
+@pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
+@pytest.mark.parametrize("allocator_name", CACHING)
+@settings(max_examples=15)
+@given(
+    rows=st.lists(st.one_of(single, group), min_size=2, max_size=9), slots=st.sampled_from([64, 96, 150]),
+    clock=st.sampled_from(list(TIMINGS)), tiers=st.sampled_from(list(TIERS)), way=st.sampled_from(list(WAYS)),
+    offload=OFFLOAD, turnover=st.sampled_from([0.0, 0.1, 0.7]), budget=st.sampled_from([None, 9, 40]),
+)  # fmt: skip
+def test_groups(scheduler_kind, allocator_name, rows, slots, clock, tiers, way, offload, turnover, budget):
+    fields = {}
+    if budget and scheduler_kind in CHUNKED:
+        fields = {"max_num_batched_tokens": budget, **CHUNKED[scheduler_kind]}
+
+    def built():
+        return tiered(allocator_name, scheduler_kind, slots, tiers, offload, **fields)
+
+    assert_equal(*both(Given(rows, beams=(turnover, 1)), built, clock, way))
+
+
+@pytest.mark.parametrize("allocator_name", CACHING)
+@settings(max_examples=40)
+@given(
+    rows=st.lists(st.one_of(single, group), min_size=2, max_size=9), slots=st.sampled_from([64, 96, 150]),
+    tiers=st.sampled_from(list(TIERS)), way=st.sampled_from(list(WAYS)), offload=OFFLOAD,
+    turnover=st.sampled_from([0.0, 0.1, 0.7]), policy=st.sampled_from(["vllm_v0", "vllm_v1", "sglang", "sarathi"]),
+)  # fmt: skip
+def test_the_probe_finds_every_token_of_groups_in_its_place(
+    allocator_name, rows, slots, tiers, way, offload, turnover, policy
+):
+    def built():
+        return tiered(allocator_name, policy, slots, tiers, offload)
+
+    audit = Audit(every=1)
+    summary = run(Given(rows, beams=(turnover, 1)), built, "fixed", way, recorder=Recorder(), probe=audit)
+    assert audit.num_samples == summary["steps"]
 
 
 @pytest.mark.parametrize("allocator_name", CACHING)

@@ -91,6 +91,21 @@ def test_what_swapping_cost_is_reported():
     assert told.summary["recompute_s"] == told.summary["recomputed_tokens"] == 0
 
 
+def test_swaps_that_the_host_has_no_room_for_are_counted():
+    """Three blocks, and a host pool of one; computing again is not what was asked for."""
+    told = {
+        mode: Story(
+            scheduled("vllm_v0", memory(slots=24, num_host_blocks=1), preemption=mode),
+            ask(*TWO),
+            clock=clock(),
+        ).summary
+        for mode in ("swap", "recompute", "hybrid")
+    }
+    assert [each["swap_refused"] for each in told.values()] == [1, 0, 1]
+    assert all(each["recomputed_tokens"] == 12 and not each["swapped_gb"] for each in told.values())
+    assert story(24, *TWO, preemption="swap").summary["swap_refused"] == 0
+
+
 def test_a_chunk_counts_as_far_as_it_was_computed_before():
     """Of a step's three chunks one is new, one was lost but for its next token, one for nine more of its prompt."""
     step = Step()
@@ -279,6 +294,25 @@ def test_cached_blocks_need_not_be_computed_again():
     policy.plan = look
     Story(policy, Asked(made), clock=clock())
     assert told == pytest.approx(dict.fromkeys(range(4), 2e-3))  # of 18 tokens 16 are cached; 1 ms a token
+
+
+OVER = {
+    "token": {},
+    "multi_size": {"block_size": 2, "largest_block": 16, "slack": 0.5},
+    "adaptive": {"block_size": 2, "largest_block": 16, "window": 5},
+}
+
+
+@pytest.mark.parametrize("kind", OVER)
+@pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "sarathi"])
+def test_the_probe_finds_what_partial_preemptions_leave_over_other_allocators(kind, policy):
+    lost = {"partial": 0, "recompute": 0}
+    for mode in lost:
+        for seed in range(4):
+            over = memory(kind, slots=(64, 100, 150)[seed % 3], **OVER[kind])
+            summary = run(over, crowd(seed, groups=bool(seed % 2)), Audit(every=1), policy, preemption=mode)
+            lost[mode] += summary["recomputed_tokens"]
+    assert 0 < lost["partial"] < lost["recompute"]
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap", "hybrid", "partial"])

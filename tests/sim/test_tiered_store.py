@@ -11,6 +11,7 @@ from sim import Request, Sequence, Transfers, UserError
 from sim.eviction import eviction
 from sim.storage_tier import Run
 from sim.tier_kinds import tier
+from sim.tier_traffic import TierTraffic
 from sim.tiered_store import TieredStore
 from tests.sim.story import Story, ask, memory, scheduled
 from tests.sim.test_link import DEVICE, MODEL
@@ -155,7 +156,7 @@ def story(*rows, slots=24, tiers=(("host", 20),), transfers=None, clock=None, **
             request.content, request.content_grain = NAMED["content"], 4
     return Story(
         scheduled("vllm_v1", owner), asked, clock=clock,
-        transfers=transfers or Transfers(None, None, 4, asynchronous=True),
+        transfers=transfers or Transfers(None, None, 4, copy_latency_us=0, asynchronous=True),
     )  # fmt: skip
 
 
@@ -223,7 +224,7 @@ def test_a_full_tier_takes_nothing_before_it_has_room():
 
 
 def test_synchronous_transfers_are_waited_for_all():
-    told = story((0, 16, 3), transfers=Transfers(None, None, 4))
+    told = story((0, 16, 3), transfers=Transfers(None, None, 4, copy_latency_us=0))
     assert told.column("steps", "duration") == [
         10,
         5,
@@ -293,7 +294,7 @@ def test_the_cheap_tier_is_read_and_the_dear_one_behind_it_is_not():
     asked[0].content_grain = asked[2].content_grain = 4
     told = Story(
         scheduled("vllm_v1", owner), asked, clock=PerToken(1.0),
-        transfers=Transfers(None, None, 4, asynchronous=True),
+        transfers=Transfers(None, None, 4, copy_latency_us=0, asynchronous=True),
     )  # fmt: skip
     assert told.summary["host_hit_tokens"] == 8  # ten blocks came, the last two of the first prompt went on
     assert told.summary["remote_hit_tokens"] == 0
@@ -321,3 +322,28 @@ def test_tiers_that_make_no_sense_are_refused():
         tier["host"](0, None)
     with pytest.raises(UserError, match="hold no block"):
         tier["host"](2e9, None, capacity_gb=1.0)
+
+
+def test_blocks_in_slots_side_by_side_travel_in_one_copy_for_each_piece():
+    """On the host K and V of each layer lie by themselves; elsewhere a block is in one piece."""
+    host, drive = tier["host"](1e6, None, num_blocks=99), tier["nvme"](1e6, None, num_blocks=99)
+    for each in (host, drive):
+        each.price_copies(1e-3, 2e-3, pieces=4)
+        for slots in ([5, 6, 7], [8, 9], [3], [11, 13]):
+            each.out.add(slots)
+            each.back.add(slots)
+        assert each.out.stretches == 4
+    assert (host.out.seconds, host.back.seconds) == pytest.approx((16e-3, 32e-3))
+    assert (drive.out.seconds, drive.back.seconds) == pytest.approx((4e-3, 8e-3))
+    host.out.clear()
+    assert host.out.seconds == 0
+
+
+def test_a_transfer_takes_its_latency_its_bytes_and_its_copies():
+    there = tier["host"](1e6, None, num_blocks=99, bandwidth_gb_per_s=1.0, latency_us=10)
+    there.price_copies(1e-3, 1e-3, pieces=2)
+    traffic = TierTraffic([there])
+    run = Run([1, 2, 3], (0, 0), 0, 0)
+    run.slots = [4, 5, 9]
+    traffic.write(there, run, None, lifted=False)
+    assert traffic.stall(0, 0) == 10_000 + 3 * 1_000_000 + 2 * 2 * 1_000_000
