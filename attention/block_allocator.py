@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sim.block_pool import BlockPool
+from sim.pools.block_pool import BlockPool
 
 
 class BlockAllocator:
     """Blocks by number, for a cache of this block size and width: the simulator's block pool, with shapes.
 
-    What is validated is what simulates: free list and reference counts are `sim.block_pool.BlockPool`.
+    What is validated is what simulates: free list and reference counts are `sim.pools.block_pool.BlockPool`.
 
     Raises ValueError for sizes below 1.
     """

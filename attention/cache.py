@@ -11,7 +11,7 @@ from attention.block_allocator import BlockAllocator
 from attention.functional import copy_blocks
 from attention.in_flight import Fence, InFlight
 from attention.metadata import AttentionMetadata, CachedSequence
-from sim.block_pool import OutOfBlocks
+from sim.pools.block_pool import OutOfBlocks
 
 __all__ = ["AttentionMetadata", "BlockAllocator", "CachedSequence", "OutOfBlocks", "PagedKVCache"]
 

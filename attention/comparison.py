@@ -19,7 +19,7 @@ from attention.swap.quantization import Quantization, QuantizationError
 from attention.swap.swapping import swap_in, swap_out
 from sim.errors import UserError
 from sim.identity import UNWRITTEN, Ints
-from sim.tier import Journey
+from sim.tiers.tier import Journey
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sim.block_pool import BlockPool
+from sim.pools.block_pool import BlockPool
 
 
 class Event(Protocol):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sim.allocators.base import Allocator
-from sim.audit import Audit
+from sim.audit.audit import Audit
+from sim.audit.grouped_ledger import GroupedLedger
 from sim.errors import ProbeError, UserError
-from sim.grouped_ledger import GroupedLedger
 from sim.hardware import Model
 from sim.registry import PositiveFloat, PositiveInt
 from sim.request import Sequence

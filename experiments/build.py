@@ -23,8 +23,8 @@ from sim.recorder import Recorder, Sink
 from sim.registry import Registry
 from sim.schedulers import Scheduler, scheduler
 from sim.simulation import simulate
-from sim.tier_kinds import tier
-from sim.tiered_store import TieredStore
+from sim.tiers.kinds import tier
+from sim.tiers.tiered_store import TieredStore
 from sim.timing import StepTime, Transfers, timing
 from workloads.streams import Streams
 from workloads.workload import workload

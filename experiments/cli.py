@@ -203,7 +203,7 @@ def _counted(runs: int) -> str:
 
 
 def _draw(folder: Path) -> None:
-    from experiments.plots import draw
+    from experiments.plots.stored import draw
     from experiments.report import write_report
 
     _tell(f"plots: {len(draw(folder))} in {folder / 'plots'}")
@@ -243,7 +243,7 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from experiments.plots import draw
+    from experiments.plots.stored import draw
 
     for path in draw(options.directory):
         print(path)
@@ -270,7 +270,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _parity(options: argparse.Namespace) -> int:
-    from experiments.parity import run_parity
+    from experiments.parity.replay import run_parity
 
     return run_parity(options.files)
 
@@ -303,7 +303,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from experiments.bench import run_bench
+    from experiments.bench.suite import run_bench
 
     return run_bench(options.name)
 

@@ -14,8 +14,8 @@ from sim.allocators import allocator
 from sim.kv_precision import Precision
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
 from sim.schedulers import scheduler
-from sim.tier_kinds import tier
-from sim.tiered_store import TieredStore
+from sim.tiers.kinds import tier
+from sim.tiers.tiered_store import TieredStore
 from sim.timing import Transfers, timing
 from workloads.workload import workload
 

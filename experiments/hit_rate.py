@@ -7,8 +7,8 @@ from pathlib import Path
 
 from experiments.text import table
 from sim.errors import UserError
-from sim.eviction import eviction
-from sim.hit_rate import hit_rate, infinite_hit_rate
+from sim.prefixes.eviction import eviction
+from sim.prefixes.hit_rate import hit_rate, infinite_hit_rate
 from sim.registry import UnknownKind
 from workloads.traces import trace_format
 

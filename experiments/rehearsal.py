@@ -15,7 +15,7 @@ from sim.allocators import Allocator, allocator
 from sim.registry import Registry
 from sim.request import one_priority
 from sim.schedulers import scheduler
-from sim.tiered_store import TieredStore
+from sim.tiers.tiered_store import TieredStore
 from sim.timing import Transfers, timing
 from workloads.workload import workload
 

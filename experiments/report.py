@@ -10,11 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from experiments.plots import Plot, draw, stored_plots
-from experiments.plots_labels import axis_label, axis_name, flattened, listed, lowered, number
-from experiments.plots_reading import manifest, read_experiment
-from experiments.plots_results import Experiment, Run
-from experiments.plots_series import mean
+from experiments.plots.labels import axis_label, axis_name, flattened, listed, lowered, number
+from experiments.plots.reading import manifest, read_experiment
+from experiments.plots.results import Experiment, Run
+from experiments.plots.series import mean
+from experiments.plots.stored import Plot, draw, stored_plots
 from experiments.report_page import page
 from experiments.summary_table import hits_told, tiers_of
 from sim.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sim.link import Link
 from sim.step import Step
-from sim.tiered_store import TieredStore
+from sim.tiers.tiered_store import TieredStore
 from sim.timing.base import StepTime
 from sim.timing.transfers import Transfers
 

@@ -10,7 +10,7 @@ from attention.cache import CachedSequence, PagedKVCache
 from attention.in_flight import InFlight
 from attention.swap.host_records import Copied, HostRecords, Streams, record_bytes
 from attention.swap.quantization import Quantization, QuantizationError
-from sim.block_pool import BlockPool
+from sim.pools.block_pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sim.allocators.capacity import Admission, Capacity, MemoryUsage
 from sim.allocators.integrity import recount
 from sim.allocators.powers import Powers
-from sim.block_pool import BlockPool
+from sim.pools.block_pool import BlockPool
 from sim.probe import Witness
 from sim.registry import Registry
 from sim.request import Request, Sequence

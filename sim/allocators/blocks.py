@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.allocators.base import Allocator
-from sim.block_pool import BlockPool
-from sim.page_pool import PagePool
+from sim.pools.block_pool import BlockPool
+from sim.pools.page_pool import PagePool
 from sim.request import Sequence
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.shared_tails import TailSharingAllocator
-from sim.hashed_blocks import HashedPool
-from sim.prefix_keys import prefix_keys, sequence_keys, tail_key
+from sim.pools.hashed_blocks import HashedPool
+from sim.prefixes.keys import prefix_keys, sequence_keys, tail_key
 from sim.request import Request, Sequence
 
 
@@ -27,7 +27,7 @@ class CachedPagedAllocator(TailSharingAllocator):
     A prompt takes every block that is known, its last one too though it may be filled in part: copy-on-write parts
     those who share it. Its leading blocks need not be computed if they are flagged as computed, which are all full
     blocks but the last of whoever ran with them; never its last block. Admission asks for room as if nothing were
-    found. Freed blocks stay known until they are evicted (`sim/hashed_blocks.py`).
+    found. Freed blocks stay known until they are evicted (`sim/pools/hashed_blocks.py`).
 
     V0 touches the blocks of all running sequences in every step. Here a block's last use is set when somebody
     leaves it, to the last step that he took part in; and a block that fills up while decoding gets its key then, as

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from sim.allocators.base import Allocator
 from sim.allocators.blocks import block_slots, grow_by_block
 from sim.allocators.capacity import STAYS_CACHED, Admission, Capacity
-from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
-from sim.prefix_keys import sequence_keys
+from sim.pools.block_pool import BlockPool
+from sim.prefixes.keys import sequence_keys
 from sim.request import Request, Sequence
-from sim.tiered_store import TieredStore
+from sim.tiers.tiered_store import TieredStore
 
 
 class CachingAllocator(Allocator):

@@ -9,16 +9,16 @@ from sim.allocators.grouped import GroupedAllocator
 from sim.allocators.window_edge import NULL, Edge, Holding
 from sim.errors import UserError
 from sim.layer_groups import unified_pages, windowed_pages
-from sim.prefix_cache import PrefixCache
-from sim.prefix_keys import own_key, prefix_keys
-from sim.prefix_pool import PrefixPool
+from sim.pools.prefix_pool import PrefixPool
+from sim.prefixes.keys import own_key, prefix_keys
+from sim.prefixes.prefix_cache import PrefixCache
 from sim.request import Request, Sequence
 
 
 class GroupedPrefixAllocator(GroupedAllocator):
     """`prefix` where layers are of several kinds: one pool of equal pages, a block table for each group.
 
-    The rules are those of `sim/prefix_cache.py`: a hit has to be one in every group, a window's from its right
+    The rules are those of `sim/prefixes/prefix_cache.py`: a hit has to be one in every group, a window's from its right
     end; a request is refused on the sum over the groups; a window gives its blocks back before it takes others.
     No checkpoints of states are kept, so that with states nothing is cached.
     """

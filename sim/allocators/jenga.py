@@ -12,8 +12,8 @@ from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.grouped import GroupedAllocator
 from sim.allocators.window_edge import NULL, Holding
 from sim.errors import UserError
-from sim.large_pages import LargePages
 from sim.layer_groups import LayerKind, own_pages
+from sim.pools.large_pages import LargePages
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
 
@@ -23,7 +23,7 @@ class JengaAllocator(GroupedAllocator):
     """A page size for each kind of layers, in large pages of their least common multiple, as in Jenga (SOSP 2025).
 
     All layers of a kind share a block table whose pages hold exactly a block of their tokens, or their states;
-    large pages are split into pages of one kind, a request's packed together (`sim/large_pages.py`). So nothing
+    large pages are split into pages of one kind, a request's packed together (`sim/pools/large_pages.py`). So nothing
     is padded; what is wasted beside tails and window edges are small pages that are free in a large page, and
     these are internal waste until somebody takes them. Prefixes are not cached. A model of equal layers has one
     kind, and is paged as usual.

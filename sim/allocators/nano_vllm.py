@@ -7,8 +7,8 @@ from typing import ClassVar
 from sim.allocators.base import allocator
 from sim.allocators.capacity import STAYS_CACHED, Capacity
 from sim.allocators.prefix import PrefixAllocator
-from sim.prefix_keys import prefix_keys
-from sim.prefix_pool import PrefixPool
+from sim.pools.prefix_pool import PrefixPool
+from sim.prefixes.keys import prefix_keys
 from sim.registry import PositiveInt
 from sim.request import Sequence
 

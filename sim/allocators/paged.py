@@ -14,7 +14,7 @@ from sim.allocators.blocks import block_slots, grow_by_block, in_common
 from sim.allocators.capacity import STAYS_CACHED, Admission, Capacity
 from sim.allocators.counted_beams import CountedBeams
 from sim.allocators.swapping import SwappingAllocator
-from sim.block_pool import BlockPool
+from sim.pools.block_pool import BlockPool
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
 from sim.request import Request, Sequence
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sim.beams import BeamSearch
     from sim.decode_set import DecodeSet
     from sim.link import Link
-    from sim.tiered_store import TieredStore
+    from sim.tiers.tiered_store import TieredStore
     from sim.timing.transfers import Transfers
 
 

@@ -11,12 +11,12 @@ from sim.allocators.blocks import in_common
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.capacity import Capacity
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator
-from sim.offloading_pools import OffloadingPool
-from sim.prefix_keys import prefix_keys, sequence_keys, stretch
-from sim.prefix_pool import PrefixPool
+from sim.pools.prefix_pool import PrefixPool
+from sim.prefixes.keys import prefix_keys, sequence_keys, stretch
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence
-from sim.tiered_store import TieredStore
+from sim.tiers.offloading_pools import OffloadingPool
+from sim.tiers.tiered_store import TieredStore
 
 _MANY = 256
 """Requests whose keys are kept while they wait."""
@@ -29,7 +29,7 @@ class PrefixAllocator(CachingAllocator):
     Full blocks can be found from the moment their slots are granted, by requests of the same step too; a
     request that is preempted finds its own again. Freed blocks queue up for reuse, the tail of a request
     first, and lose their content only when they are handed out (`vllm/v1/core/block_pool.py`; the rules stand
-    in `sim/prefix_pool.py`). The same content computed twice stays in two blocks. There is no swapping.
+    in `sim/pools/prefix_pool.py`). The same content computed twice stays in two blocks. There is no swapping.
 
     In V1 parallel samples are requests of their own, which meet through the cache: each computes the end of the
     prompt that fills no block, and V1 knows no beams. Here samples and beams are branches of one request. They share

@@ -14,16 +14,16 @@ from sim.allocators.base import allocator
 from sim.allocators.blocks import count_growth
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.capacity import Capacity
-from sim.eviction import Eviction, belady, lru
-from sim.eviction import eviction as evictions
-from sim.foresight import Foresight
-from sim.offloading_pools import OffloadingPagePool
-from sim.page_pool import PagePool
-from sim.prefix_keys import prefix_keys, sequence_keys
-from sim.radix_tree import Node, RadixTree
+from sim.pools.page_pool import PagePool
+from sim.prefixes.eviction import Eviction, belady, lru
+from sim.prefixes.eviction import eviction as evictions
+from sim.prefixes.foresight import Foresight
+from sim.prefixes.keys import prefix_keys, sequence_keys
+from sim.prefixes.radix_tree import Node, RadixTree
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence, one_priority
-from sim.tiered_store import TieredStore
+from sim.tiers.offloading_pools import OffloadingPagePool
+from sim.tiers.tiered_store import TieredStore
 
 _MANY = 1024
 

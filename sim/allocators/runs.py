@@ -11,8 +11,8 @@ from sim.allocators.capacity import Capacity
 from sim.allocators.paged import PagedAllocator
 from sim.allocators.swapping import SwappingAllocator
 from sim.errors import IntegrityError, UserError
+from sim.pools.run_pool import RunPool
 from sim.request import Request, Sequence
-from sim.run_pool import RunPool
 
 
 class RunsAllocator(PagedAllocator):

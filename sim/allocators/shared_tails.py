@@ -8,9 +8,9 @@ from collections import Counter, deque
 from sim.allocators.capacity import Capacity
 from sim.allocators.paged import PagedAllocator
 from sim.allocators.yielding import InFlight
-from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
-from sim.hashed_blocks import HashedPool
+from sim.pools.block_pool import BlockPool
+from sim.pools.hashed_blocks import HashedPool
 from sim.request import Request, Sequence
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from sim.allocators.base import Allocator
 from sim.allocators.capacity import Admission
 from sim.allocators.yielding import InFlight, Stopped
-from sim.block_pool import BlockPool
 from sim.errors import IntegrityError
+from sim.pools.block_pool import BlockPool
 from sim.request import Request, Sequence
 
 

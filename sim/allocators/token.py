@@ -8,9 +8,9 @@ from typing import ClassVar
 from sim.allocators.base import allocator
 from sim.allocators.capacity import Capacity
 from sim.allocators.paged import PagedAllocator
+from sim.pools.token_pool import TokenPool
 from sim.registry import NonNegativeInt
 from sim.request import Sequence
-from sim.token_pool import TokenPool
 
 
 @allocator("token")
@@ -19,7 +19,7 @@ class TokenAllocator(PagedAllocator):
 
     A token's slot may be anywhere, so nothing is wasted and nothing is reserved; the price is a table with an entry
     for every token. A request is admitted if all of its prompt fits, without a watermark: LightLLM's scheduler
-    looks ahead instead. Slots are handed out in the order of `sim/token_pool.py`. Forks share slots and never
+    looks ahead instead. Slots are handed out in the order of `sim/pools/token_pool.py`. Forks share slots and never
     copy, as no slot is shared half full.
 
     Fields:

@@ -12,7 +12,7 @@ from sim.allocators.base import Allocator, allocator
 from sim.allocators.blocks import block_slots
 from sim.allocators.capacity import Admission, Capacity
 from sim.errors import IntegrityError, UserError
-from sim.group_pool import GroupPool
+from sim.pools.group_pool import GroupPool
 from sim.registry import Bounds
 from sim.request import Request, Sequence
 

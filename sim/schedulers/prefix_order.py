@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from sim.allocators.base import Allocator
-from sim.prefix_keys import prefix_keys
+from sim.prefixes.keys import prefix_keys
 from sim.request import Request
 
 Policy = Literal["lpm", "dfs-weight", "fcfs", "lof", "random"]

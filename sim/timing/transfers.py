@@ -18,9 +18,9 @@ class Transfers:
 
     A block is moved in pieces, K and V of every layer by themselves, and a small copy costs a few
     microseconds whatever its size, which is why swapping small blocks is slow (Kwon et al., SOSP 2023,
-    section 7.3); tiers pay as much for each of their copies (`sim/storage_tier.py`). The engine waits for swaps, as
-    vLLM V0 does, unless they are asynchronous: then they take their time on a link of their own (`Link`), a block
-    that leaves is free when it is copied, and a step waits only for blocks that it needs before. Without a model
+    section 7.3); tiers pay as much for each of their copies (`sim/tiers/storage_tier.py`). The engine waits for
+    swaps, as vLLM V0 does, unless they are asynchronous: then they take their time on a link of their own (`Link`), a
+    block that leaves is free when it is copied, and a step waits only for blocks that it needs before. Without a model
     blocks have no bytes, and a move costs its copies alone.
 
     Fields:

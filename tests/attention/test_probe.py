@@ -12,7 +12,7 @@ import torch
 from attention.comparison import Comparison
 from attention.probe import MAX_SEQUENCES, MAX_TOKENS, AttentionProbe
 from sim import Capacity, ProbeError, Stalled, UserError, allocator, scheduler
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from tests.sim.broken_allocators import BROKEN, Paged
 from tests.sim.probing import GROUPS, requests, run
 from tests.sim.story import ask, memory

@@ -9,8 +9,8 @@ import pytest
 from attention.comparison import Comparison
 from attention.probe import AttentionProbe
 from sim import ProbeError, Recorder, simulate
-from sim.audit import Audit
-from sim.tiered_store import TieredStore
+from sim.audit.audit import Audit
+from sim.tiers.tiered_store import TieredStore
 from tests.sim.test_oracle import TIMINGS
 from tests.sim.test_oracle_sessions import asked
 from tests.sim.tiers import tiered, transfers

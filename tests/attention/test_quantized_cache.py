@@ -8,9 +8,9 @@ from attention.comparison import Comparison
 from attention.probe import AttentionProbe
 from attention.swap.quantization import Quantization
 from sim import Capacity, Model, ProbeError, Recorder, allocator, scheduler, simulate
-from sim.grouped_ledger import GroupedLedger
+from sim.audit.grouped_ledger import GroupedLedger
+from sim.audit.ledger import Ledger
 from sim.layer_groups import LayerKind
-from sim.ledger import Ledger
 from tests.sim.probing import requests, run
 from tests.sim.test_oracle import TIMINGS
 from tests.sim.test_oracle_sessions import asked
@@ -105,7 +105,7 @@ class Fresh(Ledger):
 
 
 def test_the_audit_tells_a_slot_that_was_not_quantised(monkeypatch):
-    monkeypatch.setattr("sim.audit.Ledger", Fresh)
+    monkeypatch.setattr("sim.audit.audit.Ledger", Fresh)
     memory = allocator["paged"](
         Capacity(num_slots=400, max_model_len=64, kv_cache_dtype="int8"), block_size=4
     )
@@ -123,7 +123,7 @@ class FreshPages(GroupedLedger):
 
 
 def test_the_audit_tells_it_in_layer_groups_too(monkeypatch):
-    monkeypatch.setattr("sim.audit.GroupedLedger", FreshPages)
+    monkeypatch.setattr("sim.audit.audit.GroupedLedger", FreshPages)
     with pytest.raises(ProbeError, match=r"layer group 0, device slot \d+: expected precision fp8"):
         probed("jenga", "fp8", layers=LAYERS, kv_bytes=400 * 256)
 

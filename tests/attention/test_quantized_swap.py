@@ -12,7 +12,7 @@ from attention.probe import AttentionProbe
 from attention.rows import HEAD_DIM, NUM_ROWS, SEED, model_rows, random_rows, rows_of
 from attention.swap.quantization import Quantization
 from sim import Device, Model, ProbeError, Transfers
-from sim.ledger import Ledger
+from sim.audit.ledger import Ledger
 from tests.sim.probing import requests, run
 from tests.sim.story import memory
 
@@ -120,6 +120,6 @@ class Forgetful(Ledger):
 
 
 def test_the_audit_tells_a_slot_of_the_wrong_precision(monkeypatch):
-    monkeypatch.setattr("sim.audit.Ledger", Forgetful)
+    monkeypatch.setattr("sim.audit.audit.Ledger", Forgetful)
     with pytest.raises(ProbeError, match=r"expected precision int8, found the model's own"):
         serve("int8", 1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from experiments.parity import Row
-from experiments.parity_tokens import ENDLESS
-from experiments.parity_v0_manager import build_memory
+from experiments.parity.replay import Row
+from experiments.parity.tokens import ENDLESS
+from experiments.parity.v0_manager import build_memory
 from sim import Admission, Request, Sequence
 from sim.beams import fork
 

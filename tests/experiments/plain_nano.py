@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from experiments.parity import Row, canonical, histogram
-from sim.prefix_cache import Holding, PrefixCache
+from experiments.parity.replay import Row, canonical, histogram
+from sim.prefixes.prefix_cache import Holding, PrefixCache
 from tests.experiments.keys import block_keys
 
 

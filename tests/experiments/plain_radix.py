@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from experiments.parity import Row, histogram
+from experiments.parity.replay import Row, histogram
 from sim.errors import IntegrityError
-from sim.radix_tree import Node, RadixTree
+from sim.prefixes.radix_tree import Node, RadixTree
 
 
 class _Request:

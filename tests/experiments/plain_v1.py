@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.parity import Row, canonical, histogram
-from experiments.parity_v1 import windows_of
-from sim.prefix_cache import NULL, Holding, PrefixCache
+from experiments.parity.replay import Row, canonical, histogram
+from experiments.parity.v1 import windows_of
+from sim.prefixes.prefix_cache import NULL, Holding, PrefixCache
 from tests.experiments.keys import block_keys
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import bench_paper, bench_peers, bench_sim, text
+from experiments import text
+from experiments.bench import paper as bench_paper
+from experiments.bench import peers as bench_peers
+from experiments.bench import sim as bench_sim
 from experiments.cli import run_command
 
 

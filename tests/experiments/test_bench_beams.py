@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from attention.generation.ngram import NGram
-from experiments import bench_beams
+from experiments.bench import beams as bench_beams
 from workloads.sampling import measured_turnover
 
 

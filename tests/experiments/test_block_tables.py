@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import profiles
-from experiments.plots import draw, stored_plots
+from experiments.plots.stored import draw, stored_plots
 from sim.timing.profile import Profile
 from tests.experiments.conftest import SMALL, Kvsim, Write
 

@@ -11,7 +11,7 @@ from attention.calibration import calibrate as calibration
 from attention.calibration import measuring
 from attention.calibration.grid import GRIDS
 from experiments import profiles
-from experiments.bench_attention import bench_attention
+from experiments.bench.attention import bench_attention
 from experiments.calibrate import run_calibrate, written
 from experiments.config import load
 from experiments.mistakes import Mistakes

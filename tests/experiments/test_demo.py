@@ -7,7 +7,7 @@ import pytest
 from attention.cache import PagedKVCache
 from attention.generation import tour
 from experiments import demo
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from sim.errors import ProbeError
 
 

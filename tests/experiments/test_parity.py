@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.parity import Difference, canonical, replay
+from experiments.parity.replay import Difference, canonical, replay
 from sim.errors import IntegrityError, UserError
 from tests.experiments.conftest import Kvsim
 from tests.experiments.keys import block_keys
@@ -156,7 +156,7 @@ def to_the_end(driver, rows, blocks: int, steps: int = 600) -> None:
     caching=st.booleans(),
 )
 def test_v1_comes_to_an_end(rows, blocks, budget, chunked, threshold, policy, reserve, oldest, caching):
-    from experiments.parity_v1 import SchedulerDriver
+    from experiments.parity.v1 import SchedulerDriver
 
     rows = [{"id": f"r{number}", **row} for number, row in enumerate(rows)]
     config = {
@@ -170,7 +170,7 @@ def test_v1_comes_to_an_end(rows, blocks, budget, chunked, threshold, policy, re
 
 @given(rows=token_rows, blocks=st.sampled_from([12, 16, 40]), budget=st.sampled_from([5, 16, 64]))
 def test_nano_comes_to_an_end(rows, blocks, budget):
-    from experiments.parity_nano import SchedulerDriver
+    from experiments.parity.nano import SchedulerDriver
 
     rows = [{"id": f"r{number}", **row} for number, row in enumerate(rows)]
     config = {"block_size": 4, "num_blocks": blocks, "max_num_seqs": 4, "max_num_batched_tokens": budget}
@@ -178,7 +178,7 @@ def test_nano_comes_to_an_end(rows, blocks, budget):
 
 
 def test_our_own_faults_are_differences(recording, monkeypatch):
-    from experiments.parity_v1 import ManagerDriver
+    from experiments.parity.v1 import ManagerDriver
 
     def broken(self) -> None:
         raise IntegrityError("free(3) != 4")
@@ -196,7 +196,7 @@ def test_our_own_faults_are_differences(recording, monkeypatch):
 
 
 def nano(requests: list[dict], **config) -> list[tuple]:
-    from experiments.parity_nano import SchedulerDriver
+    from experiments.parity.nano import SchedulerDriver
 
     config = {"block_size": 4, "num_blocks": 10, "max_num_seqs": 4, "max_num_batched_tokens": 16, **config}
     rows = [{"id": f"r{number}", "arrival_step": 0, **row} for number, row in enumerate(requests)]
@@ -240,7 +240,7 @@ def test_the_last_running_gives_way_and_finds_its_own_blocks_again():
 
 
 def test_where_nothing_can_be_scheduled_nano_dies():
-    from experiments.parity_nano import SchedulerDriver
+    from experiments.parity.nano import SchedulerDriver
 
     config = {"block_size": 4, "num_blocks": 2, "max_num_seqs": 4, "max_num_batched_tokens": 16}
     driver = SchedulerDriver(config, [{"id": "r0", "arrival_step": 0, "prompt": [[0, 8]], "max_tokens": 4}])

@@ -8,7 +8,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import parity_nano, parity_radix, parity_v1
+from experiments.parity import nano as parity_nano
+from experiments.parity import radix as parity_radix
+from experiments.parity import v1 as parity_v1
 from tests.experiments import plain_nano, plain_radix, plain_v1
 
 Row = dict[str, Any]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.parity_nano import SchedulerDriver
+from experiments.parity.nano import SchedulerDriver
 from tests.experiments import plain_nano
 
 prompts = st.lists(

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.parity import Difference, replay
-from experiments.parity_v0 import SchedulerDriver
-from experiments.parity_v0_manager import CachedManagerDriver
+from experiments.parity.replay import Difference, replay
+from experiments.parity.v0 import SchedulerDriver
+from experiments.parity.v0_manager import CachedManagerDriver
 from tests.experiments.chunked_v0 import ChunkedDriver
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.parity import canonical
-from experiments.parity_v0_manager import CachedManagerDriver
+from experiments.parity.replay import canonical
+from experiments.parity.v0_manager import CachedManagerDriver
 from sim import Admission, Request, Sequence
 from sim.decode_set import DecodeSet
 from tests.experiments import plain_v0_cached

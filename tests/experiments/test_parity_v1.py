@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.parity import replay
-from experiments.parity_v1 import SchedulerDriver
+from experiments.parity.replay import replay
+from experiments.parity.v1 import SchedulerDriver
 from tests.experiments.token_schedule import TokenDriver
 
 

@@ -16,13 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from experiments import plots, plots_recovery, plots_style
-from experiments.plots import draw, stored_plots
-from experiments.plots_rate import Saturation, saturation
-from experiments.plots_reading import read_experiment
-from experiments.plots_results import BLOCK_SIZE, Case, spread
-from experiments.plots_series import Mean
-from experiments.plots_shares import apart
+from experiments.plots import recovery as plots_recovery
+from experiments.plots import stored as plots
+from experiments.plots import style as plots_style
+from experiments.plots.rate import Saturation, saturation
+from experiments.plots.reading import read_experiment
+from experiments.plots.results import BLOCK_SIZE, Case, spread
+from experiments.plots.series import Mean
+from experiments.plots.shares import apart
+from experiments.plots.stored import draw, stored_plots
 from sim.errors import UserError
 from tests.experiments.fake_results import CONTIGUOUS, ORCA, PAGED, QUICKSTART, VLLM, Sweep, write_results
 

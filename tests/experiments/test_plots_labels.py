@@ -6,8 +6,8 @@ import doctest
 
 import pytest
 
-from experiments import plots_labels
-from experiments.plots_labels import axis_label, number, policy_labels, setting, wrapped
+from experiments.plots import labels as plots_labels
+from experiments.plots.labels import axis_label, number, policy_labels, setting, wrapped
 from tests.experiments.fake_results import CONTIGUOUS, ORCA, PAGED, VLLM
 
 

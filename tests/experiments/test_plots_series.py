@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import plots_series
-from experiments.plots_series import Mean, mean, memory_over_time, recorded_until, steps_over_time, t_quantile
+from experiments.plots import series as plots_series
+from experiments.plots.series import Mean, mean, memory_over_time, recorded_until, steps_over_time, t_quantile
 
 
 def write(folder: Path, table: str, columns: dict[str, list[float] | np.ndarray], group: int = 1000) -> None:

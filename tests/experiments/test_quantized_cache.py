@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from experiments.plots import draw, stored_plots
+from experiments.plots.stored import draw, stored_plots
 from experiments.report import write_report
 from tests.experiments.conftest import SMALL, Kvsim, Write
 

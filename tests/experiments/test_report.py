@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.plots import stored_plots
+from experiments.plots.stored import stored_plots
 from experiments.report import write_report
 from sim.errors import UserError
 from tests.experiments.fake_results import QUICKSTART, Sweep, write_results

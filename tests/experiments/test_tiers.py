@@ -8,7 +8,7 @@ import pytest
 
 from experiments.config import load
 from experiments.mistakes import Mistakes
-from experiments.plots_labels import tier_told
+from experiments.plots.labels import tier_told
 from experiments.summary_table import summary_table, tiers_of
 from experiments.sweep import run_sweep
 

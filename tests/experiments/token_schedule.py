@@ -7,9 +7,9 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import Literal
 
-from experiments.parity import Row
-from experiments.parity_v1 import windows_of
-from sim.prefix_cache import Holding, PrefixCache
+from experiments.parity.replay import Row
+from experiments.parity.v1 import windows_of
+from sim.prefixes.prefix_cache import Holding, PrefixCache
 from tests.experiments.keys import block_keys
 
 

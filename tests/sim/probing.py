@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sim import Recorder, Request, Transfers, allocator, scheduler, simulate, timing, victim
 from sim.allocators import Allocator
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from tests.sim.story import MS, Asked
 
 GROUPS = [kind for kind in allocator.kinds if allocator[kind].can_fork]

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
 
 from sim import Admission, Capacity, Request, Sequence, Transfers, allocator
 from sim.beams import fork
-from sim.eviction import eviction
 from sim.link import Link
+from sim.prefixes.eviction import eviction
 from sim.units import FOREVER
 
 MAX_MODEL_LEN = 48

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from sim import Transfers, scheduler
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from tests.sim.probing import requests, run
 from tests.sim.story import Story, ask, memory, scheduled
 from tests.sim.test_link import DEVICE, MODEL

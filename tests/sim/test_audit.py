@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sim import Admission, Allocator, Capacity, ProbeError, Request, allocator, scheduler, victim
 from sim.allocators import PagedAllocator
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from tests.sim.probing import GROUPS, requests, run
 from tests.sim.story import ask, memory
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim import IntegrityError
-from sim.block_pool import BlockPool, OutOfBlocks
+from sim.pools.block_pool import BlockPool, OutOfBlocks
 
 
 def test_blocks_come_from_the_end_and_return_there():

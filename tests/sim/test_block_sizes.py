@@ -8,9 +8,9 @@ import pytest
 
 from sim import Admission, Request, Sequence
 from sim.beams import fork
-from sim.block_pool import OutOfBlocks
 from sim.errors import UserError
-from sim.run_pool import RunPool
+from sim.pools.block_pool import OutOfBlocks
+from sim.pools.run_pool import RunPool
 from tests.sim.story import Story, ask, memory, scheduled
 
 

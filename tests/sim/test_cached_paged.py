@@ -11,8 +11,8 @@ from sim.allocators.cached_paged import CachedPagedAllocator
 from sim.allocators.paged import PagedAllocator
 from sim.beams import fork
 from sim.decode_set import DecodeSet
-from sim.hashed_blocks import HashedPool
 from sim.link import Link
+from sim.pools.hashed_blocks import HashedPool
 from tests.sim.story import Story, ask, memory, scheduled
 
 A = (1, 2, 3, 4, 5, 6, 7, 8)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sim import Capacity, ProbeError, Recorder, Transfers, allocator, ledger, scheduler, simulate, timing
+from sim import Capacity, ProbeError, Recorder, Transfers, allocator, scheduler, simulate, timing
 from sim.allocators.counted_beams import CountedGroup
-from sim.audit import Audit
+from sim.audit import ledger
+from sim.audit.audit import Audit
 from sim.errors import IntegrityError
 from sim.genealogy import COPIES, LEFT, LOST, SPARED, TAKEN, WASTED, WRITTEN, changes, draw_parents
 from sim.request import Request

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.free_queue import FreeQueue
+from sim.pools.free_queue import FreeQueue
 
 
 @given(

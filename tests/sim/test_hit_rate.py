@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim import Capacity, Request, UserError, allocator
-from sim.eviction import eviction
-from sim.foresight import NEVER_AGAIN
-from sim.hit_rate import BlockCache, hit_rate, infinite_hit_rate, next_uses
+from sim.prefixes.eviction import eviction
+from sim.prefixes.foresight import NEVER_AGAIN
+from sim.prefixes.hit_rate import BlockCache, hit_rate, infinite_hit_rate, next_uses
 from tests.sim.story import Asked, Story, scheduled
 
 SIZES = (1_000, 5_000, 10_000, 20_000, 30_000, 50_000, 100_000)

@@ -20,11 +20,11 @@ from sim import (
     scheduler,
     timing,
 )
-from sim.audit import Audit
-from sim.block_pool import OutOfBlocks
+from sim.audit.audit import Audit
 from sim.errors import UserError
-from sim.large_pages import LargePages
 from sim.layer_groups import LayerKind, own_pages, unified_pages
+from sim.pools.block_pool import OutOfBlocks
+from sim.pools.large_pages import LargePages
 from tests.sim.probing import requests, run
 
 KINDS = (LayerKind(1, 2), LayerKind(3, 2, 7), LayerKind(2, 2, 20), LayerKind(1, state_bytes=7))

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from sim import Allocator, Capacity, ProbeError, Stalled
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from tests.sim.broken_allocators import BROKEN, Chunks, Paged
 from tests.sim.probing import requests, run
 

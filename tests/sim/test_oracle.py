@@ -23,8 +23,8 @@ from sim import (
     timing,
     victim,
 )
-from sim.eviction import eviction
 from sim.layer_groups import LayerKind
+from sim.prefixes.eviction import eviction
 from tests.sim.naive import run_naively
 
 MODEL = Model(

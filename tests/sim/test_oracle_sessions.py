@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim import Recorder, Transfers, scheduler, simulate
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from tests.sim.test_oracle import ALLOCATORS, CHUNKED, DEVICE, MODEL, TIMINGS, assert_equal, both, build
 from workloads import (
     Agent,

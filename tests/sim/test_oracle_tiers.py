@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sim import Recorder, scheduler, simulate
-from sim.audit import Audit
-from sim.eviction import eviction
+from sim.audit.audit import Audit
+from sim.prefixes.eviction import eviction
 from tests.sim.naive import run_naively
 from tests.sim.test_oracle import CHUNKED, TIMINGS, Given, assert_equal, group, single
 from tests.sim.test_oracle_sessions import SESSIONS, asked

@@ -20,7 +20,7 @@ from sim import (
     allocator,
     scheduler,
 )
-from sim.block_pool import BlockPool
+from sim.pools.block_pool import BlockPool
 from tests.sim import test_oracle
 from tests.sim.story import Story, ask, memory
 from tests.sim.test_allocators import Ownership

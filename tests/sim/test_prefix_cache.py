@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.errors import IntegrityError
-from sim.prefix_cache import NULL, Holding, PrefixCache
-from sim.prefix_pool import PrefixPool
+from sim.pools.prefix_pool import PrefixPool
+from sim.prefixes.prefix_cache import NULL, Holding, PrefixCache
 
 
 class Server:

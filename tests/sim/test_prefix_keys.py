@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.identity import History
-from sim.prefix_keys import prefix_keys
+from sim.prefixes.keys import prefix_keys
 from sim.request import Request
 
 

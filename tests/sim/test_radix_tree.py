@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.errors import IntegrityError
-from sim.eviction import eviction, fifo
-from sim.radix_tree import RadixTree
+from sim.prefixes.eviction import eviction, fifo
+from sim.prefixes.radix_tree import RadixTree
 
 
 class Cache:

@@ -10,9 +10,9 @@ import random
 import pytest
 
 from sim import Admission, Request, Sequence, Step, Transfers, timing, victim
-from sim.audit import Audit
+from sim.audit.audit import Audit
+from sim.audit.ledger import Ledger
 from sim.beams import fork
-from sim.ledger import Ledger
 from sim.schedulers.victims import bound, cheapest_to_recover, fewest_blocks, lowest_priority, most_blocks
 from sim.step_clock import StepClock
 from tests.sim.probing import requests as crowd

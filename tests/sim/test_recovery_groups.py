@@ -9,7 +9,7 @@ import pytest
 
 from sim import Admission, Request, Sequence, Step, Transfers
 from sim.allocators.blocks import in_common
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from sim.beams import fork
 from sim.schedulers.victims import cheapest_to_recover, latest
 from tests.sim.probing import GROUPS, run

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sim import Request
-from sim.offloading_pools import OffloadingPool
-from sim.prefix_keys import own_keys, stretch
-from sim.run_index import RunIndex
-from sim.storage_tier import Run
+from sim.prefixes.keys import own_keys, stretch
+from sim.tiers.offloading_pools import OffloadingPool
+from sim.tiers.run_index import RunIndex
+from sim.tiers.storage_tier import Run
 from tests.sim.tiers import made, store
 
 

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from sim import sampled_steps
-from sim.sampled_steps import SampledSteps
+from sim.audit import sampled_steps
+from sim.audit.sampled_steps import SampledSteps
 
 
 def sampled(steps: SampledSteps, length: int, over, cost=0.0) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sim import Recorder, Request, Transfers, simulate, timing
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from tests.sim.story import MS, Asked, Story, memory, scheduled
 from workloads import Conversation, Streams, Synthetic, SystemPrompts, arrivals, lengths
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sim import Request, Sequence, Transfers, UserError
-from sim.eviction import eviction
-from sim.storage_tier import Run
-from sim.tier_kinds import tier
-from sim.tier_traffic import TierTraffic
-from sim.tiered_store import TieredStore
+from sim.prefixes.eviction import eviction
+from sim.tiers.kinds import tier
+from sim.tiers.storage_tier import Run
+from sim.tiers.tiered_store import TieredStore
+from sim.tiers.traffic import TierTraffic
 from tests.sim.story import Story, ask, memory, scheduled
 from tests.sim.test_link import DEVICE, MODEL
 from tests.sim.tiers import made

@@ -6,9 +6,9 @@ import pytest
 
 from sim import Admission, Capacity, Request, Sequence, allocator
 from sim.beams import fork
-from sim.block_pool import OutOfBlocks
 from sim.errors import IntegrityError
-from sim.token_pool import TokenPool
+from sim.pools.block_pool import OutOfBlocks
+from sim.pools.token_pool import TokenPool
 from tests.sim.story import Story, ask, memory, scheduled
 
 

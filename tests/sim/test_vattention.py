@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sim import Admission, Capacity, Request, Sequence, allocator
-from sim.block_pool import OutOfBlocks
 from sim.errors import UserError
-from sim.group_pool import GroupPool
+from sim.pools.block_pool import OutOfBlocks
+from sim.pools.group_pool import GroupPool
 from tests.sim.story import Story, ask, memory, scheduled
 
 LLAMA_3_8B = {"token_bytes": 8 * 128 * 2, "num_layers": 32}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim import Request, order, victim
-from sim.audit import Audit
+from sim.audit.audit import Audit
 from sim.schedulers import VllmV1
 from tests.sim import probing
 from tests.sim.story import Story, ask, memory, scheduled

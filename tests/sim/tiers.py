@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sim import Transfers
-from sim.eviction import eviction
-from sim.tier_kinds import tier
-from sim.tiered_store import TieredStore
+from sim.prefixes.eviction import eviction
+from sim.tiers.kinds import tier
+from sim.tiers.tiered_store import TieredStore
 from tests.sim.test_oracle import DEVICE, MODEL, build
 
 BLOCK_BYTES = 1e6

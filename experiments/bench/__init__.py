@@ -1,0 +1,1 @@
+"""Benchmarks: what `kvsim bench` measures."""

@@ -1,0 +1,1 @@
+"""Plots: figures of an experiment, drawn from its stored results alone."""

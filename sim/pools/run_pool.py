@@ -1,0 +1,115 @@
+"""The page pool under blocks of several sizes: pages of one size, handed out in aligned runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sim.allocators.placement import Buddy
+from sim.errors import IntegrityError
+from sim.pools.block_pool import BlockPool, OutOfBlocks
+
+
+class RunPool(BlockPool):
+    """Pages that are taken in runs of a power of two, aligned to their length, from a buddy system.
+
+    References are counted by page, so that a run may be shared in part and come back in parts. `longest` is the
+    most pages of a run.
+    """
+
+    __slots__ = ("_buddy", "_held", "longest", "within")
+
+    def __init__(self, num_blocks: int, longest: int, tier: str = "device") -> None:
+        super().__init__(num_blocks, tier)
+        self.free = []  # the buddy system has them
+        self.longest = longest
+        self.within = [1 << max(1, pages).bit_length() - 1 for pages in range(longest + 1)]
+        self._buddy = Buddy(num_blocks, longest)
+        self._held = [1] * num_blocks  # what the references of so many pages are where each has one
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be taken now."""
+        return self._buddy.num_free
+
+    @property
+    def num_used(self) -> int:
+        """Pages that somebody holds."""
+        return self.num_blocks - self._buddy.num_free
+
+    def take_run(self, pages: int) -> range:
+        """An aligned run of so many pages, a power of two, or the longest shorter one that is free.
+
+        Raises OutOfBlocks if no page is free.
+        """
+        buddy = self._buddy
+        try:
+            first = buddy.take(pages)
+        except IntegrityError:
+            pages = buddy.largest()
+            if not pages:
+                raise OutOfBlocks(f"asked for a page, 0 of {self.num_blocks} are free") from None
+            first = buddy.take(pages)
+        end = first + pages
+        self.references[first:end] = self._held[:pages]
+        if self.fresh is not None:
+            self.fresh[first:end] = b"\1" * pages
+        return range(first, end)
+
+    def run_of(self, pages: int) -> int:
+        """The longest run that is no longer than so many pages, at least one."""
+        return self.within[pages] if pages < self.longest else self.longest
+
+    def take(self, count: int = 1) -> list[int]:
+        """Hand out `count` pages, in runs as long as they fit. Raises OutOfBlocks and takes none if too few."""
+        if count > self.num_free:
+            raise OutOfBlocks(f"asked for {count} pages, {self.num_free} of {self.num_blocks} are free")
+        pages: list[int] = []
+        while len(pages) < count:
+            pages += self.take_run(self.run_of(count - len(pages)))
+        return pages
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop a reference to each page; those without any are free again. Raises ValueError on a double free."""
+        begin = end = -1
+        for page in blocks:  # by pages in a row
+            if page != end:
+                if end > begin:
+                    self._release_row(begin, end)
+                begin = page
+            end = page + 1
+        if end > begin:
+            self._release_row(begin, end)
+
+    def _release_row(self, begin: int, end: int) -> None:
+        references = self.references
+        count = end - begin
+        if references[begin:end] == self._held[:count]:
+            references[begin:end] = [0] * count
+            self._give(begin, end)
+            return
+        for page in range(begin, end):
+            held = references[page]
+            if held == 0:
+                raise ValueError(f"double free of page {page}")
+            references[page] = held - 1
+            if held > 1:
+                self.extra_references -= 1
+            else:
+                self._give(page, page + 1)
+
+    def _give(self, begin: int, end: int) -> None:
+        """Give pages in a row back as aligned runs."""
+        give, longest, within = self._buddy.give, self.longest, self.within
+        while begin < end:
+            pages = end - begin
+            pages = within[pages] if pages < longest else longest
+            aligned = begin & -begin
+            if 0 < aligned < pages:
+                pages = aligned
+            give(begin, pages)
+            begin += pages
+
+    def unheld(self) -> Iterable[int]:
+        """Every page that nobody holds."""
+        for first, pages in self._buddy.chunks():
+            yield from range(first, first + pages)

@@ -1,0 +1,1 @@
+"""Tiers: where cached prefixes go that the device has no room for."""
