@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -129,7 +128,7 @@ def summarize(engine: Engine, recorder: Recorder) -> Summary:
         "copied_blocks": clock.copied_blocks,
         "recompute_s": clock.recompute_time / 1e9,
         "swap_refused": engine.scheduler.swap_refused,
-        "swapped_gb": swapped * (clock.transfers.swapped_bytes or math.nan) / 1e9 if swapped else 0.0,
+        "swapped_gb": swapped * clock.transfers.swapped_bytes / 1e9,
         "swap_transfer_s": (clock.transfer_time if clock.link is None else clock.link.busy_time) / 1e9,
         "swap_stall_s": clock.stall_time / 1e9,
         "recovery_s": (clock.recompute_time + clock.stall_time) / 1e9,
