@@ -250,15 +250,17 @@ class PagedAllocator(SwappingAllocator):
             super().free(sequence)
             return
         # Branches are as long as each other, so what the others hold too stays as it is entered.
-        size, references = self.block_size, self.pool.references
+        size, alone = self.block_size, self.pool.alone(sequence.block_table)
         tokens, final = sequence.num_tokens, sequence.final_tokens
-        for index, block in enumerate(sequence.block_table):
-            if references[block] == 1:
-                start = index * size
-                self.num_held -= size
-                self.num_tokens -= min(size, max(0, tokens - start))
-                if sequence.capacity >= final:
-                    self.num_internal -= size - min(size, max(0, final - start))
+        self.num_held -= size * len(alone)
+        self.num_tokens -= size * len(alone)
+        for index in reversed(alone):
+            start = index * size
+            if start + size <= tokens:
+                break
+            self.num_tokens += size - max(0, tokens - start)
+            if sequence.capacity >= final:
+                self.num_internal -= size - min(size, max(0, final - start))
         self.release(sequence)
         self.sequences.discard(sequence)
         sequence.capacity = 0

@@ -188,7 +188,13 @@ class PrefixAllocator(CachingAllocator):
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
-        if self.prefix_caching and sequence.num_tokens < sequence.final_tokens:
+        if not self.prefix_caching or sequence.num_tokens >= sequence.final_tokens:
+            pass
+        elif (
+            self.tiers is None and sequence.request.status == "running"
+        ):  # a beam that died: nobody looks for it
+            self.pool.mark_full(sequence.block_table[: sequence.num_tokens // self.block_size])
+        else:
             keys = self._own_keys(sequence, sequence.num_tokens)
             self._register(sequence, keys)
             if isinstance(self.pool, OffloadingPool):

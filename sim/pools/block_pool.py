@@ -75,6 +75,11 @@ class BlockPool:
         """References of a block that somebody holds."""
         return self.references[block]
 
+    def alone(self, blocks: Sequence[int]) -> list[int]:
+        """Which of these held blocks have one reference only: where they stand, in rising order."""
+        references = self.references
+        return [at for at, block in enumerate(blocks) if references[block] == 1]
+
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each block; those without any are free again. Raises ValueError on a double free."""
         references = self.references

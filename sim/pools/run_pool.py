@@ -87,6 +87,11 @@ class RunPool(BlockPool):
             references[begin:end] = [0] * count
             self._give(begin, end)
             return
+        shared = references[begin:end]
+        if min(shared) > 1:
+            references[begin:end] = [held - 1 for held in shared]
+            self.extra_references -= count
+            return
         for page in range(begin, end):
             held = references[page]
             if held == 0:

@@ -59,6 +59,11 @@ class UncountedPool(BlockPool):
         """References of a block that somebody holds."""
         return 1 + self._extra[block]
 
+    def alone(self, blocks: Sequence[int]) -> list[int]:
+        """Which of these held blocks have one reference only: where they stand, in rising order."""
+        extra = self._extra
+        return [at for at, block in enumerate(blocks) if block not in extra]
+
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each block; those without any are free again."""
         extra = self._extra
