@@ -18,8 +18,13 @@ from sim.units import FOREVER
 
 if TYPE_CHECKING:
     from sim.allocators.base import Allocator
+    from sim.allocators.window_edge import Edge
 
 arrival_order = attrgetter("order")
+
+
+def _turn_order(edge: Edge) -> tuple[int, int]:
+    return edge.sequence.order, edge.group
 
 
 class DecodeSet:
@@ -27,7 +32,7 @@ class DecodeSet:
 
     `clock` counts decode steps; `size` members hold `context` tokens in all. Tick t is the step after which
     the clock reads t: a member grows at the tick whose token exceeds its slots and finishes at the tick of
-    its last token.
+    its last token. A window of a member turns at the tick with which it leaves another page.
     """
 
     __slots__ = (
@@ -39,6 +44,7 @@ class DecodeSet:
         "growths",
         "size",
         "sliding",
+        "turns",
     )
 
     def __init__(self) -> None:
@@ -48,6 +54,7 @@ class DecodeSet:
         self.sliding = 0  # slots whose tokens leave a window with every tick
         self.finishes: dict[int, list[Sequence]] = {}
         self.growths: dict[int, list[Sequence]] = {}  # each in order of arrival
+        self.turns: dict[int, list[Edge]] = {}  # likewise, and in order of the groups
         self.copy_pending: list[Sequence] = []  # forked: the last block may be shared
         self._finish_ticks: list[int] = []  # heap of the keys of `finishes`
 
@@ -69,6 +76,8 @@ class DecodeSet:
             finishing.append(sequence)
         if sequence.capacity < sequence.final_tokens:
             self.await_growth(sequence)
+        for edge in sequence.edges:
+            self.await_turn(edge)
 
     def leave(self, sequence: Sequence) -> None:
         """Take a member out before it is done."""
@@ -83,6 +92,8 @@ class DecodeSet:
     def _forget(self, sequence: Sequence, tokens: int) -> None:
         if self.copy_pending and sequence in self.copy_pending:
             self.copy_pending.remove(sequence)
+        for edge in sequence.edges:
+            self._forget_turn(edge)
         self.size -= 1
         self.sliding -= sequence.sliding
         self.context -= tokens
@@ -101,12 +112,37 @@ class DecodeSet:
         else:
             insort(growing, sequence, key=arrival_order)
 
+    def await_turn(self, edge: Edge) -> None:
+        """Note the tick at which a window of a member turns next."""
+        tick = edge.turn - edge.sequence.origin
+        turning = self.turns.get(tick)
+        if turning is None:
+            self.turns[tick] = [edge]
+        else:
+            insort(turning, edge, key=_turn_order)
+
+    def _forget_turn(self, edge: Edge) -> None:
+        """Take the window of a member that leaves off the calendar; it may have turned with the coming tick already."""
+        turns = self.turns
+        tick = edge.turn - edge.sequence.origin
+        if edge not in turns.get(tick, ()):
+            tick = self.clock + 1
+        turns[tick].remove(edge)
+        if not turns[tick]:
+            del turns[tick]
+
     def grow_next(self, allocator: Allocator) -> None:
-        """Give the members that need a slot at the next tick theirs, in order of arrival."""
+        """Give the members that need a slot at the next tick theirs, in order of arrival; let their windows turn."""
         tick = self.clock + 1
-        growing = self.growths.pop(tick)
-        allocator.grow([(tick, growing)])
-        self.note_grown(tick, growing, allocator.growth)
+        growing = self.growths.pop(tick, [])
+        if allocator.slides:
+            turning = self.turns.pop(tick, [])
+            allocator.turn([(tick, growing, turning)])
+            self.note_grown(tick, growing, allocator.stride)
+            self.note_turned(tick, turning, allocator.stride)
+        else:
+            allocator.grow([(tick, growing)])
+            self.note_grown(tick, growing, allocator.growth or allocator.stride)
 
     def grow(
         self, allocator: Allocator, ticks: int, spare: int, awaited: bool = False
@@ -117,31 +153,65 @@ class DecodeSet:
         member gives slots back, where free ones are `awaited` or it changes more than a growth may. Returns the
         number of ticks served, and (tick, slots held, internal waste) after each that grew any.
         """
+        if allocator.slides:
+            return self._slide(allocator, ticks, spare, awaited)
         growths = self.growths
-        slides = allocator.slides
         spare = allocator.headroom - spare
         tick = first = self.clock + 1
         stop = first + ticks
         books: list[tuple[int, int, int]] = []
-        window = allocator.growth or 1  # what grows in it does not grow again in it
+        step = allocator.growth or allocator.stride
         while tick < stop:
             batches = []
-            for tick in range(tick, min(stop, tick + window)):  # noqa: B020
+            for tick in range(tick, min(stop, tick + (step or 1))):  # noqa: B020
                 growing = growths.get(tick)
                 if growing is None:
                     continue
                 if growing:  # not all have left since
                     spare -= len(growing)
-                    if spare < 0 or (slides and allocator.gives_back(growing, awaited)):
+                    if spare < 0:
                         stop = tick
                         break
                     batches.append((tick, growing))
                 del growths[tick]
             tick += 1
             if batches:
-                books += allocator.grow(batches)
+                books += allocator.grow(batches)  # who grows in it does not grow in it again
                 for grown_at, grown in batches:
-                    self.note_grown(grown_at, grown, allocator.growth)
+                    self.note_grown(grown_at, grown, step)
+        return stop - first, books
+
+    def _slide(
+        self, allocator: Allocator, ticks: int, spare: int, awaited: bool
+    ) -> tuple[int, list[tuple[int, int, int]]]:
+        """`grow` with windows that turn."""
+        growths, turns = self.growths, self.turns
+        spare = allocator.headroom - spare
+        tick = first = self.clock + 1
+        stop = first + ticks
+        books: list[tuple[int, int, int]] = []
+        stride = allocator.stride or 1
+        while tick < stop:
+            batches: list[tuple[int, list[Sequence], list[Edge]]] = []
+            for tick in range(tick, min(stop, tick + stride)):  # noqa: B020
+                growing, turning = growths.get(tick), turns.get(tick)
+                if growing:
+                    spare -= len(growing)
+                if spare < 0 or (turning is not None and allocator.gives_back(turning, awaited)):
+                    stop = tick
+                    break
+                if growing is not None:
+                    del growths[tick]
+                if turning is not None:
+                    del turns[tick]
+                if growing or turning:
+                    batches.append((tick, growing or [], turning or []))
+            tick += 1
+            if batches:
+                books += allocator.turn(batches)
+                for grown_at, grown, turned in batches:
+                    self.note_grown(grown_at, grown, stride)
+                    self.note_turned(grown_at, turned, stride)
         return stop - first, books
 
     def note_grown(self, tick: int, grown: list[Sequence], step: int | None) -> None:
@@ -170,6 +240,18 @@ class DecodeSet:
                 grown += later
                 if not in_order:
                     grown.sort(key=arrival_order)
+
+    def note_turned(self, tick: int, turned: list[Edge], step: int | None) -> None:
+        """Put windows that turned at this tick back on the calendar, all a `step` later; None if that differs."""
+        if step is None:
+            for edge in turned:
+                self.await_turn(edge)
+        elif turned:
+            later = self.turns.get(tick + step)
+            self.turns[tick + step] = turned
+            if later:
+                turned += later
+                turned.sort(key=_turn_order)
 
     def advance(self, steps: int = 1) -> None:
         """Give every member `steps` more tokens."""

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Ordered
 
     from sim.allocators.counted_beams import CountedGroup
+    from sim.allocators.window_edge import Edge
     from sim.decode_set import DecodeSet
     from sim.source import Session
 
@@ -36,8 +37,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_table", "branch", "capacity", "decodes", "final_tokens", "finish_tick", "lineage", "order",
-        "origin", "request", "sibling", "sliding",
+        "block_table", "branch", "capacity", "decodes", "edges", "final_tokens", "finish_tick", "lineage",
+        "order", "origin", "request", "sibling", "sliding",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
@@ -55,6 +56,9 @@ class Sequence:
         self.origin = num_tokens
         self.finish_tick = NEVER
         self.sliding = 0  # slots whose tokens leave a window with every further token; kept by the allocator
+        self.edges: Ordered[
+            Edge
+        ] = ()  # where its windows begin, in order of the groups; kept by the allocator
 
     @property
     def num_tokens(self) -> int:

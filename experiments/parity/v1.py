@@ -184,8 +184,10 @@ class _PatientScheduler(VllmV1):
 class _PatientGroups(GroupedPrefixAllocator):
     """Likewise, over several groups of layers."""
 
-    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
-        admission = super().admission_in_chunks(request, num_tokens, chunk)
+    def admission_in_chunks(
+        self, request: Request, num_tokens: int, chunk: int, first: int | None = None
+    ) -> Admission:
+        admission = super().admission_in_chunks(request, num_tokens, chunk, first)
         return Admission.LATER if admission is Admission.NEVER else admission
 
 
@@ -221,7 +223,7 @@ class SchedulerDriver:
         while self.coming and self.coming[0]["arrival_step"] <= op["step"]:
             self._add(self.coming.pop(0))
         policy, before = self.policy, list(self.policy.running)
-        step = policy.plan(op["step"])
+        step = policy.next_step(op["step"])
         chunks = {sequence.request: (start, tokens) for sequence, start, tokens in step.chunks}
         batch = {request: 1 for request in policy.running if request.sequences[0].decodes}
         batch |= {request: tokens for request, (_, tokens) in chunks.items()}

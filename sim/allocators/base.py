@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sim.allocators.capacity import Admission, Capacity, MemoryUsage
 from sim.allocators.integrity import recount
 from sim.allocators.powers import Powers
+from sim.allocators.window_edge import Edge
 from sim.pools.block_pool import BlockPool
 from sim.probe import Witness
 from sim.registry import Registry
@@ -63,8 +64,13 @@ class Allocator(Powers, ABC):
     def slots(self, sequence: Sequence) -> NDArray[np.int64]:
         """Slot of every token of the sequence, shape [num_tokens], in order of position."""
 
-    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
-        """`admission` of a request that computes at most `chunk` tokens in a step, and gets slots for no more."""
+    def admission_in_chunks(
+        self, request: Request, num_tokens: int, chunk: int, first: int | None = None
+    ) -> Admission:
+        """`admission` of a request that computes at most `chunk` tokens in a step, and gets slots for no more.
+
+        In the coming step it computes `first` at most, if that is told.
+        """
         return self.admission(request, num_tokens)
 
     def refusal(self, request: Request, num_tokens: int) -> str:
@@ -162,8 +168,15 @@ class Allocator(Powers, ABC):
         if held > sequence.final_tokens:
             self.num_internal += held - max(before, sequence.final_tokens)
 
-    def gives_back(self, growing: Iterable[Sequence], awaited: bool) -> bool:
-        """Whether one of these sequences gives slots back where it grows next.
+    def turn(self, batches: Collection[tuple[int, list[Sequence], list[Edge]]]) -> list[tuple[int, int, int]]:
+        """`grow` where windows slide: at each tick these give slots back first, in order of arrival and group.
+
+        Windows that do not turn again a `stride` later are put back on the calendar and taken off the list.
+        """
+        raise TypeError(f"{type(self).__name__} has no windows")
+
+    def gives_back(self, turning: Iterable[Edge], awaited: bool) -> bool:
+        """Whether these windows give slots back where they turn next.
 
         If they are not `awaited`, whether that changes more than the slots held and internal waste.
         """
@@ -171,6 +184,9 @@ class Allocator(Powers, ABC):
 
     def settle(self) -> None:
         """All decoding sequences have the slots of the coming tick; told to allocators that slide."""
+
+    def look_at_windows(self) -> None:
+        """A step is planned: who shares what is told; told to allocators that slide."""
 
     def unfill(self, sequence: Sequence, num_tokens: int) -> None:
         """Take the last tokens from a sequence that does not decode; it keeps its slots."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Ordered
 
 from sim.allocators.grouped_books import GroupedBooks
 from sim.allocators.window_edge import NULL, Edge, Holding
+from sim.decode_set import DecodeSet
 from sim.request import Request, Sequence
+
+Batch = tuple[int, list[Sequence], list[Edge]]
+"""A tick, the sequences that grow at it, and the windows that turn; each in order of arrival."""
 
 
 class GroupedAllocator(GroupedBooks):
@@ -16,38 +21,43 @@ class GroupedAllocator(GroupedBooks):
     Every sequence has a table for each group of layers, all as long as its tokens need; a windowed group gives
     back the pages that no further token looks at, and its table keeps `NULL` there. A group of states has one
     page. What counts as waste is said in `GroupedBooks`.
+
+    A window turns with the token with which it leaves a page. As long as all of that page is dead and counted so,
+    and the sequence is alone with the next one, nothing but the pages held changes, and a whole tick of the
+    calendar is served at once (`pass_pages`); else, as where it turns first, it is looked at alone (`_move`).
     """
 
     asks_exactly = True
     groups_layers = True
     grows_foreseeably = True
+    stride: int
+    by_tick = False
+    """Whether it matters what was given back in a tick before pages are taken in the next one."""
 
     # What a policy decides
 
     @abstractmethod
-    def take(self, holding: Holding, group: int, count: int) -> list[int]:
-        """So many pages for a group of a sequence."""
+    def take(self, holding: Holding, counts: Ordered[int]) -> None:
+        """So many pages more for each group of a sequence, at the ends of its tables."""
 
     @abstractmethod
-    def give(self, holding: Holding, group: int, pages: list[int]) -> None:
+    def lengthen(self, holdings: list[Holding]) -> None:
+        """One more page for every group of tokens of these sequences."""
+
+    @abstractmethod
+    def give(self, sequence: Sequence, group: int, pages: list[int]) -> None:
         """Take back pages of a group that a sequence held, the deepest first."""
+
+    @abstractmethod
+    def pass_pages(self, edges: list[Edge]) -> int:
+        """Take back the next page of each of these steady windows, and move them behind it; the slots of the pages."""
 
     @abstractmethod
     def lacks(self, holding: Holding, rows: int) -> bool:
         """Whether so many more pages for every group cannot be had now."""
 
-    def leave(self, sequence: Sequence, holding: Holding, group: int, freed: int) -> None:
+    def leave(self, edge: Edge, freed: int) -> None:
         """The pages before index `freed` are about to be given back, as the window has passed them."""
-
-    def give_left(self, holding: Holding, edge: Edge, page: int, index: int) -> None:
-        """Take back the page at an index that a window has passed."""
-        self.give(holding, edge.group, [page])
-
-    def lengthen(self, growing: list[tuple[Sequence, Holding]]) -> None:
-        """One more page at the end of every table of these sequences."""
-        for _, holding in growing:
-            for index in self.token_groups:
-                holding.tables[index] += self.take(holding, index, 1)
 
     # The life of a sequence
 
@@ -55,72 +65,77 @@ class GroupedAllocator(GroupedBooks):
         self, sequence: Sequence, tables: list[list[int]], num_tokens: int, filled: int, start: int
     ) -> None:
         """Enter a sequence that begins behind `start` tokens of the tables, with pages for `num_tokens`."""
-        holding = Holding(tables)
-        self.holdings[sequence] = holding
+        size, groups = self.block_size, self.groups
+        sequence.block_table = tables[self.token_groups[0]]
+        holding = self.holdings[sequence] = Holding(tables, sequence.block_table)
         sequence.origin = filled
         sequence.sliding = 0
-        rows = holding.rows = -(-num_tokens // self.block_size)
-        for index, table in enumerate(tables):
-            table += self.take(holding, index, (1 if self.groups[index].state_slots else rows) - len(table))
+        rows = -(-num_tokens // size)
+        sequence.capacity = rows * size
+        self.take(
+            holding,
+            [
+                (1 if group.state_slots else rows) - len(table)
+                for group, table in zip(groups, tables, strict=True)
+            ],
+        )
+        sequence.edges = edges = holding.edges
         for index in self.windowed:
-            window = self.groups[index].window
+            window = groups[index].window
             assert window is not None
-            freed = tables[index].count(NULL)
-            left = min(
-                max(0, start - window + 1), (freed + 1) * self.block_size - 1
-            )  # a window of 1 hits one more
-            edge = Edge(index, window, sequence, holding, freed, left)
+            freed = left = 0
+            if start:
+                freed = tables[index].count(NULL)
+                left = min(max(0, start - window + 1), (freed + 1) * size - 1)  # a window of 1 hits one more
+            edge = Edge(index, window, sequence, tables[index], freed, left)
             edge.turn = max(filled + 1, window)
-            holding.edges.append(edge)
+            edges.append(edge)
         self._book(sequence, holding, 1)
-        for edge in holding.edges:
+        if start:
+            self._claim_dead(edges)
+        self.sequences.add(sequence)
+
+    def _claim_dead(self, edges: Iterable[Edge]) -> None:
+        for edge in edges:
             if edge.left > edge.freed * self.block_size:
                 self._claim(edge)
-        sequence.block_table = tables[self.token_groups[0]]
-        self.sequences.add(sequence)
-        self._await(sequence, holding)
 
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Fill the next slots of a sequence that does not decode: what is out of the window first returns."""
         start = sequence.origin
         self.pass_windows(sequence)
-        holding = self.holdings[sequence]
-        for edge in holding.edges:
+        edges = sequence.edges
+        for edge in edges:
             self._disclaim(edge)
             edge.turn = max(start + num_tokens + 1, edge.window)
-        self._lengthen(sequence, holding, start + num_tokens)
-        for edge in holding.edges:
-            if edge.left > edge.freed * self.block_size:
-                self._claim(edge)
+        self.reserve(sequence, start + num_tokens)
+        self._claim_dead(edges)
         sequence.origin += num_tokens
         self.num_tokens += num_tokens * self.slots_per_token
-        self._await(sequence, holding)
 
     def pass_windows(self, sequence: Sequence) -> None:
         """Return the pages that are out of the window."""
-        holding = self.holdings[sequence]
-        for edge in holding.edges:
+        for edge in sequence.edges:
             self._disclaim(edge)
             edge.moving = False
             edge.left = max(edge.left, sequence.origin - edge.window + 1)
-            self._give_back(holding, edge, edge.left // self.block_size)
-            if edge.left > edge.freed * self.block_size:
-                self._claim(edge)
+            self._give_back(edge, edge.left // self.block_size)
+        self._claim_dead(sequence.edges)
 
-    def _lengthen(self, sequence: Sequence, holding: Holding, tokens: int) -> None:
-        size = self.block_size
-        rows = -(-tokens // size) - holding.rows
-        if rows <= 0:
-            return
-        for index in self.token_groups:
-            holding.tables[index] += self.take(holding, index, rows)
-        before = holding.rows * size
-        holding.rows += rows
-        self.num_held += rows * self.row_slots
-        self.num_internal += rows * self.row_pads
-        unused = holding.rows * size - max(before, sequence.final_tokens)
-        if unused > 0:
-            self.num_internal += unused * self.slots_per_token
+    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """More pages for every group; the tokens that have room."""
+        size, before = self.block_size, sequence.capacity
+        rows = -(-(num_tokens - before) // size)
+        if rows > 0:
+            counts = [0 if group.state_slots else rows for group in self.groups]
+            self.take(self.holdings[sequence], counts)
+            sequence.capacity = before + rows * size
+            self.num_held += rows * self.row_slots
+            self.num_internal += rows * self.row_pads
+            unused = sequence.capacity - max(before, sequence.final_tokens)
+            if unused > 0:
+                self.num_internal += unused * self.slots_per_token
+        return sequence.capacity
 
     def free(self, sequence: Sequence) -> None:
         """Take everything back, in each group the deepest page first."""
@@ -133,52 +148,40 @@ class GroupedAllocator(GroupedBooks):
             self._book(sequence, holding, -1)
             for index, page in holding.pages() if self.done else ():
                 self._bury_left(index, page)
-        del self.holdings[sequence]
         self.sequences.discard(sequence)
         self.release(sequence, holding)
+        del self.holdings[sequence]
         sequence.block_table = []
+        sequence.edges = ()
         sequence.capacity = sequence.sliding = 0
 
     def release(self, sequence: Sequence, holding: Holding | None = None) -> None:
         """Give back the pages of all groups."""
         assert holding is not None
-        for index, table in enumerate(holding.tables):
-            self.give(holding, index, [page for page in reversed(table) if page != NULL])
+        for index, pages in enumerate(holding.left_tables()):
+            self.give(sequence, index, pages[::-1])
 
     # Decoding
 
     def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
-        """Let each sequence's windows give back, and its tables grow, for one more token."""
+        """Let the tables grow for one more token."""
+        return self.turn([(tick, growing, []) for tick, growing in batches])
+
+    def turn(self, batches: Collection[Batch]) -> list[tuple[int, int, int]]:
+        """Let windows give back, and tables grow, for one more token of each sequence."""
+        holdings = self.holdings
+        if not self.by_tick:  # what is given back stands behind all that is taken
+            self.lengthen([holdings[sequence] for _, growing, _ in batches for sequence in growing])
         books = []
-        size, holdings = self.block_size, self.holdings
-        for tick, sequences in batches:
-            decodes = sequences[0].decodes if sequences else None
+        for tick, growing, turning in batches:
+            decodes = turning[0].sequence.decodes if turning else growing[0].decodes if growing else None
             slid = 0 if decodes is None else decodes.sliding
-            sharing = self.sharing
-            needing = []
-            growing = [(sequence, holdings[sequence]) for sequence in sequences]
-            for sequence, holding in growing:
-                tokens = sequence.capacity + 1
-                for edge in holding.edges:
-                    if tokens >= edge.turn:
-                        self._move(holding, edge, tokens, sharing)
-                if holding.rows * size < tokens:
-                    needing.append((sequence, holding))
-            if needing:
-                self._take_rows(needing)
-            if self.moved:
-                self.settle()
-            finishing = False
-            for sequence, holding in growing:
-                due = holding.rows * size
-                for edge in holding.edges:
-                    if edge.turn <= due:
-                        due = edge.turn - 1
-                sequence.capacity = due
-                if due >= sequence.final_tokens:
-                    finishing = True
-            if finishing:
-                sequences[:] = [each for each in sequences if each.capacity < each.final_tokens]
+            if self.by_tick:
+                self.lengthen([holdings[sequence] for sequence in growing])
+            if turning:
+                self._turn(turning, decodes)
+            if growing:
+                self._note_rows(growing)
             internal = self.num_internal
             if decodes is not None:
                 internal += (tick - decodes.clock) * decodes.sliding
@@ -187,115 +190,127 @@ class GroupedAllocator(GroupedBooks):
             books.append((tick, self.num_held, internal))
         return books
 
-    def _take_rows(self, growing: list[tuple[Sequence, Holding]]) -> None:
-        """A page in every group for each of these sequences, whose pages are full."""
+    def _turn(self, turning: list[Edge], decodes: DecodeSet | None) -> None:
+        """Let windows turn; those that were not steady are put back on the calendar, and taken off the list."""
+        steady: list[Edge] = []
+        passed = 0
+        sharing = self.sharing
+        for edge in turning:
+            if edge.steady and (not sharing or self._is_steady(edge)):
+                steady.append(edge)
+                continue
+            if passed < len(steady):
+                self._pass(steady[passed:])
+                passed = len(steady)
+            self._move(edge, edge.turn)
+            if decodes is not None:
+                decodes.await_turn(edge)
+        if passed < len(steady):
+            self._pass(steady[passed:] if passed else steady)
+        if len(steady) < len(turning):
+            turning[:] = steady
+
+    def _note_rows(self, growing: list[Sequence]) -> None:
+        """These sequences have a page more in every group; those that need no more are taken off the list."""
         size = self.block_size
-        self.lengthen(growing)
-        for sequence, holding in growing:
-            holding.rows += 1
-            unused = holding.rows * size - sequence.final_tokens
-            if unused > 0:
-                self.num_internal += unused * self.slots_per_token
+        unused = 0
+        finishing = False
+        for sequence in growing:
+            sequence.capacity = capacity = sequence.capacity + size
+            if capacity >= sequence.final_tokens:
+                unused += capacity - sequence.final_tokens
+                finishing = True
         self.num_held += len(growing) * self.row_slots
-        self.num_internal += len(growing) * self.row_pads
+        self.num_internal += len(growing) * self.row_pads + unused * self.slots_per_token
+        if finishing:
+            growing[:] = [each for each in growing if each.capacity < each.final_tokens]
 
     def append(self, sequence: Sequence) -> int:
         """Make sure that the next token has its slots."""
         tokens = sequence.num_tokens + 1
+        self._move_windows(sequence, tokens)
         if tokens > sequence.capacity:
-            holding = self.holdings[sequence]
-            self._move_windows(sequence, holding, tokens)
-            if holding.rows * self.block_size < tokens:
-                self._take_rows([(sequence, holding)])
-            self._await(sequence, holding)
+            self.lengthen([self.holdings[sequence]])
+            self._note_rows([sequence])
         return 0
 
     def can_append(self, request: Request) -> bool:
-        """Whether every branch whose pages are full can have more; where they lack, windows give back first."""
+        """Whether every branch whose pages are full can have more; its windows give back first, even if it cannot."""
         for sequence in request.sequences:
-            holding = self.holdings[sequence]
             tokens = sequence.num_tokens + 1
-            if tokens > holding.rows * self.block_size and self.lacks(holding, 1):
-                self._move_windows(sequence, holding, tokens)
-                if self.lacks(holding, 1):
+            if tokens > sequence.capacity:
+                self._move_windows(sequence, tokens)
+                if self.lacks(self.holdings[sequence], 1):
                     return False
         return True
 
-    def _await(self, sequence: Sequence, holding: Holding) -> None:
-        """Note after how many tokens the next page is due, or the next one is given back."""
-        due = holding.rows * self.block_size
-        for edge in holding.edges:
-            if edge.turn <= due:
-                due = edge.turn - 1
-        sequence.capacity = due
-
     def pages_needed(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """New pages by group that the next tokens take, less those that windows give back for good before."""
-        holding = self.holdings[sequence]
         start, size = sequence.num_tokens, self.block_size
-        rows = max(0, -(-(start + num_tokens) // size) - holding.rows)
+        rows = max(0, -(-(start + num_tokens - sequence.capacity) // size))
         needed = [0 if group.state_slots else rows for group in self.groups]
-        for edge in holding.edges if rows else ():
-            pages = holding.tables[edge.group][edge.freed : max(0, start - edge.window + 1) // size]
+        for edge in sequence.edges if rows else ():
+            pages = edge.table[edge.freed : max(0, start - edge.window + 1) // size]
             needed[edge.group] -= len(pages) - self.num_shared(edge.group, pages)
         return needed
 
     # Windows
 
-    def gives_back(self, growing: Iterable[Sequence], awaited: bool) -> bool:
-        """Whether a window of one of these sequences leaves a page; if not `awaited`, one that is not its own."""
-        for sequence in growing:
-            for edge in self.holdings[sequence].edges:
-                if sequence.capacity + 1 >= edge.turn and (awaited or not (edge.own and edge.moving)):
-                    return True
-        return False
+    def gives_back(self, turning: Iterable[Edge], awaited: bool) -> bool:
+        """Whether somebody waits for a page, or one of these windows changes more than the pages held and waste."""
+        if awaited:
+            return True
+        sharing = self.sharing
+        return any(not edge.steady or (sharing and not self._is_steady(edge)) for edge in turning)
 
-    def settle(self) -> None:
-        """All sequences have the slots of the coming tick: look at who is alone with the pages that windows enter."""
+    def look_at_windows(self) -> None:
+        """All who leave and come with a step have: look at who is alone with the pages that windows entered."""
         for edge in self.moved:
             if edge.own or not edge.moving:
                 continue
-            if self.holdings.get(edge.sequence) is edge.holding:
+            if edge in edge.sequence.edges:
                 self._claim(edge)
         self.moved.clear()
 
-    def _move_windows(self, sequence: Sequence, holding: Holding, tokens: int) -> None:
+    def _is_steady(self, edge: Edge) -> bool:
+        """Whether a window leaves a page that is all dead, for one that its sequence has alone, or is yet to take."""
+        if not edge.steady or not self.sharing:
+            return edge.steady
+        following = edge.table[edge.freed + 1 : edge.freed + 2]
+        return not following or self.num_holders(edge.group, following[0]) == 1
+
+    def _move_windows(self, sequence: Sequence, tokens: int) -> None:
         """Let one sequence's windows give back, maybe before others whose turn it is in order of arrival."""
-        self.walker = sequence
-        for edge in holding.edges:
+        for edge in sequence.edges:
             if tokens >= edge.turn:
-                self._move(holding, edge, tokens, self.sharing)
+                self.walker = sequence
+                self._move(edge, tokens)
         self.walker = None
 
-    def _move(self, holding: Holding, edge: Edge, tokens: int, sharing: bool) -> None:
+    def _move(self, edge: Edge, tokens: int) -> None:
         """A window gives back what leaves it with token number `tokens`, and moves through another page."""
-        size, index = self.block_size, edge.freed
-        if edge.own and edge.moving and not sharing and index + 1 < holding.rows:
-            # as below, and then claimed again: all of it was dead, and as many tokens go on to die
-            table, group = holding.tables[edge.group], self.groups[edge.group]
-            page = table[index]
-            table[index] = NULL
-            edge.freed = index + 1
-            edge.turn += size
-            self.num_held -= group.page_slots
-            self.num_internal -= group.page_slots
-            self.edges.pop(page, None)
-            self.edges[table[index + 1]] = edge
-            self.gave_back = True
-            self.give_left(holding, edge, page, index)
+        if self._is_steady(edge):
+            self._pass([edge])
             return
         self._disclaim(edge)
         edge.moving = True
-        self._give_back(holding, edge, (tokens - edge.window) // size)
-        edge.turn = edge.window + (edge.freed + 1) * size
+        self._give_back(edge, (tokens - edge.window) // self.block_size)
+        edge.turn = edge.window + (edge.freed + 1) * self.block_size
         self.moved.append(edge)
 
-    def _give_back(self, holding: Holding, edge: Edge, freed: int) -> None:
+    def _pass(self, edges: list[Edge]) -> None:
+        """Steady windows leave a page of waste each; as many tokens go on to die."""
+        slots = self.pass_pages(edges)
+        self.num_held -= slots
+        self.num_internal -= slots
+        self.gave_back = True
+
+    def _give_back(self, edge: Edge, freed: int) -> None:
         """Return the pages before index `freed`, the deepest first."""
         if freed <= edge.freed:
             return
-        table, group = holding.tables[edge.group], self.groups[edge.group]
-        self.leave(edge.sequence, holding, edge.group, freed)
+        table, group = edge.table, self.groups[edge.group]
+        self.leave(edge, freed)
         pages = table[edge.freed : freed][::-1]
         alone = len(pages) - self.num_shared(edge.group, pages)
         self.num_held -= alone * group.page_slots
@@ -306,4 +321,4 @@ class GroupedAllocator(GroupedBooks):
         table[edge.freed : freed] = [NULL] * (freed - edge.freed)
         edge.freed = freed
         self.gave_back = True
-        self.give(holding, edge.group, pages)
+        self.give(edge.sequence, edge.group, pages)

@@ -29,7 +29,7 @@ class GroupedBooks(Allocator):
     def __init__(self, capacity: Capacity, pages: Pages) -> None:
         super().__init__(capacity)
         self.groups = pages.groups
-        self.block_size = pages.block_size
+        self.block_size = self.stride = pages.block_size
         self.slot_bytes = pages.slot_bytes
         self.slots_per_token = sum(group.token_slots for group in self.groups)
         self.token_groups = [index for index, group in enumerate(self.groups) if not group.state_slots]
@@ -44,7 +44,7 @@ class GroupedBooks(Allocator):
         self.state_pads = sum(self.pads) - self.row_pads
         self.slides = bool(self.windowed)
         self.holdings: dict[Sequence, Holding] = {}
-        self.edges: dict[int, Edge] = {}  # by page, of those whose dead tokens count
+        self.owners: dict[int, Edge] = {}  # by page that others may find, whose dead tokens count there
         self.done: Counter[tuple[int, int]] = Counter()  # sequences that are done, by page they hold
         self.buried: set[tuple[int, int]] = set()  # pages that nobody else holds
         self.walker: Sequence | None = None  # who is looked at alone
@@ -63,6 +63,10 @@ class GroupedBooks(Allocator):
         """How many of these held pages others hold too."""
         return 0
 
+    def is_known(self, page: int) -> bool:
+        """Whether others may find a page that is held."""
+        return False
+
     # What counts as waste
 
     def _claim(self, edge: Edge) -> None:
@@ -71,31 +75,34 @@ class GroupedBooks(Allocator):
         A window that moves then gains one with every token. What is counted now is a point of that line, at
         `num_tokens`: less than nothing where the line starts later.
         """
-        page = edge.holding.tables[edge.group][edge.freed]
+        page = edge.table[edge.freed]
         if self.num_holders(edge.group, page) == 1:
             edge.own = True
-            self.edges[page] = edge
-            token_slots = self.groups[edge.group].token_slots
-            self.slide(edge.dead(self.block_size) * token_slots)
-            if edge.moving:
-                self._bend(edge.sequence, token_slots)
+            edge.steady = edge.moving and edge.window > 1  # one of 1 leaves a page before it has the next
+            if self.is_known(page):
+                self.owners[page] = edge
+            self._count_dead(edge, self.groups[edge.group].token_slots)
 
     def _disclaim(self, edge: Edge) -> None:
         """Count all tokens of that page as live again."""
         if edge.own:
-            edge.own = False
-            page = edge.holding.tables[edge.group][edge.freed]
-            self.edges.pop(page, None)
-            token_slots = self.groups[edge.group].token_slots
-            self.slide(-edge.dead(self.block_size) * token_slots)
-            if edge.moving:
-                self._bend(edge.sequence, -token_slots)
+            edge.own = edge.steady = False
+            self.owners.pop(edge.table[edge.freed], None)
+            self._count_dead(edge, -self.groups[edge.group].token_slots)
 
-    def _bend(self, sequence: Sequence, change: int) -> None:
-        """More slots slide with every token of the sequence."""
-        sequence.sliding += change
-        if sequence.decodes is not None:
-            sequence.decodes.sliding += change
+    def _count_dead(self, edge: Edge, token_slots: int) -> None:
+        """Move a page's dead tokens to waste; while the window moves, so many slots more slide with each token."""
+        sequence, left = edge.sequence, edge.left
+        if edge.moving:
+            decodes = sequence.decodes
+            left = sequence.origin - edge.window
+            sequence.sliding += token_slots
+            if decodes is not None:
+                left += decodes.clock
+                decodes.sliding += token_slots
+        slots = (left - edge.freed * self.block_size) * token_slots
+        self.num_tokens -= slots
+        self.num_internal += slots
 
     def unfill(self, sequence: Sequence, num_tokens: int) -> None:
         """Take the last tokens back of a sequence that does not decode."""
@@ -104,7 +111,7 @@ class GroupedBooks(Allocator):
 
     def share(self, group: int, page: int) -> None:
         """Somebody else comes to hold a full page: all of it is live."""
-        edge = self.edges.get(page)
+        edge = self.owners.get(page)
         if edge is not None:
             self._disclaim(edge)
         elif (group, page) in self.buried:
@@ -161,6 +168,8 @@ class GroupedBooks(Allocator):
         if unused > 0:
             internal += unused * self.slots_per_token
         for edge in holding.edges:
+            if not edge.freed:
+                continue
             group = self.groups[edge.group]
             held -= edge.freed * group.page_slots
             tokens -= edge.freed * size * group.token_slots
@@ -226,6 +235,10 @@ class GroupedBooks(Allocator):
         for sequence, holding in self.holdings.items():
             if sequence.num_tokens > sequence.capacity and not holding.done:
                 raise IntegrityError(f"{sequence}: tokens({sequence.num_tokens}) > held({sequence.capacity})")
+            if sequence.capacity != holding.rows * size:
+                raise IntegrityError(
+                    f"{sequence}: held({sequence.capacity}) != slots of {holding.rows} pages"
+                )
             unused = max(0, holding.rows * size - sequence.final_tokens) * (not holding.done)
             internal += unused * self.slots_per_token
             for index, table in enumerate(holding.tables):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ordered
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from sim.allocators.base import allocator
 from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.grouped import GroupedAllocator
-from sim.allocators.window_edge import NULL, Holding
+from sim.allocators.window_edge import NULL, Edge, Holding
 from sim.errors import UserError
 from sim.layer_groups import LayerKind, own_pages
 from sim.pools.large_pages import LargePages
@@ -65,7 +66,9 @@ class JengaAllocator(GroupedAllocator):
             )
         self.num_slots = slots
         self.watermark_pages = int(watermark * self.pages.num_large)
-        self._own: dict[Holding, list[dict[int, None]]] = {}
+        self._whole = all(split == 1 for split in self.pages.splits)  # a large page is a page of any kind
+        self.by_tick = not self._whole
+        self._given: list[tuple[int, Sequence, int, int]] = []  # order, who gave in this tick, kind, and page
 
     def _needs(self, num_tokens: int, chunk: int) -> list[int]:
         """Pages of each kind for so many tokens, `chunk` of them computed in a step."""
@@ -82,7 +85,9 @@ class JengaAllocator(GroupedAllocator):
         """Room for all tokens at once."""
         return self.admission_in_chunks(request, num_tokens, num_tokens)
 
-    def admission_in_chunks(self, request: Request, num_tokens: int, chunk: int) -> Admission:
+    def admission_in_chunks(
+        self, request: Request, num_tokens: int, chunk: int, first: int | None = None
+    ) -> Admission:
         """Large pages for the prompt, or small ones that others left over."""
         needs = self._needs(num_tokens, chunk)
         pages = self.pages
@@ -108,18 +113,27 @@ class JengaAllocator(GroupedAllocator):
 
     def lacks(self, holding: Holding, rows: int) -> bool:
         """Neither in large pages of the sequence's own, nor in free ones, nor in those of others."""
-        needs = [0 if group.state_slots else rows for group in self.groups]
-        return not self.pages.fits(needs, self._own[holding])
+        return not self._fits([0 if group.state_slots else rows for group in self.groups], holding)
+
+    def _fits(self, needs: list[int], holding: Holding) -> bool:
+        """Whether a sequence can have so many pages, if need be with those that others give back in this tick."""
+        fits = self.pages.fits(needs, holding.packed)
+        if not fits and self._given:
+            self.settle()
+            fits = self.pages.fits(needs, holding.packed)
+        return fits
 
     def demand(self, sequence: Sequence, num_tokens: int) -> int:
-        """Pages of every kind that the next tokens take, more than the headroom only if they cannot be had."""
+        """Pages of every kind that the next tokens take, more than the headroom only if they cannot be had.
+
+        The windows give back first, even if they cannot.
+        """
+        self.pass_windows(sequence)
         needed = self.pages_needed(sequence, num_tokens)
         if max(needed) <= 0:
             return 0
-        headroom = self.headroom
-        if not self.pages.fits(needed, self._own[self.holdings[sequence]]):
-            return headroom + 1
-        return min(max(needed), headroom)
+        fits = self._fits(needed, self.holdings[sequence])
+        return min(max(needed), self.headroom) if fits else self.headroom + 1
 
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
         """Give a sequence pages of every kind."""
@@ -127,41 +141,74 @@ class JengaAllocator(GroupedAllocator):
         self.begin(sequence, [[] for _ in self.groups], num_tokens, filled, 0)
         return 0
 
-    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
-        """More pages of every kind; the tokens that have room."""
-        holding = self.holdings[sequence]
-        self._lengthen(sequence, holding, num_tokens)
-        return holding.rows * self.block_size
-
-    def take(self, holding: Holding, group: int, count: int) -> list[int]:
-        """Pages of this kind, near those that the sequence has."""
-        own = self._own.get(holding)
-        if own is None:
-            own = self._own[holding] = [{} for _ in self.groups]
-        loose = self.pages.loose
-        taken = self.pages.take(group, count, own[group])
+    def take(self, holding: Holding, counts: Ordered[int]) -> None:
+        """Pages of every kind, near those that the sequence has."""
+        pages = self.pages
+        if not holding.packed:
+            holding.packed = [{} for _ in self.groups]
+        loose = pages.loose
+        for kind, (table, count) in enumerate(zip(holding.tables, counts, strict=True)):
+            if count > 0:
+                table += pages.take(kind, count, holding.packed[kind])
         self._note_loose(loose)
-        return taken
 
-    def give(self, holding: Holding, group: int, pages: list[int]) -> None:
-        """Take pages back."""
+    def lengthen(self, holdings: list[Holding]) -> None:
+        """One more page of every kind."""
+        kinds = self.token_groups
+        if self._whole:
+            taken = iter(self.pages.take_whole(len(kinds) * len(holdings)))
+            for holding in holdings:
+                for kind in kinds:
+                    holding.tables[kind].append(next(taken))
+            return
         loose = self.pages.loose
-        self.pages.give(group, pages)
-        own, split = self._own[holding][group], self.pages.splits[group]
-        table = {page // split for page in holding.tables[group] if page != NULL}
-        for large in {page // split for page in pages} - table:
-            own.pop(large, None)  # somebody else may open it
+        for holding in holdings:
+            for kind in kinds:
+                holding.tables[kind] += self.pages.take(kind, 1, holding.packed[kind])
         self._note_loose(loose)
+
+    def pass_pages(self, edges: list[Edge]) -> int:
+        """Take back the pages that windows have passed."""
+        size, slots = self.block_size, 0
+        passed = []
+        for edge in edges:
+            table, index = edge.table, edge.freed
+            passed.append(table[index])
+            table[index] = NULL
+            edge.freed = index + 1
+            edge.turn += size
+            slots += self.groups[edge.group].page_slots
+        if self._whole:
+            self.pages.free += passed
+        else:
+            for edge, page in zip(edges, passed, strict=True):
+                self.give(edge.sequence, edge.group, [page])
+        return slots
+
+    def give(self, sequence: Sequence, group: int, pages: list[int]) -> None:
+        """Take pages back; of a sequence that is looked at alone only when all have theirs, or need them."""
+        if self.walker is not None:
+            self._given += [(sequence.order, sequence, group, page) for page in pages]
+            return
+        loose = self.pages.loose
+        self.pages.give(group, pages, self.holdings[sequence].packed[group])
+        self._note_loose(loose)
+
+    def settle(self) -> None:
+        """Take back what windows gave back in this tick, in the order of `turn`."""
+        given, self._given = sorted(self._given, key=_order), []
+        for _, sequence, kind, page in given:
+            self.give(sequence, kind, [page])
+
+    def free(self, sequence: Sequence) -> None:
+        """Take everything back."""
+        self.settle()
+        super().free(sequence)
 
     def _note_loose(self, before: int) -> None:
-        self.num_held += self.pages.loose - before
-        self.num_internal += self.pages.loose - before
-
-    def release(self, sequence: Sequence, holding: Holding | None = None) -> None:
-        """Give back the pages of all kinds."""
-        assert holding is not None
-        super().release(sequence, holding)
-        del self._own[holding]
+        if self.pages.loose != before:
+            self.num_held += self.pages.loose - before
+            self.num_internal += self.pages.loose - before
 
     @property
     def num_pages(self) -> int:
@@ -197,3 +244,7 @@ class JengaAllocator(GroupedAllocator):
                 for group in range(len(self.groups))
             ]
         )
+
+
+def _order(given: tuple[int, Sequence, int, int]) -> int:
+    return given[0]

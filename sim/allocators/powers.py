@@ -41,6 +41,9 @@ class Powers:
     """Whether `can_append` refuses only requests that need a slot, and takes one out of the headroom for each."""
     growth: int | None = None
     """Slots that every growth adds, which then leaves `num_external` alone; None if that differs."""
+    stride: int | None = None
+    """Tokens between two growths of a sequence, and two turns of a window, where they differ in slots; None if that
+    differs too."""
     groups_layers: ClassVar[bool] = False
     """Whether layers of several kinds each keep what they need, states too; else all keep every token."""
     grows_foreseeably: ClassVar[bool] = False

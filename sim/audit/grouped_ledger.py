@@ -154,6 +154,13 @@ class GroupedLedger:
                 for group in self.allocator.token_groups
             ]
         )
+        for sequence, group, first, _ in layout.parts:
+            window = self.allocator.groups[group].window
+            if window is not None and first > max(0, sequence.num_tokens + 1 - window):  # of the next token
+                told = f"{sequence} has {sequence.num_tokens} tokens"
+                raise self.error(
+                    f"{told}, and in layer group {group}, of window {window}, none before {first}"
+                )
         outside = np.flatnonzero((layout.slots < 0) | (layout.slots >= len(self.device.slots)))
         if len(outside):
             told = layout.told(int(outside[0]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 
 
@@ -14,22 +13,23 @@ class FreeQueue:
     count. What is put at the head is not removed from there.
     """
 
-    __slots__ = ("_front", "_left", "_num_left", "_queue")
+    __slots__ = ("_front", "_head", "_left", "_num_left", "_queue")
 
     def __init__(self, blocks: Iterable[int]) -> None:
         self._front: list[int] = []  # before the queue, its first at the end
-        self._queue = deque(blocks)
+        self._queue = list(blocks)
+        self._head = 0  # the queue begins here
         self._left: dict[int, int] = {}  # places of each block in the queue that do not count
         self._num_left = 0
 
     def __len__(self) -> int:
-        return len(self._front) + len(self._queue) - self._num_left
+        return len(self._front) + len(self._queue) - self._head - self._num_left
 
     def __iter__(self) -> Iterator[int]:
         """From the head on."""
         yield from reversed(self._front)
         left = dict(self._left)
-        for block in self._queue:
+        for block in self._queue[self._head :]:
             if left.get(block):
                 left[block] -= 1
             else:
@@ -43,23 +43,35 @@ class FreeQueue:
             blocks = front[: -count - 1 : -1]
             del front[-len(blocks) :]
             count -= len(blocks)
-        pop = self._queue.popleft
-        if not self._num_left:
-            blocks += [pop() for _ in range(count)]
-            return blocks
-        left = self._left
-        while count:
-            block = pop()
+        head = self._head
+        if self._num_left:
+            blocks += self._take_counting(count)
+        else:
+            self._head = head + count
+            taken = self._queue[head : head + count]
+            blocks = blocks + taken if blocks else taken
+        if self._head > 64 + len(self._queue) // 2:
+            del self._queue[: self._head]
+            self._head = 0
+        return blocks
+
+    def _take_counting(self, count: int) -> list[int]:
+        """Of the queue itself, without the places that do not count."""
+        queue, left, at = self._queue, self._left, self._head
+        blocks: list[int] = []
+        while len(blocks) < count:
+            block = queue[at]
+            at += 1
             places = left.get(block)
             if places is None:
                 blocks.append(block)
-                count -= 1
             else:
                 self._num_left -= 1
                 if places == 1:
                     del left[block]
                 else:
                     left[block] = places - 1
+        self._head = at
         return blocks
 
     def put_first(self, blocks: list[int]) -> None:
@@ -74,11 +86,11 @@ class FreeQueue:
         """Take out a block that was put at the tail."""
         self._left[block] = self._left.get(block, 0) + 1
         self._num_left += 1
-        if self._num_left > 64 + len(self._queue) // 2:
+        if self._num_left > 64 + (len(self._queue) - self._head) // 2:
             self._compact()
 
     def _compact(self) -> None:
-        kept = list(self)[len(self._front) :]
-        self._queue = deque(kept)
+        self._queue = list(self)[len(self._front) :]
+        self._head = 0
         self._left.clear()
         self._num_left = 0

@@ -13,8 +13,8 @@ class LargePages:
     """Memory in equal large pages, each of which is split into small pages of one kind while one of them is used.
 
     A large page is as large as the least common multiple of the small ones (Jenga, SOSP 2025). A request gets a
-    small page in a large one that it has pages in, else it opens a new large page, else it takes any small page
-    of its kind. Small page p of a kind that fits n times into a large page is number p % n of large page p // n.
+    small page in a large one that it opened and has pages in, else it opens a new large page, else it takes any small
+    page of its kind. Small page p of a kind that fits n times into a large page is number p % n of large page p // n.
     """
 
     def __init__(self, num_slots: int, sizes: Sequence[int]) -> None:
@@ -31,9 +31,13 @@ class LargePages:
     def fits(self, needs: Sequence[int], own: Sequence[Iterable[int]] = (), spare: int = 0) -> bool:
         """Whether so many small pages of each kind can be had, with `spare` large pages left over.
 
-        `own` are the large pages that the request has pages in, by kind.
+        `own` are the large pages that the request opened and has pages in, by kind.
         """
         large = len(self.free) - spare
+        if large >= sum(
+            [-(-need // split) for need, split in zip(needs, self.splits, strict=True) if need > 0]
+        ):
+            return True  # without those that are split already
         for kind, need in enumerate(needs):
             vacant = self.vacant[kind]
             if own:
@@ -50,9 +54,11 @@ class LargePages:
                     return False
         return large >= 0
 
-    def take(self, kind: int, count: int, own: dict[int, None]) -> list[int]:
-        """So many small pages for a request; its large pages are noted in `own`. Raises OutOfBlocks."""
+    def take(self, kind: int, count: int, own: dict[int, int]) -> list[int]:
+        """So many small pages for a request, counted in `own` by the large pages that it opens. Raises OutOfBlocks."""
         vacant, split = self.vacant[kind], self.splits[kind]
+        if split == 1:
+            return self.take_whole(count)
         taken: list[int] = []
         while len(taken) < count:
             large = next((page for page in reversed(own) if page in vacant), None)
@@ -60,26 +66,46 @@ class LargePages:
                 large = self.free.pop()
                 vacant[large] = list(range((large + 1) * split - 1, large * split - 1, -1))
                 self.loose += self.size
+                own[large] = 0
             if large is None:
                 large = next(iter(vacant), None)
             if large is None:
-                self.give(kind, taken)
+                self.give(kind, taken, own)
                 raise OutOfBlocks(f"asked for {count} pages of kind {kind}, {len(taken)} can be had")
-            own[large] = None
             pages = vacant[large]
             some = pages[: -(count - len(taken)) - 1 : -1]
             del pages[-len(some) :]
             if not pages:
                 del vacant[large]
+            if large in own:
+                own[large] += len(some)
             taken += some
             self.loose -= len(some) * self.sizes[kind]
         return taken
 
-    def give(self, kind: int, pages: Iterable[int]) -> None:
-        """Take small pages back; a large page without any in use is free for all kinds."""
+    def take_whole(self, count: int) -> list[int]:
+        """So many large pages, each of which is a small page of a kind. Raises OutOfBlocks and takes none."""
+        free = self.free
+        if count > len(free):
+            raise OutOfBlocks(f"asked for {count} large pages, {len(free)} are free")
+        if not count:
+            return []
+        pages = free[: -count - 1 : -1]
+        del free[-count:]
+        return pages
+
+    def give(self, kind: int, pages: Iterable[int], own: dict[int, int]) -> None:
+        """Take a request's small pages back; a large page without any in use is free for all kinds."""
         vacant, split = self.vacant[kind], self.splits[kind]
+        if split == 1:
+            self.free += pages
+            return
         for page in pages:
             large = page // split
+            if large in own:
+                own[large] -= 1
+                if not own[large]:
+                    del own[large]  # somebody else may open it
             rest = vacant.setdefault(large, [])
             rest.append(page)
             self.loose += self.sizes[kind]

@@ -13,6 +13,15 @@ UNASKED = -1
 """Key of content that nobody will ever ask for: it keeps the block's place in the queue, and is not found."""
 
 
+class Unnamed:
+    """Key of full blocks whose content nobody can ask for yet: they keep their place, and are not found.
+
+    Who left them may name them later, as long as they have not been handed out again (`PrefixPool.name`).
+    """
+
+    __slots__ = ()
+
+
 class PrefixPool(BlockPool):
     """Blocks that can be found again by a key of their content, free or held, as in vLLM V1 (`block_pool.py`).
 
@@ -78,7 +87,12 @@ class PrefixPool(BlockPool):
             if key is not None:
                 keys[block] = None
                 forgotten += 1
-                if key != UNASKED and (there := found.pop(key, None)) != block and there is not None:
+                if (
+                    found
+                    and key != UNASKED
+                    and (there := found.pop(key, None)) != block
+                    and there is not None
+                ):
                     found[key] = there
                     self._forget(block, key)
         self.num_keyed -= forgotten
@@ -123,18 +137,20 @@ class PrefixPool(BlockPool):
                 self.free.remove(block)
                 self.free.put_last((block,))
 
-    def give_full(self, block: int, key: Hashable) -> None:
-        """Drop the one reference of a full block, which can be found by this key if it has none yet."""
-        if self.keys[block] is None:
-            if self._found.setdefault(key, block) == block:
-                self.keys[block] = key
+    def mark(self, blocks: Iterable[int], mark: Unnamed) -> None:
+        """Give those of these full blocks that have no key this one."""
+        for block in blocks:
+            if self.keys[block] is None:
+                self.keys[block] = mark
                 self.num_keyed += 1
-                self.changes += 1
-            else:
+
+    def name(self, blocks: Iterable[int], mark: Unnamed, keys: Iterable[Hashable]) -> None:
+        """Let those of the blocks be found that still have this mark; of a block given twice the later key counts."""
+        for block, key in reversed([*zip(blocks, keys, strict=False)]):
+            if self.keys[block] is mark:
+                self.keys[block] = None
+                self.num_keyed -= 1
                 self.register(block, key)
-        assert self.references[block] == 1
-        self.references[block] = 0
-        self.free.put_last((block,))
 
     def register(self, block: int, key: Hashable) -> None:
         """Let the block be found by the key of its content."""
@@ -178,6 +194,28 @@ class PrefixPool(BlockPool):
             keys[block] = UNASKED
             self.num_keyed += 1
 
+    def leave_table(self, blocks: list[int], full: int) -> None:
+        """Drop a reference to each block of a table, the last one first; the first `full` of them queue up at the tail.
+
+        Those of them without a key hold what nobody will ask for. Raises ValueError on a double free.
+        """
+        filled = blocks[full - 1 :: -1] if full > 0 else []
+        if full < len(blocks):
+            self.release(blocks[: max(0, full) - len(blocks) - 1 : -1])
+        references = self.references
+        counts = [references[block] for block in filled]
+        if counts.count(1) < len(counts):
+            if 0 in counts:
+                raise ValueError(f"double free of block {filled[counts.index(0)]}")
+            for block, count in zip(filled, counts, strict=True):
+                if count > 1:
+                    references[block] = count - 1
+                    self.extra_references -= 1
+            filled = [block for block, count in zip(filled, counts, strict=True) if count == 1]
+        for block in filled:
+            references[block] = 0
+        self.free.put_last(filled)
+
     def _forget(self, block: int, key: Hashable) -> None:
         found = self._found.get(key)
         if isinstance(found, list) and block in found:
@@ -197,7 +235,7 @@ class PrefixPool(BlockPool):
 
     def _num_hidden(self) -> int:
         """Blocks with a key that cannot be found by it; a recount."""
-        return 0
+        return sum([isinstance(key, Unnamed) for key in self.keys])
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """The counts against the tables, and the keys against what is found. Raises IntegrityError."""

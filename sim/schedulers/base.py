@@ -53,12 +53,14 @@ class Scheduler(Queues, ABC):
 
     def next_step(self, now: int) -> Step:
         """The order's turn, if it has one, and then the plan."""
-        if self.ranking is None:
-            return self.plan(now)
         before = Step()
-        self.ranking.begin(self, now, before)
+        if self.ranking is not None:
+            self.ranking.begin(self, now, before)
         step = self.plan(now)
-        step.preempted[:0] = before.preempted
+        if before.preempted:
+            step.preempted[:0] = before.preempted
+        if self.allocator.slides:
+            self.allocator.look_at_windows()
         return step
 
     # What policies share
@@ -103,7 +105,7 @@ class Scheduler(Queues, ABC):
             for sequence in sorted({*growing, *pending}, key=arrival_order):
                 step.copied_blocks += allocator.append(sequence)
             self.note_grown()
-        elif growing:
+        elif growing or tick in decodes.turns:
             decodes.grow_next(allocator)
         self.decode(step)
 
@@ -152,10 +154,11 @@ class Scheduler(Queues, ABC):
             step.copied_blocks += self.allocator.append(sequence)
 
     def note_grown(self) -> None:
-        """Note that all sequences that need a slot or a copy at the next tick have theirs."""
-        tick = self.decodes.clock + 1
-        self.decodes.copy_pending = []
-        self.decodes.note_grown(tick, self.decodes.growths.pop(tick, []), None)
+        """Note that all sequences that need a slot or a copy at the next tick have theirs, and windows have turned."""
+        decodes, tick = self.decodes, self.decodes.clock + 1
+        decodes.copy_pending = []
+        decodes.note_grown(tick, decodes.growths.pop(tick, []), None)
+        decodes.note_turned(tick, decodes.turns.pop(tick, []), None)
 
     def preempt(self, request: Request, step: Step) -> None:
         """Take a running request's memory: move it to the host, or drop it and compute it again later.

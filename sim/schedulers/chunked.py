@@ -93,6 +93,8 @@ class ChunkedScheduler(Scheduler):
         walks its requests then.
         """
         partial = self.partial
+        if partial and self.allocator.slides:
+            return None  # what windows give back queues up in the order of the turns
         left = budget = self.max_num_batched_tokens - self.decodes.size
         chunks = []
         demand = 0
@@ -103,8 +105,6 @@ class ChunkedScheduler(Scheduler):
             demand += self.allocator.demand(request.sequences[0], tokens)
         if budget < 0 or not self._decodes_first(left):
             return None
-        if partial and self.allocator.slides:
-            return None  # what windows give back queues up in the order of the turns
         if not self.ample(demand):
             if not self._last_gives_way:
                 return None
@@ -177,10 +177,14 @@ class ChunkedScheduler(Scheduler):
         return count
 
     def who_need_slots(self, others: Collection[Request] = ()) -> list[Request]:
-        """Requests whose decodes need a slot or a copy at the next tick, and others, in order of admission."""
+        """Requests whose decodes need a slot or a copy at the next tick, or whose windows turn, and others.
+
+        In order of admission.
+        """
         decodes = self.decodes
         growing = decodes.growths.get(decodes.clock + 1, [])
         needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
+        needing.update([edge.sequence.request for edge in decodes.turns.get(decodes.clock + 1, ())])
         needing.update(others)
         return sorted(needing, key=self.running.__getitem__)
 

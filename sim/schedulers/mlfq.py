@@ -214,7 +214,9 @@ class MultiLevelFeedback(Ranking):
             self._in_vain = True
             return
         while lower and not scheduler.could_admit(head):
-            scheduler.give_way(lower.pop(), step)
+            request = lower.pop()
+            if request.sequences[0].decodes is not None:  # else it stood there twice
+                scheduler.give_way(request, step)
 
     def quiet_for(self, scheduler: Scheduler) -> int:
         """Until a running request falls below the level of the head of the queue."""

@@ -99,15 +99,15 @@ class Queues:
         """Requests that are in and not running: queued or swapped out."""
         return len(self.waiting) + len(self.swapped)
 
-    def head_admission(self, step: Step, chunk: int = FOREVER) -> Admission:
+    def head_admission(self, step: Step, chunk: int = FOREVER, first: int | None = None) -> Admission:
         """What the allocator says of the head of the queue; a head that can never run is rejected and gone.
 
-        Where slots are given as they are filled, by at most `chunk` tokens a step, windows need less.
+        Where slots are given as they are filled, by at most `chunk` tokens a step and `first` now, windows need less.
         """
         request = self.waiting[0]
         tokens = request.prefill_tokens
         if chunk < tokens:
-            admission = self.allocator.admission_in_chunks(request, tokens, chunk)
+            admission = self.allocator.admission_in_chunks(request, tokens, chunk, first)
         else:
             admission = self.allocator.admission(request, tokens)
         if admission is Admission.LATER:

@@ -117,7 +117,10 @@ class VllmV0(ChunkedScheduler):
         """Running requests in order of arrival; what they leave of the step's tokens."""
         decodes, partial = self.decodes, self.partial
         left = self.max_num_batched_tokens - decodes.size
-        if not self.ample(0) or left < 0 or not self._decodes_first(left):
+        in_turn = (
+            partial and self.allocator.slides
+        )  # what windows give back queues up in the order of the turns
+        if in_turn or not self.ample(0) or left < 0 or not self._decodes_first(left):
             return self._walk(step)
         self.grow(step)
         for request in sorted(partial, key=arrival):

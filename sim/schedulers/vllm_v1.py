@@ -186,10 +186,10 @@ class VllmV1(ChunkedScheduler):
             head = self.waiting[0]
             if self.full and head.width <= self.max_num_seqs:
                 break
-            admission = self.head_admission(step, min(self.longest_chunk, left))
+            tokens = min(self.longest_chunk, left)
+            admission = self.head_admission(step, self.max_num_batched_tokens, tokens)
             if admission is Admission.NEVER:
                 continue
-            tokens = min(self.longest_chunk, left)
             if not self.chunked_prefill and self._uncached(head) > tokens < self.longest_chunk:
                 reason = self.hopeless(head)
                 if reason:
@@ -239,6 +239,15 @@ class VllmV1(ChunkedScheduler):
             if self.ranking is not None:
                 self.ranking.requeued(request)
             insort(self.waiting, request, key=lambda each: (order(each), each.id))
+
+    def quiet_for(self, now: int) -> int:
+        """To the next growth at most where the head has a hit: its first chunk needs less if that is evicted."""
+        quiet = super().quiet_for(now)
+        if quiet and self.head_refused and not self.reserve_full_prompt:
+            head, decodes = self.waiting[0], self.decodes
+            if self.allocator.cached_tokens(head, head.prefill_tokens):
+                quiet = min(quiet, decodes.next_growth - decodes.clock - 1)
+        return quiet
 
     @property
     def open_to_arrivals(self) -> bool:

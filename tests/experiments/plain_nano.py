@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 from experiments.parity.replay import Row, canonical, histogram
-from sim.prefixes.prefix_cache import Holding, PrefixCache
 from tests.experiments.keys import block_keys
+from tests.sim.prefix_cache import Holding, PrefixCache
 
 
 def build_cache(config: Row) -> PrefixCache:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from experiments.parity.replay import Row, canonical, histogram
 from experiments.parity.v1 import windows_of
-from sim.prefixes.prefix_cache import NULL, Holding, PrefixCache
 from tests.experiments.keys import block_keys
+from tests.sim.prefix_cache import NULL, Holding, PrefixCache
 
 
 class _Request:

@@ -9,8 +9,8 @@ from typing import Literal
 
 from experiments.parity.replay import Row
 from experiments.parity.v1 import windows_of
-from sim.prefixes.prefix_cache import Holding, PrefixCache
 from tests.experiments.keys import block_keys
+from tests.sim.prefix_cache import Holding, PrefixCache
 
 
 class Job:
@@ -165,7 +165,13 @@ class TokenSchedule:
             whole = job.num_tokens if self.reserve_full_prompt else 0
             watermark = bool(self.running)
             if not self.cache.allocate(
-                job.holding, tokens, job.keys, hits=blocks, watermark=watermark, whole=whole
+                job.holding,
+                tokens,
+                job.keys,
+                hits=blocks,
+                watermark=watermark,
+                whole=whole,
+                batched=self.max_num_batched_tokens,
             ):
                 break
             del self.waiting[index]

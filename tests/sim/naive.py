@@ -22,6 +22,7 @@ class NaiveDecodeSet:
         self.sequences: list[Sequence] = []
         self.copy_pending: list[Sequence] = []
         self.growths: dict[int, list[Sequence]] = {}
+        self.turns: dict[int, list] = {}
         self.given: Counter[int] = Counter()  # tokens by tenant
 
     def members(self, tenant: int) -> int:
@@ -61,6 +62,9 @@ class NaiveDecodeSet:
 
     def note_grown(self, tick, grown, step) -> None:
         assert not grown
+
+    def note_turned(self, tick, turned, step) -> None:
+        assert not turned
 
     def advance(self, steps: int = 1) -> None:
         assert steps == 1

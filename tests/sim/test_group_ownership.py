@@ -105,7 +105,8 @@ class GroupOwnership(RuleBasedStateMachine):
             ]
             growing = [each for each in ready if each.num_tokens == each.capacity]
             if together and memory.headroom >= len(growing):
-                memory.grow([(1, list(growing))])
+                due = [edge for each in ready for edge in each.edges if edge.turn == each.num_tokens + 1]
+                memory.turn([(1, list(growing), due)]) if growing or due else None
             else:
                 for sequence in list(ready):
                     if memory.can_append(sequence.request):
@@ -113,6 +114,7 @@ class GroupOwnership(RuleBasedStateMachine):
                     else:
                         ready.remove(sequence)
                 memory.settle()
+            memory.look_at_windows()
             for sequence in ready:
                 memory.num_tokens += memory.slots_per_token
                 memory.slide(sequence.sliding)
@@ -194,7 +196,7 @@ class GroupOwnership(RuleBasedStateMachine):
             self.memory.free(sequence)
         self.memory.check_integrity()
         assert self.memory.usage() == self.empty
-        assert not self.memory.edges
+        assert not self.memory.owners
         assert not self.memory.holdings
 
 

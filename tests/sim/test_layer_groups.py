@@ -96,10 +96,15 @@ def test_a_probe_sees_tables_of_two_groups_mixed_up():
 
 def test_a_probe_sees_a_window_that_gives_back_too_much():
     memory = build("full and windows", 400)
-    give_back = memory._give_back
-    memory._give_back = lambda holding, edge, freed: give_back(
-        holding, edge, min(freed + 1, holding.rows - 1)
-    )
+    begin = memory.begin
+
+    def narrow(sequence, *given):
+        begin(sequence, *given)
+        for edge in sequence.edges:
+            edge.window = max(1, edge.window - memory.block_size)
+            edge.turn = max(sequence.origin + 1, edge.window)
+
+    memory.begin = narrow
     memory.check_integrity = lambda: None
     with pytest.raises(ProbeError):
         run(memory, requests(1), AttentionProbe(every=1, device="cpu"), "vllm_v1")
@@ -162,13 +167,14 @@ def test_jenga_has_no_padding():
 
 def test_pages_of_a_request_stay_together_and_large_ones_come_back():
     memory = LargePages(24 * 3, [8, 6])
-    mine: dict[int, None] = {}
-    others: dict[int, None] = {}
+    mine: dict[int, int] = {}
+    others: dict[int, int] = {}
     first = memory.take(0, 1, mine)
     second = memory.take(0, 1, others)
     assert second[0] // 3 != first[0] // 3, "a request opens a large page of its own"
     assert memory.take(0, 2, mine) == [first[0] + 1, first[0] + 2]
-    states = memory.take(1, 4, {})
+    kept: dict[int, int] = {}
+    states = memory.take(1, 4, kept)
     assert not memory.free
     assert memory.fits([2, 0])
     assert not memory.fits([3, 0])
@@ -178,7 +184,7 @@ def test_pages_of_a_request_stay_together_and_large_ones_come_back():
     )
     with pytest.raises(OutOfBlocks):
         memory.take(0, 1, mine)
-    memory.give(1, states)
+    memory.give(1, states, kept)
     assert len(memory.free) == 1
     assert memory.loose == 0
     memory.check_integrity([range(6), []])
@@ -204,11 +210,55 @@ def test_a_window_gives_blocks_back_while_decoding():
         assert memory.can_append(request)
         memory.append(sequence)
         memory.settle()
+        memory.look_at_windows()
         sequence.origin += 1
         memory.num_tokens += memory.slots_per_token
         memory.slide(sequence.sliding)
         memory.check_integrity()
     assert seen == [(0, 28, 0), (4, 23, 3), (8, 24, 0), (8, 25, 1)]
+
+
+def test_a_window_asks_for_what_it_may_hold_with_a_step_in_flight():
+    """The bound that vLLM's own test names: a window of 1024, steps of 1024 tokens, 129 blocks of 16.
+
+    However little of a step is left for the prompt, as it is one number for all of them.
+    """
+    asked = Request(0, 0, 16_000, 10)
+    for blocks, answer in ((128, Admission.NEVER), (129, Admission.OK)):
+        memory = allocator["prefix"](Capacity(blocks * 16, 16_384), block_size=16, windows=[1024])
+        assert memory.admission_in_chunks(asked, 16_000, 1024) is answer
+        assert memory.admission_in_chunks(asked, 16_000, 1024, 5) is answer
+
+
+def test_behind_a_hit_a_window_still_needs_its_next_chunk():
+    """The bound counts blocks from the start of the prompt: a hit beyond it leaves only what the chunk takes."""
+    memory = allocator["prefix"](Capacity(12 * 4, 200), block_size=4, windows=[8])
+    first = Request(0, 0, 81, 1, content=tuple(range(20)), content_grain=4)
+    holder = Sequence(first, 0, 0, 81)
+    first.sequences.append(holder)
+    memory.admit(holder, 8, 8)
+    for _ in range(9):
+        memory.extend(holder, 8)
+    memory.extend(holder, 1)
+    later = Request(1, 0, 100, 1, content=tuple(range(20)), content_grain=4)
+    assert memory.cached_tokens(later, 100) == 80
+    assert memory.admission_in_chunks(later, 100, 8, 8) is Admission.OK
+    memory.pool.take(memory.pool.num_free - 1)
+    assert memory.admission_in_chunks(later, 100, 8, 4) is Admission.OK
+    assert memory.admission_in_chunks(later, 100, 8, 8) is Admission.LATER
+
+
+@pytest.mark.parametrize("windows", [[None], [None, 9], [10, None, 1]])
+def test_a_follower_finds_what_was_answered(windows):
+    """Prompt 10 and answer 30, then both again: all blocks that are full, whatever a window gave back meanwhile."""
+    memory = allocator["prefix"](Capacity(400, 200), block_size=4, windows=windows)
+    asked = [
+        Request(0, 0, 10, 30, content=(1,), content_ends=(10,), output_content=2),
+        Request(1, 10**9, 44, 2, content=(1, 2, 3), content_ends=(10, 40, 44)),
+        Request(2, 2 * 10**9, 44, 2, content=(1, 4, 3), content_ends=(10, 40, 44)),
+    ]
+    run(memory, asked, Audit(every=1), "vllm_v1")
+    assert [request.cached_tokens for request in asked] == [0, 36, 8], "the last token has no slot"
 
 
 def test_a_prompt_longer_than_the_pool_runs_in_chunks_if_its_window_fits():

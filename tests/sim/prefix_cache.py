@@ -124,12 +124,13 @@ class PrefixCache:
         hits: Ordered[list[int]] | None = None,
         watermark: bool = False,
         whole: int = 0,
+        batched: int = 0,
     ) -> bool:
         """Give a request slots for `num_new` more tokens behind those it has and its hits; False if refused.
 
         `watermark` keeps the watermark free, as for requests that wait while others run. With `whole` the
-        request is refused too unless so many tokens fit now (`scheduler_reserve_full_isl`). `keys` names the
-        content of all blocks that the request fills.
+        request is refused too unless so many tokens fit now, `batched` in a step (`scheduler_reserve_full_isl`).
+        `keys` names the content of all blocks that the request fills.
         """
         size = self.block_size
         hits = [[] for _ in self.windows] if hits is None else hits
@@ -141,7 +142,7 @@ class PrefixCache:
         spare = len(self.pool.free) - (self.watermark_blocks if watermark else 0)
         if self.needed(holding.tables, hits, total) > spare:
             return False
-        if whole and self.needed(holding.tables, hits, whole, num_new) > spare:
+        if whole and self.needed(holding.tables, hits, whole, batched) > spare:
             return False
         for group, hit in enumerate(hits):
             self.pool.touch([block for block in hit if block != NULL])
@@ -173,14 +174,14 @@ class PrefixCache:
     ) -> int:
         """Blocks that a request with `total` tokens takes out of the queue beside its tables, hits among them.
 
-        For a gate on whole prompts, which run `step` tokens at a time, a windowed group asks for no more than
-        its window ever holds.
+        For a gate on whole prompts, of which a step computes `step` tokens at most, a windowed group asks for no more
+        than its window ever holds (`SlidingWindowSpec.max_admission_blocks_per_request`).
         """
         needed = 0
         for window, table, hit in zip(self.windows, tables, hits, strict=True):
             blocks = -(-total // self.block_size)
             if step is not None and window is not None:
-                blocks = min(blocks, -(-(window - 1 + step) // self.block_size) + 1 + hit.count(NULL))
+                blocks = min(blocks, -(-(window - 1 + step) // self.block_size) + 1)
             needed += max(0, blocks - len(table) - len(hit))
             needed += self.pool.unreferenced([block for block in hit if block != NULL])
         return needed

@@ -1,0 +1,129 @@
+"""Cached prefixes where layers are of several kinds: what is found has to be found in every group of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Sequence as Ordered
+
+from sim.allocators.window_edge import NULL
+from sim.pools.prefix_pool import PrefixPool
+from sim.prefixes.keys import prefix_keys
+from sim.request import Request
+
+Hit = tuple[int, Ordered[list[int]]]
+"""Tokens of a cached prefix, and its blocks in every group; no lists where nothing was looked for."""
+
+
+class GroupHits:
+    """Looks for prefixes in a pool whose blocks are known by (content, group), as vLLM V1's hybrid coordinator.
+
+    Each group of layers sees all tokens (window None) or a sliding window. Groups that see alike are asked together,
+    those that see all first, until no kind shortens what the others found (`kv_cache_coordinator.py`).
+    """
+
+    def __init__(
+        self, pool: PrefixPool, block_size: int, windows: Ordered[int | None], *, caching: bool = True
+    ) -> None:
+        self.pool = pool
+        self.caching = caching
+        self.block_size = block_size
+        self.num_groups = len(windows)
+        kinds = sorted(set(windows), key=lambda window: (window is not None, window))
+        self._kinds = [
+            (window, [group for group, each in enumerate(windows) if each == window]) for window in kinds
+        ]
+
+        self._head: tuple[Request | None, Ordered[int]] = None, []  # the last request asked for, and its keys
+        self._hit: tuple[Request | None, int, int, Hit] = (
+            None,
+            0,
+            0,
+            (0, []),
+        )  # and what was found of it, and when
+
+    def keys(self, request: Request, num_tokens: int) -> Ordered[int]:
+        """Keys of the full blocks; none for a request whose content nobody can have."""
+        if not self.caching or (not request.content and not request.preemptions):
+            return []
+        blocks = num_tokens // self.block_size
+        known, keys = self._head
+        if known is not request or len(keys) != blocks:
+            keys = prefix_keys(request, blocks, self.block_size)
+            self._head = request, keys
+        return keys
+
+    def find(self, request: Request, num_tokens: int) -> Hit:
+        """What all groups find; remembered for whom it was asked last, until others can be found."""
+        if not request.content and not request.preemptions:
+            return 0, []
+        known, tokens, changes, hit = self._hit
+        if known is not request or tokens != num_tokens or changes != self.pool.changes:
+            keys = self.keys(request, num_tokens)
+            hit = self.longest(keys, num_tokens) if keys else (0, [])
+            self._hit = request, num_tokens, self.pool.changes, hit
+        return hit
+
+    def forget(self) -> None:
+        """The last request has been served."""
+        self._head = None, []
+
+    def longest(self, keys: Ordered[Hashable], num_tokens: int) -> tuple[int, list[list[int]]]:
+        """Tokens of the longest cached prefix of a request with so many, and the blocks per group.
+
+        At least one token is left to compute. `keys` names the content of the request's full blocks.
+        """
+        blocks: list[list[int]] = [[] for _ in range(self.num_groups)]
+        length = min(len(keys), (num_tokens - 1) // self.block_size)
+        while True:
+            before = length
+            for window, groups in self._kinds:
+                if window is not None:
+                    found = self._hit_window(keys, length, groups, window)
+                elif blocks[groups[0]]:  # once is enough: every shorter prefix is there too
+                    found = [blocks[group][:length] for group in groups]
+                else:
+                    found = self._hit_whole(keys, length, groups)
+                for group, each in zip(groups, found, strict=True):
+                    blocks[group] = each
+                length = len(found[0])
+            if length == before or len(self._kinds) == 1:
+                return length * self.block_size, [each[:length] for each in blocks]
+
+    def _found(self, key: Hashable, groups: list[int]) -> list[int] | None:
+        """The block with this content in each of the groups; None unless it is in all of them."""
+        blocks = []
+        for group in groups:
+            block = self.pool.find((key, group))
+            if block is None:
+                return None
+            blocks.append(block)
+        return blocks
+
+    def _hit_whole(self, keys: Ordered[Hashable], length: int, groups: list[int]) -> list[list[int]]:
+        hits: list[list[int]] = [[] for _ in groups]
+        for key in keys[:length]:
+            found = self._found(key, groups)
+            if found is None:
+                break
+            for hit, block in zip(hits, found, strict=True):
+                hit.append(block)
+        return hits
+
+    def _hit_window(
+        self, keys: Ordered[Hashable], length: int, groups: list[int], window: int
+    ) -> list[list[int]]:
+        """From the right: the last run of blocks that fills a window, else the run at the very start."""
+        wanted = -(-(window - 1) // self.block_size)
+        hits = [[NULL] * length for _ in groups]
+        run = 0
+        for index in range(length - 1, -1, -1):
+            found = self._found(keys[index], groups)
+            if found is None:
+                run = 0
+                continue
+            for hit, block in zip(hits, found, strict=True):
+                hit[index] = block
+            run += 1
+            if run >= wanted:
+                return [hit[: index + run] for hit in hits]
+        return [hit[:run] for hit in hits]
