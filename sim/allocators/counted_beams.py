@@ -122,7 +122,7 @@ class CountedBeams:
             request.sequences.append(Sequence(request, branch, prompt, final))
         request.next_branch = request.width
         for block in prefix:
-            owner.pool.references[block] = request.width
+            owner.pool.refer(block, request.width)
         self._heap += tail
         owner.pool.extra_references += (request.width - 1) * (whole + len(tail))
         owner.sequences.update(request.sequences)
@@ -269,7 +269,7 @@ class CountedBeams:
             (width - 1) * len(prefix) + width * (-(-final // size) - len(prefix)) - blocks
         )
         for block in prefix:
-            pool.references[block] = 1
+            pool.refer(block, 1)
         pool.release(prefix + self._heap[len(self._heap) - blocks :])
         del self._heap[len(self._heap) - blocks :]
         owner.num_held -= (len(prefix) + blocks) * size
@@ -322,7 +322,7 @@ class CountedBeams:
         """Set the references of the blocks in these tables from an index on; the number of blocks."""
         counts = Counter(block for table in tables for block in table[whole:])
         for block, count in counts.items():
-            self._owner.pool.references[block] = count
+            self._owner.pool.refer(block, count)
         return len(counts)
 
     def tables(self, group: CountedGroup, heap: list[int]) -> list[list[int]]:
@@ -362,4 +362,4 @@ class CountedBeams:
             for sequence, capacity in members:
                 sequence.block_table, sequence.capacity = [], capacity
             for block in self._heap:
-                owner.pool.references[block] = 1
+                owner.pool.refer(block, 1)

@@ -27,6 +27,7 @@ class TokenAllocator(PagedAllocator):
             has.
     """
 
+    counts_beams = True
     absent: ClassVar = {"prefix_caching": "slots are not found by their content; radix does so by the token"}
     reasons: ClassVar = {"can_offload": "slots are not found by their content; radix has tiers by the token"}
 

@@ -75,6 +75,10 @@ class BlockPool:
         """References of a block that somebody holds."""
         return self.references[block]
 
+    def refer(self, block: int, count: int) -> None:
+        """Set the references of a held block."""
+        self.references[block] = count
+
     def alone(self, blocks: Sequence[int]) -> list[int]:
         """Which of these held blocks have one reference only: where they stand, in rising order."""
         references = self.references

@@ -59,6 +59,13 @@ class UncountedPool(BlockPool):
         """References of a block that somebody holds."""
         return 1 + self._extra[block]
 
+    def refer(self, block: int, count: int) -> None:
+        """Set the references of a held block."""
+        if count > 1:
+            self._extra[block] = count - 1
+        else:
+            self._extra.pop(block, None)
+
     def alone(self, blocks: Sequence[int]) -> list[int]:
         """Which of these held blocks have one reference only: where they stand, in rising order."""
         extra = self._extra

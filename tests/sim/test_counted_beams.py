@@ -71,6 +71,7 @@ def run(
     blocks: int,
     *,
     counts: bool,
+    kind: str = "paged",
     policy: str = "vllm_v0",
     every=None,
     probe=None,
@@ -89,7 +90,7 @@ def run(
         )
         for name in range(90)
     ]
-    memory = allocator["paged"](Capacity(blocks * 16, 256, blocks))
+    memory = allocator[kind](Capacity(blocks * 16, 256, blocks * (16 if kind == "token" else 1)))
     memory.counts_beams = counts
     tables = []
     listed = []
@@ -107,7 +108,7 @@ def run(
         Asked(asked, beams=(turnover, 2)),
         scheduler=served,
         timing=timing["fixed"](prefill_ms=7.0, decode_ms=3.0),
-        transfers=Transfers(None, None, 16),
+        transfers=Transfers(None, None, memory.block_size),
         recorder=Recorder(lambda table, columns: tables.append((table, columns))),
         max_model_len=256,
         probe=probe,
@@ -119,9 +120,10 @@ def run(
 
 @pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "orca", "static", "lightllm"])
 @pytest.mark.parametrize("blocks", [40, 60, 600])
-def test_a_run_is_the_same_with_a_table_for_each_beam(blocks, policy):
+@pytest.mark.parametrize("kind", ["paged", "token"])
+def test_a_run_is_the_same_with_a_table_for_each_beam(blocks, policy, kind):
     (one, mine, _), (other, theirs, _) = (
-        run(blocks, counts=counts, policy=policy) for counts in (True, False)
+        run(blocks, counts=counts, policy=policy, kind=kind, turnover=0.15) for counts in (True, False)
     )
     assert one == pytest.approx(other, rel=0, abs=0, nan_ok=True)
     for (name, columns), (same, others) in zip(mine, theirs, strict=True):
@@ -139,11 +141,18 @@ def few_followed(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["auto", "swap", "recompute", "partial"])
 @pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "lightllm"])
-@pytest.mark.parametrize(("blocks", "gap"), [(60, 60 * MS), (40, 100 * MS)])
+@pytest.mark.parametrize(("blocks", "gap", "kind"), [(60, 60 * MS, "paged"), (40, 100 * MS, "token")])
 def test_a_probe_changes_nothing_and_knows_a_group_again_that_gets_tables(
-    blocks, gap, policy, mode, few_followed
+    blocks, gap, kind, policy, mode, few_followed
 ):
-    fields = {"counts": True, "policy": policy, "preemption": mode, "turnover": 0.15, "gap": gap}
+    fields = {
+        "counts": True,
+        "kind": kind,
+        "policy": policy,
+        "preemption": mode,
+        "turnover": 0.15,
+        "gap": gap,
+    }
     probe = Audit(samples=300, num_requests=90)
     plain, *_ = run(blocks, **fields)
     watched, *_ = run(blocks, probe=probe, **fields)
