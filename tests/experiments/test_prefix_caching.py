@@ -38,7 +38,7 @@ def trace(write: Write) -> None:
     write("trace.jsonl", "\n".join(map(json.dumps, rows)))
 
 
-@pytest.mark.parametrize("scheduler", ["vllm_v0", "orca", "static"])
+@pytest.mark.parametrize("scheduler", ["vllm_v0", "orca"])
 @pytest.mark.parametrize(
     ("kind", "size", "blocks"),
     [("prefix", 32, 40), ("prefix", 16, 60), ("prefix", 8, 70), ("radix", 32, 40), ("radix", 1, 700)],

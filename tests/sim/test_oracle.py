@@ -221,7 +221,7 @@ group = st.tuples(
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
 @pytest.mark.parametrize("allocator_name", ALLOCATORS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     rows=st.lists(single, min_size=1, max_size=14),
     slots=st.sampled_from([64, 96, 150, 400]),
@@ -240,7 +240,7 @@ def test_single_sequences(
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
 @pytest.mark.parametrize("first", RANKED)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     rows=st.lists(st.one_of(single, single, single, group), min_size=1, max_size=14),
     allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 4 little host"]),
@@ -275,7 +275,7 @@ def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_n
         "radix 4 lfu",
     ],
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
     slots=st.sampled_from([96, 150, 400]),
@@ -331,7 +331,7 @@ def test_prompts_in_chunks(
         "radix 4 lfu",
     ],
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
     slots=st.sampled_from([96, 150, 400]),
@@ -358,7 +358,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("scheduler_kind", scheduler.kinds)
 @pytest.mark.parametrize("beside", BESIDE)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=2, max_size=10),
     memory=st.sampled_from(SWAPPING),
@@ -482,7 +482,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     rows=st.lists(single, min_size=1, max_size=14),
     allocator_name=st.sampled_from(list(ALLOCATORS)),
@@ -500,7 +500,7 @@ def test_options(options, rows, allocator_name, slots, clock, preemption, first)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
     allocator_name=st.sampled_from(["paged 1", "paged 4", "paged 16 no watermark", "paged 4 little host"]),
