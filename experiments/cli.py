@@ -176,6 +176,7 @@ def _close_stdout() -> None:
 def _run(options: argparse.Namespace) -> int:
     from experiments.config import load
     from experiments.progress import bar
+    from experiments.remarks import remarks
     from experiments.summary_table import summary_table, tell
     from experiments.sweep import run_sweep
 
@@ -183,7 +184,7 @@ def _run(options: argparse.Namespace) -> int:
     outcome = run_sweep(plan, options.out, options.jobs, bar)
     if outcome.rows:
         _tell(summary_table(outcome.rows, plan.swept))
-        for line in tell(outcome.rows):
+        for line in [*tell(outcome.rows), *remarks(outcome.rows, outcome.folder)]:
             _tell(line)
     for failure, points in outcome.failures.items():
         others = f" and {len(points) - 1} more" if len(points) > 1 else ""

@@ -72,9 +72,15 @@ def setting(path: str, value: float) -> str:
     return f"{lowered(name)} {number(value)} {unit if unit != 'slots' else ''}".rstrip()
 
 
+_SWITCHES = ("layer_wise", "prefetch")
+"""Fields of which it is told who has them, not who has them not."""
+LETTER = 0.068
+"""Inches that a letter of a label takes in print."""
+
+
 def wrapped(label: str, room: float) -> str:
     """A label on lines no wider than `room` inches in print, broken at commas first."""
-    letters = max(int(room / 0.068), 6)
+    letters = max(int(room / LETTER), 6)
     if len(label) <= letters:
         return label
     return "\n".join(textwrap.fill(part, letters, break_long_words=False) for part in label.split(", "))
@@ -181,16 +187,20 @@ def _say(path: str, leaf: dict[str, Any], words: dict[str, list[str]]) -> None:
         said += [str(leaf[f"{section}.kind"])] if f"{section}.kind" in leaf else []
         said += [_word(f, leaf[f"{section}.{f}"]) for f in _TELLING[2:] if f"{section}.{f}" in leaf]
     if (path in leaf and field not in _TELLING) or not said:
+        if leaf.get(path) is False and field in _SWITCHES and said:
+            return  # the others say that they have it
         said.append(_word(field, leaf.get(path)))
 
 
 def _word(field: str, value: Any) -> str:
+    if field == "prefix_caching":
+        value = value is not False  # by default
+    if field == "asynchronous":
+        return "asynchronous" if value else "synchronous"
     if isinstance(value, bool):
         return field.replace("_", " ") if value else f"no {field.replace('_', ' ')}"
     if field == "kv_cache_dtype":
         return str(value or "full")
-    if field == "prefix_caching":
-        value = value is not False  # by default
     if value is None:
         return f"no {field.replace('_', ' ')}"
     if field == "tiers":

@@ -65,8 +65,7 @@ def merit_lines(axes: Axes, experiment: Experiment, axis: str, merit: Merit) -> 
         y = [value.value for _, value in found[case.label]]
         handles += axes.plot(x, y, label=case.label, **line_style(case))
         _intervals(axes, found[case.label], line_style(case)["color"])
-    axes.set_title(merit.label)
-    axes.set_ylabel(merit.unit)
+    axes.set_title(f"{merit.label} ({merit.unit})")
     axes.set_xlabel(axis_label(axis))
     axes.grid(axis="y")
     if axis == experiment.rate:

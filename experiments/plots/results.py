@@ -13,6 +13,12 @@ from experiments.plots.labels import listed, setting
 
 RATES = ("workload.arrivals.rate", "workload.rate")
 BLOCK_SIZE = "allocator.block_size"
+BURST = 0.01
+"""Share of a run below which a loaded period says nothing of the run."""
+STATES_SHARES = tuple(
+    f"{state}_share" for state in ("token_states", "reserved", "internal", "external", "free")
+)
+"""Figures that are means over the loaded period, as `mean_running` is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +32,18 @@ class Run:
     at: Mapping[str, float]
     summary: Mapping[str, Any]
 
+    @property
+    def burst(self) -> bool:
+        """Whether memory was short for so little of the run that its means over that time say nothing of the run."""
+        loaded, whole = self.summary.get("loaded_s"), self.summary.get("duration_s")
+        return loaded is not None and whole is not None and 0 < loaded < BURST * whole
+
     def figure(self, key: str, scale: float = 1.0) -> float:
-        """A figure of the summary, not-a-number where the run has none."""
+        """A figure of the summary, not-a-number where the run has none, or one over a burst only."""
         value = self.summary.get(key)
-        return math.nan if value is None else float(value) * scale
+        if value is None or (self.burst and (key in STATES_SHARES or key == "mean_running")):
+            return math.nan
+        return float(value) * scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +177,13 @@ class Experiment:
         axis = self.shown_axis
         there = len(self.axes[axis]) if axis else len(self.policies)
         return [f"{shown} of {there} {'values' if axis else 'policies'} shown"] if shown < there else []
+
+    @property
+    def bursts(self) -> str:
+        """What a caption says of runs whose means over the loaded period are left out."""
+        number = sum(run.burst for run in self.runs)
+        what = f"whose memory was short for less than {100 * BURST:g} % of their time"
+        return f"left out: {number} of {len(self.runs)} runs, {what}" if number else ""
 
     @property
     def one_of_several(self) -> str:

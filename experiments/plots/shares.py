@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from experiments.plots.drawing import Drawing, sentence
-from experiments.plots.labels import axis_label, number, wrapped
+from experiments.plots.labels import LETTER, axis_label, number, wrapped
 from experiments.plots.results import Case, Experiment, Run
 from experiments.plots.series import Mean, mean
 from experiments.plots.style import (
@@ -41,7 +41,7 @@ def waste_shares(experiment: Experiment) -> Drawing | None:
     if not cases:
         return None
     axis = experiment.shown_axis
-    width = COLUMN if len(cases) <= 4 else PAGE
+    width = COLUMN if len(cases) <= 4 and (axis or _fits(cases, COLUMN)) else PAGE
     rows = 1 if axis else -(-len(cases) // _LABELLED)
     across = -(-len(cases) // rows)
     figure = new_figure(width, 2.9 if rows == 1 else 0.4 + 2.4 * rows)
@@ -50,8 +50,7 @@ def waste_shares(experiment: Experiment) -> Drawing | None:
         shown = cases[row * across : (row + 1) * across]
         bars(axes, shown, [float(i) for i in range(len(shown))], 0.58)
         axes.set_xlim(-margin, across - 1 + margin + 0.12)
-        room = (width - 0.5) / (across + 0.12) - 0.05
-        names = [number(case.value) if axis else wrapped(case.label, room) for case in shown]
+        names = [number(case.value) if axis else wrapped(case.label, _room(width, across)) for case in shown]
         axes.set_xticks(range(len(shown)), names)
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel("Share of KV memory (%)")
@@ -59,6 +58,17 @@ def waste_shares(experiment: Experiment) -> Drawing | None:
             axes.set_xlabel(axis_label(axis))
     upper_legend(figure, state_handles(), width)
     return Drawing(figure, "Waste shares", _caption(experiment, cases))
+
+
+def _room(width: float, across: int) -> float:
+    """Inches for the label of a bar."""
+    return (width - 0.5) / (across + 0.12) - 0.05
+
+
+def _fits(cases: list[Case], width: float) -> bool:
+    """Whether no word of a label is wider than there is room for it."""
+    words = " ".join(case.label.replace(",", " ") for case in cases).split()
+    return LETTER * max(map(len, words)) <= _room(width, len(cases))
 
 
 def bars(axes: Axes, cases: list[Case], at: list[float], width: float, labels: bool = True) -> None:
@@ -117,7 +127,7 @@ def _caption(experiment: Experiment, cases: list[Case]) -> str:
     best, worst = max(live, key=lambda label: live[label]), min(live, key=lambda label: live[label])
     compared = (
         f"token states fill from {live[worst]:.1f} % ({worst}) to {live[best]:.1f} % ({best})"
-        if live[best] - live[worst] > 0.05
+        if live[best] - live[worst] >= 1
         else f"token states fill {live[best]:.1f} %"
     )
     busy = 100 - shares(next(case.runs for case in cases if case.label == best))["free"].value
@@ -128,5 +138,6 @@ def _caption(experiment: Experiment, cases: list[Case]) -> str:
         f"KV memory by state {held}".rstrip() + ", weighted by time over the loaded period",
         compared,
         *experiment.left_out(len(cases)),
+        experiment.bursts,
         f"means of {n} replications, 95 % intervals at most ± {number(widest, 2)} points" if n > 1 else "",
     )

@@ -131,6 +131,7 @@ def sweep(experiment: Experiment, axis: str) -> Drawing | None:
             f"Main figures of merit against {lowered(name)} {experiment.held(*free)}".rstrip(),
             f"{listed(along)} changed with it" if along else "",
             *(_range(case, axis) for case in series[:1]),
+            experiment.bursts,
             "intervals hold 95 %, over replications" if experiment.replicated else "",
         ),
     )

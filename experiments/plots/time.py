@@ -40,10 +40,10 @@ def waste_over_time(experiment: Experiment) -> Drawing | None:
     unit, seconds = time_unit(end)
     figure = new_figure(PAGE, 0.45 + (1.55 if rows > 1 else 1.9) * rows)
     panels = figure.subplots(rows, wide, sharex=True, sharey=True, squeeze=False)
-    slots = 0.0
+    slots = set()
     for axes, case in zip(panels.flat, cases, strict=False):
         binned = memory_over_time(case.first.folder, [state.column for state in STATES], width)
-        slots = float(_total(binned).max())
+        slots.add(float(_total(binned).max()))
         _stack(axes, binned, seconds)
         _mark_end(axes, binned.edges[-1] / seconds, end / seconds)
         axes.set_title(wrapped(case.label, PAGE / wide - 0.3))
@@ -59,7 +59,7 @@ def waste_over_time(experiment: Experiment) -> Drawing | None:
     upper_legend(figure, state_handles(), PAGE)
     caption = sentence(
         f"KV memory by state over the whole run {_where(experiment)}".rstrip()
-        + f" (100 % = {number(slots)} slots)",
+        + (f" (100 % = {number(max(slots))} slots)" if len(slots) == 1 else ""),
         f"each value is the exact mean over {number(width, 2)} s, weighted by time",
         *experiment.left_out(len(cases)),
         experiment.one_of_several,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
@@ -122,6 +123,7 @@ def check_words(figure: Figure, name: str) -> None:
                 if low <= tick.get_loc() <= high and tick.label1.get_visible() and tick.label1.get_text()
             ]
             named = axis.get_label_text() or figure.get_supxlabel() or figure.get_supylabel()
+            named = named or (axis is axes.yaxis and axes.get_title().endswith(")"))  # with its unit
             assert named or not any(tick.get_text()[0].isdigit() for tick in ticks), f"{name}: no label"
             assert len(ticks) <= 12, f"{name}: too many ticks"
             boxes = [tick.get_window_extent().padded(-0.5) for tick in ticks]
@@ -211,6 +213,21 @@ def test_along_the_rate_a_second_axis_is_drawn_whole_if_there_is_room(tmp_path: 
     assert [len(case.runs) for case in experiment.series(RATE)] == [2] * 4
     assert [case.label for case in experiment.series(RATE, 3)] == experiment.policies
     assert [case.label for case in experiment.series("num_blocks")] == experiment.policies
+
+
+def test_means_over_a_moment_are_left_out_and_the_caption_says_so(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "a", Sweep({}, {"allocator": [CONTIGUOUS, PAGED]}, requests=3))
+    table = pq.read_table(folder / "runs.parquet").to_pylist()
+    for row, share in zip(table, (0.005, 0.02), strict=True):
+        row["loaded_s"] = share * row["duration_s"]
+    pq.write_table(pa.Table.from_pylist(table), folder / "runs.parquet")
+    experiment = read_experiment(folder)
+    assert [run.burst for run in experiment.runs] == [True, False]
+    assert math.isnan(experiment.runs[0].figure("mean_running"))
+    assert not math.isnan(experiment.runs[1].figure("free_share"))
+    draw(folder)
+    captions = {plot.path.stem: plot.caption for plot in stored_plots(folder)}
+    assert "left out: 1 of 2 runs, whose memory was short for less than 1 % of" in captions["waste_shares"]
 
 
 def test_a_figure_that_some_runs_lack_is_no_policy(tmp_path: Path) -> None:

@@ -96,3 +96,19 @@ def test_numbers(value: float, text: str) -> None:
 def test_long_labels_break_at_commas_first() -> None:
     assert wrapped("paged 16", 0.9) == "paged 16"
     assert wrapped("paged 16, vllm_v0 swap", 1.0) == "paged 16\nvllm_v0 swap"
+
+
+def test_switches_are_told_by_who_has_them() -> None:
+    transfers = [
+        {"asynchronous": False, "layer_wise": False, "prefetch": True},
+        {"asynchronous": True, "layer_wise": False, "prefetch": False},
+        {"asynchronous": True, "layer_wise": True, "prefetch": False},
+        {"asynchronous": True, "layer_wise": False, "prefetch": True},
+    ]
+    told = policy_labels([{"allocator": PAGED, "transfers": each} for each in transfers])
+    assert told == ["synchronous", "asynchronous", "asynchronous layer wise", "asynchronous prefetch"]
+    cached = [PAGED | {"kind": "prefix", "prefix_caching": value} for value in (None, False)]
+    assert labels(*((each, VLLM) for each in cached)) == [
+        "prefix 16 prefix caching",
+        "prefix 16 no prefix caching",
+    ]
