@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,6 +132,8 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         return _COMMANDS[options.command](options)
     except KeyboardInterrupt:
+        with suppress(ValueError):  # once is enough
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         stored = "; what is stored stays, the same command goes on from there"
         return _say(f"interrupted{stored if options.command == 'run' else ''}", INTERRUPTED)
     except BrokenPipeError:  # kvsim list | head
@@ -142,6 +146,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
         if isinstance(error, UserError):
             return _say(str(error), MISTAKE)
+        if isinstance(error, OSError):
+            return _say(f"kvsim: {error}", FAILED)
         return _say(f"kvsim: {type(error).__name__}: {error} (a fault of kvsim; --debug shows where)", FAILED)
 
 

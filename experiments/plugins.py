@@ -42,16 +42,22 @@ def load_file(file: Path) -> None:
     name = f"kvsim_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
+    if not file.is_file():
+        raise UserError("no such file")
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"{file.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    neighbours = str(file.parent)  # which it may import
+    sys.path.append(neighbours)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(_told(error, str(file))) from error
+    finally:
+        sys.path.remove(neighbours)
 
 
 def _told(error: BaseException, file: str = "") -> str:

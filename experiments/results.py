@@ -73,9 +73,10 @@ class Results:
         """The summary of a stored run, None if it has to be run."""
         try:
             loaded = json.loads((self.folder / run_id / "summary.json").read_text(encoding="utf-8"))
+            whole = all(map(_is_whole, (self.folder / run_id).glob("*.parquet")))
         except (OSError, ValueError):
             return None
-        return loaded if isinstance(loaded, dict) else None
+        return None if not whole else loaded if isinstance(loaded, dict) else None
 
     def write_runs(self, rows: Sequence[Row]) -> None:
         """Write runs.csv and runs.parquet, one row a run in the order given."""
@@ -89,6 +90,17 @@ class Results:
         )
         _replace(self.folder / "runs.csv", text.getvalue().encode())
         _replace(self.folder / "runs.parquet", _parquet(columns))
+
+
+def _is_whole(table: Path) -> bool:
+    """Whether a parquet file has its beginning and its end."""
+    with table.open("rb") as file:
+        if file.seek(0, os.SEEK_END) < 12:
+            return False
+        file.seek(-4, os.SEEK_END)
+        end = file.read()
+        file.seek(0)
+        return file.read(4) == end == b"PAR1"
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def _mistake(code: str, path: Path, known: dict[Path, tuple[Form, Any]]) -> Mist
         return Mistake(what, path, expected=expected, nearest=guess, on_key=True)
     if code == "missing":
         form, value = known[path[:-1]]
-        return Mistake("missing", path, expected=form.inside(value)[path[-1]].expected, on_key=True)
+        inside = form.inside(value if isinstance(value, dict) else {"kind": value})  # a kind may stand alone
+        return Mistake("missing", path, expected=inside[path[-1]].expected, on_key=True)
     form, value = known[path]
     policy = _policy(form)
     if policy is not None and isinstance(value, dict) and code.startswith("union_tag"):

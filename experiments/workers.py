@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any
 
 from experiments.performance import Failure, Job, perform
@@ -25,11 +25,26 @@ def perform_all(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator[t
         yield index, perform(job, partial(watch, index))
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Let Ctrl-C pass this process by, and for good those that it starts meanwhile."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not in the main thread, which hears of it
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _in_processes(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator[tuple[int, Failure | None]]:
     waiting = list(range(len(jobs)))[::-1]
     context = _context(jobs)
-    workers = [_Worker(context) for _ in range(processes)]
+    workers: list[_Worker] = []
     try:
+        workers += [_Worker(context) for _ in range(processes)]
         while True:
             for worker in workers:
                 if worker.job is None and waiting:
@@ -53,8 +68,9 @@ def _in_processes(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator
                     worker.job = None
                     yield index, message[0]
     finally:
-        for worker in workers:
-            worker.stop()
+        with _deaf():
+            for worker in workers:
+                worker.stop()
 
 
 def _context(jobs: Sequence[Job]) -> Any:
@@ -69,6 +85,8 @@ def _context(jobs: Sequence[Job]) -> Any:
     context.set_forkserver_preload(
         ["experiments.build", "experiments.recording", *(["attention.comparison"] if probing else [])]
     )
+    with _deaf():  # it takes its time to import, and would tell of every Ctrl-C
+        forkserver.ensure_running()
     return context
 
 

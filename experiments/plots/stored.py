@@ -47,6 +47,8 @@ def draw(directory: Path, progress: Callable[[Path], None] | None = None) -> lis
     `progress` is called with each PNG when it is written. Figures of an earlier sweep are taken away; files
     from elsewhere stay.
     """
+    from pyarrow import ArrowInvalid
+
     from experiments.plots.style import style
 
     experiment = read_experiment(directory)
@@ -59,12 +61,17 @@ def draw(directory: Path, progress: Callable[[Path], None] | None = None) -> lis
         ) from None
     written: list[Path] = []
     with style():
-        for name, drawing in _drawings(experiment):
-            path = folder / f"{name}.png"
-            _save(drawing, path)
-            written.append(path)
-            if progress:
-                progress(path)
+        try:
+            for name, drawing in _drawings(experiment):
+                path = folder / f"{name}.png"
+                _save(drawing, path)
+                written.append(path)
+                if progress:
+                    progress(path)
+        except ArrowInvalid as error:
+            raise UserError(
+                f"{directory}: a table of a stored run cannot be read ({error}); 'kvsim run' repeats damaged runs"
+            ) from None
     for plot in stored_plots(directory):
         if plot.path not in written:
             plot.path.unlink(missing_ok=True)

@@ -148,3 +148,18 @@ def test_lists_and_the_schema_tell_of_a_policy_of_ones_own(write: Write, kvsim: 
     assert (said.code, said.lines) == (
         2, ["broken.py: raises ModuleNotFoundError: No module named 'nowhere' (line 1)"]
     )  # fmt: skip
+
+
+def test_a_plugin_imports_its_neighbours(write: Write, kvsim: Kvsim) -> None:
+    write("there/shapes_of_mine.py", "MS = 10.0\n")
+    write(
+        "there/own.py",
+        OWN.replace("import Annotated, Literal\n", "import Annotated, Literal\n\nimport shapes_of_mine\n"),
+    )
+    write("there/x.yaml", TIMED)
+    assert kvsim("check", "there/x.yaml").err == ""
+
+
+def test_a_kind_alone_that_lacks_a_field_is_told_what_it_lacks(write: Write, kvsim: Kvsim) -> None:
+    said = kvsim("check", write("x.yaml", SMALL), "--set", "device=custom")
+    assert "--set:1:1: device.tflops: missing, expected a number > 0" in said.lines

@@ -43,7 +43,7 @@ def test_a_field_of_a_policy_that_was_named_by_its_kind(write: Write) -> None:
 
 
 def test_an_alias_means_what_it_stands_for(write: Write) -> None:
-    assert settings(write, "model=llama-3.1-8b") == settings(write, "model=llama-3-8b")
+    assert settings(write, "model=deepseek-v2-lite") == settings(write, "model=deepseek-v2-lite-mla")
 
 
 def test_yaml_values_of_every_sort(write: Write) -> None:

@@ -241,3 +241,22 @@ def test_a_killed_sweep_goes_on_where_it_was(write: Write, kvsim: Kvsim) -> None
     assert kvsim("run", "x.yaml", "--no-plots", "--jobs", "2", "--out", "whole").code == 0
     assert without_times("results/small") == without_times("whole/small")
     assert stored < {row["run_id"] for row in rows("results/small")}
+
+
+@pytest.mark.parametrize("table", ["requests", "steps", "memory"])
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_run_whose_tables_are_damaged_is_run_again(
+    table: str, left: int, write: Write, kvsim: Kvsim
+) -> None:
+    write("x.yaml", SMALL)
+    assert kvsim("run", "x.yaml").code == 0
+    (file,) = Path("results/small").glob(f"*/{table}.parquet")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
+    drawn = kvsim("plot", "results/small")
+    assert drawn.code in (0, 2)
+    assert "fault of kvsim" not in drawn.err
+    said = kvsim("run", "x.yaml")
+    assert (said.code, said.err) == (0, "")
+    assert "stored before" not in said.out
+    assert len(file.read_bytes()) == len(whole)
