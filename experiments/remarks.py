@@ -37,13 +37,18 @@ def refused(rows: Sequence[Row], folder: Path) -> str:
 
 def _reasons(table: Path) -> Counter[str]:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    found: Counter[str] = Counter()
     try:
-        found = pq.read_table(table, columns=["status", "reason"]).to_pylist()
-    except (OSError, pa.ArrowInvalid, KeyError):  # not recorded
-        return Counter()
-    return Counter(row["reason"] for row in found if row["status"] == "rejected")
+        with pq.ParquetFile(table) as file:
+            for batch in file.iter_batches(8192, columns=["status", "reason"]):
+                rejected = batch.filter(pc.equal(batch["status"].cast(pa.string()), "rejected"))
+                found.update(rejected["reason"].to_pylist())
+    except (OSError, pa.ArrowInvalid):  # not recorded
+        pass
+    return found
 
 
 def different_memory(rows: Sequence[Row], folder: Path) -> str:
