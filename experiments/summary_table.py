@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +14,21 @@ MOST_ROWS = 60
 LOWER_BOUND = (
     "prefix hits are a lower bound: the trace names content by blocks, the allocator's are no multiple"
 )
-_OPTIONAL = ("requests_rejected", "kv_bytes_saved_share", "quantization_max_error")
-"""Figures that are left out where no run has any of it."""
+_ALWAYS = (
+    "requests_finished",
+    "request_throughput",
+    "normalized_latency_mean_s",
+    "ttft_mean_s",
+    "mean_running",
+    "token_states_share",
+    "free_share",
+    "cpu_s",
+)
+"""Figures that every table has; of the others only those of which some run has any."""
+_LONGER = 1.5
+"""How much longer some block tables have to be than others for the table to have their length."""
+_COSTLY = 0.01
+"""Share of a run that preemptions have to cost for the table to tell."""
 _FIGURES = {
     "requests_finished": "finished",
     "requests_rejected": "rejected",
@@ -22,6 +37,11 @@ _FIGURES = {
     "ttft_mean_s": "TTFT s",
     "mean_running": "running",
     "preemptions": "preempted",
+    "recovery_s": "recovery s",
+    "swap_stall_s": "stalled s",
+    "prefix_hit_rate": "hits %",
+    "blocks_saved_share": "shared %",
+    "mean_table_length": "table",
     "kv_bytes_saved_share": "KV saved %",
     "quantization_max_error": "error",
     "token_states_share": "tokens %",
@@ -38,8 +58,7 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     several = any(row["replication"] for row in rows)
     settings = [*swept, *(["replication"] if several else [])]
     titles = dict(_FIGURES) | {f"{tier}_hit_rate": f"{tier} hits %" for tier in ("device", *tiers_of(rows))}
-    there = [name for name in titles if any(name in row for row in rows)]
-    figures = [name for name in there if name not in _OPTIONAL or any(row.get(name) for row in rows)]
+    figures = [name for name in titles if _is_shown(name, rows, swept)]
     head = [*settings, *(titles[name] for name in figures)]
     body = [
         [*(_brief(row[name]) for name in settings), *(_figure(name, row.get(name)) for name in figures)]
@@ -49,6 +68,21 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     lines = aligned([head, *body[:MOST_ROWS]], numbers)
     more = [f"… {len(rows) - MOST_ROWS} more in runs.csv"] if len(rows) > MOST_ROWS else []
     return "\n".join([*lines, *more])
+
+
+def _is_shown(name: str, rows: Sequence[Row], swept: Sequence[str]) -> bool:
+    """Whether a figure stands in the table: no column is there to hold zeros or what another one says."""
+    known = [row[name] for row in rows if row.get(name) is not None]
+    if name in _ALWAYS:
+        return bool(known)
+    if name == "mean_table_length":
+        lengths = [length for length in known if not math.isnan(length)]
+        telling = any(path.split(".")[0] == "allocator" for path in swept)
+        return telling and bool(lengths) and max(lengths) > _LONGER * min(lengths)
+    if name in ("recovery_s", "swap_stall_s"):
+        told = name == "recovery_s" or any(row.get(name) != row.get("recovery_s") for row in rows)
+        return told and any((row.get(name) or 0) > _COSTLY * row["duration_s"] for row in rows)
+    return any(_figure(name, value).strip("-0.") for value in known)
 
 
 def tiers_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -139,11 +173,13 @@ def _brief(value: Any) -> str:
         )
     if isinstance(value, list):
         return " + ".join(map(_brief, value))
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # as in the YAML
     return str(value)
 
 
 def _figure(name: str, value: Any) -> str:
-    if value is None:
+    if value is None or value != value:
         return "-"
     if name.endswith(("_share", "_rate")):
         return f"{100 * value:.1f}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from experiments.plots.labels import number, wrapped
 from experiments.plots.results import Case, Run
 from experiments.plots.series import Mean, mean
-from experiments.plots.style import PAGE, colour, new_figure
+from experiments.plots.style import PAGE, colour, new_figure, plain_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def _upright(axes: Axes, cases: Sequence[Case], panel: Panel) -> None:
         yerr=halves if any(halves) else None,
         color=[colour(cases[at]) for at, _ in known],
     )
-    labels = [number(value.value, 2) for _, value in known]
+    labels = [number(value.value, 2, zeros=True) for _, value in known]
     size = (
         "small" if len(known) > 3 and max(map(len, labels)) > 4 else None
     )  # else they would touch each other
@@ -69,11 +69,12 @@ def _upright(axes: Axes, cases: Sequence[Case], panel: Panel) -> None:
     axes.margins(y=0.12)
     axes.set_xlim(-0.6, len(cases) - 0.4)
     axes.set_xticks(range(len(cases)), [wrapped(case.label, 0.45) for case in cases])
-    axes.set_title(panel.label)
-    axes.set_ylabel(panel.unit)
+    axes.set_title(f"{panel.label}\n({panel.unit})")
 
 
 def _lying(axes: Axes, cases: Sequence[Case], panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     known = panel.known(cases)
     halves = [value.half for _, value in known]
     axes.barh(
@@ -85,10 +86,12 @@ def _lying(axes: Axes, cases: Sequence[Case], panel: Panel) -> None:
     )
     for at, value in known:
         axes.annotate(
-            number(value.value, 3), (value.value + value.half, at), (2, 0), textcoords="offset points",
+            number(value.value, 3, zeros=True), (value.value + value.half, at), (2, 0), textcoords="offset points",
             ha="left", va="center",
         )  # fmt: skip
     axes.margins(x=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    plain_ticks(axes.xaxis)
     axes.set_ylim(len(cases) - 0.4, -0.6)
     axes.set_yticks(range(len(cases)), [case.label for case in cases])
     axes.set_title(panel.label)

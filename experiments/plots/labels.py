@@ -12,7 +12,7 @@ Config = Mapping[str, Any]
 #: Sections whose values never tell one policy from another.
 _SILENT = {"name", "seed", "replication", "replications", "sweep", "record", "probe", "plugins"}
 #: Fields that say most about a policy: they come first, and always stand beside their kind.
-_TELLING = ("kind", "name", "reserve", "block_size")
+_TELLING = ("kind", "name", "reserve", "block_size", "largest_block")
 
 _AXES = {
     "workload.arrivals.rate": ("Request rate", "requests/s"),
@@ -203,6 +203,8 @@ def _word(field: str, value: Any) -> str:
         return str(value or "full")
     if value is None:
         return f"no {field.replace('_', ' ')}"
+    if field == "largest_block":  # behind the smallest
+        return f"to {number(value)}"
     if field == "tiers":
         return " + ".join(tier_told(tier) for tier in value)
     if field == "path":

@@ -11,6 +11,7 @@ from experiments.plots.drawing import Drawing, sentence
 from experiments.plots.labels import listed, number
 from experiments.plots.lines import LATENCY, THROUGHPUT, merit_lines, points
 from experiments.plots.results import Case, Experiment
+from experiments.plots.series import alike
 from experiments.plots.style import GREY, PAGE, colour, new_figure, upper_legend
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _ratio(found: dict[str, Saturation]) -> str:
     """How far the best policy is ahead of the worst, as far as the swept rates tell."""
     worst = min(found, key=lambda label: (not found[label].below, found[label].rate))
     best = max(reversed(found), key=lambda label: (found[label].above, found[label].rate))
-    if found[worst].above or found[best].below or best == worst:
+    if found[worst].above or found[best].below or alike(found[worst].rate, found[best].rate):
         return ""
     least = "at least " if found[worst].below or found[best].above else ""
     return f"{best} sustains {least}{found[best].rate / found[worst].rate:.1f} times the rate of {worst}"

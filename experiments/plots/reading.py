@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.plots.labels import policy_labels
-from experiments.plots.results import Experiment, Run
+from experiments.plots.results import SESSION_RATE, Experiment, Run
 from sim.errors import UserError
 
 REQUEST_RATE = "workload.arrivals.rate"
-SESSION_RATE = "workload.arrivals.session_rate"
-"""What that field says where each arrival begins a session, of as many requests as there are answers."""
 _SIZE = re.compile(r"\s*([\d.]+)\s*([KMGT]i?)?B?\s*", re.IGNORECASE)
 _LETTERS = " KMGT"
 _NOT_SWEPT = ("run_id", "replication", "seed")  # a swept seed gives further replications

@@ -12,13 +12,18 @@ from typing import Any
 from experiments.plots.labels import listed, setting
 
 RATES = ("workload.arrivals.rate", "workload.rate")
+SESSION_RATE = "workload.arrivals.session_rate"
+"""What the request rate is called where each arrival begins a session, of as many requests as there are answers."""
 BLOCK_SIZE = "allocator.block_size"
 BURST = 0.01
 """Share of a run below which a loaded period says nothing of the run."""
-STATES_SHARES = tuple(
-    f"{state}_share" for state in ("token_states", "reserved", "internal", "external", "free")
-)
-"""Figures that are means over the loaded period, as `mean_running` is."""
+_STATES = ("token_states", "reserved", "internal", "external", "free")
+LOADED = {
+    *("mean_running", "mean_table_length", "decode_attention_ms"),
+    *(f"{state}_share" for state in _STATES),
+    *(f"allocated_{state}_share" for state in _STATES[:3]),
+}
+"""Figures that are means over the loaded period."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Run:
     def figure(self, key: str, scale: float = 1.0) -> float:
         """A figure of the summary, not-a-number where the run has none, or one over a burst only."""
         value = self.summary.get(key)
-        if value is None or (self.burst and (key in STATES_SHARES or key == "mean_running")):
+        if value is None or (self.burst and key in LOADED):
             return math.nan
         return float(value) * scale
 
@@ -86,11 +91,11 @@ class Experiment:
     def reference(self) -> dict[str, float]:
         """The point at which figures with room for one value per axis look.
 
-        The highest request rate, where memory is scarce; block size 16 where present; else the middle value.
+        The highest rate, where memory is scarce; block size 16 where present; else the middle value.
         """
         return {
             axis: values[-1]
-            if axis == self.rate
+            if axis in (self.rate, SESSION_RATE)
             else 16.0
             if axis == BLOCK_SIZE and 16.0 in values
             else values[len(values) // 2]
@@ -179,13 +184,6 @@ class Experiment:
         return [f"{shown} of {there} {'values' if axis else 'policies'} shown"] if shown < there else []
 
     @property
-    def bursts(self) -> str:
-        """What a caption says of runs whose means over the loaded period are left out."""
-        number = sum(run.burst for run in self.runs)
-        what = f"whose memory was short for less than {100 * BURST:g} % of their time"
-        return f"left out: {number} of {len(self.runs)} runs, {what}" if number else ""
-
-    @property
     def one_of_several(self) -> str:
         """What a figure of single runs says where points were run several times."""
         return "first of several replications" if self.replicated else ""
@@ -198,6 +196,14 @@ class Experiment:
     @property
     def _leading_axis(self) -> str:
         return next((axis for axis in self.axes if axis != self.rate), next(iter(self.axes)))
+
+
+def bursts(cases: list[Case]) -> str:
+    """What the caption of a figure says of runs whose means over the loaded period it leaves out."""
+    runs = [run for case in cases for run in case.runs]
+    number = sum(run.burst for run in runs)
+    what = f"whose memory was short for less than {100 * BURST:g} % of their time"
+    return f"left out: {number} of {len(runs)} runs, {what}" if number else ""
 
 
 def spread(cases: list[Case], limit: int) -> list[Case]:

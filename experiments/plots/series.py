@@ -44,6 +44,11 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(centre, t_quantile(n - 1) * deviation / math.sqrt(n))
 
 
+def alike(one: float, other: float) -> bool:
+    """Whether two figures are the same within a hundredth: nothing for a caption to compare."""
+    return max(one, other) <= 1.01 * min(one, other)
+
+
 def t_quantile(freedom: int) -> float:
     """Student's t beyond which lie 5 % on both sides together (three digits)."""
     return _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.4 / freedom

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from experiments.plots.drawing import Drawing, sentence
 from experiments.plots.labels import LETTER, axis_label, number, wrapped
-from experiments.plots.results import Case, Experiment, Run
+from experiments.plots.results import Case, Experiment, Run, bursts
 from experiments.plots.series import Mean, mean
 from experiments.plots.style import (
     COLUMN,
@@ -138,6 +138,6 @@ def _caption(experiment: Experiment, cases: list[Case]) -> str:
         f"KV memory by state {held}".rstrip() + ", weighted by time over the loaded period",
         compared,
         *experiment.left_out(len(cases)),
-        experiment.bursts,
+        bursts(experiment.cases(_BARS)),
         f"means of {n} replications, 95 % intervals at most ± {number(widest, 2)} points" if n > 1 else "",
     )

@@ -20,6 +20,7 @@ _SOFTWARE = "kvsim"
 _ORDER = (
     "waste_over_time",
     "waste_shares",
+    "merit_bars",
     "request_rate",
     "running_batch",
     "block_size",
@@ -102,12 +103,24 @@ def _place(path: Path) -> tuple[int, str]:
 
 def _drawings(experiment: Experiment) -> Iterator[tuple[str, Drawing]]:
     """File name and drawing of every figure that the results give."""
-    from experiments.plots import precision, rate, recovery, requests, shares, sweep, tables, tiers, time
+    from experiments.plots import (
+        merits,
+        precision,
+        rate,
+        recovery,
+        requests,
+        shares,
+        sweep,
+        tables,
+        tiers,
+        time,
+    )
 
     others = [axis for axis in experiment.axes if axis not in (experiment.rate, BLOCK_SIZE)]
     makers: list[tuple[str, Callable[[], Drawing | None]]] = [
         ("waste_over_time", lambda: time.waste_over_time(experiment)),
         ("waste_shares", lambda: shares.waste_shares(experiment)),
+        ("merit_bars", lambda: merits.merit_bars(experiment)),
         ("request_rate", lambda: rate.request_rate(experiment)),
         ("running_batch", lambda: time.running_batch(experiment)),
         ("block_size", lambda: sweep.block_size(experiment)),

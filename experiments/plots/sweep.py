@@ -21,7 +21,8 @@ from experiments.plots.lines import (
     merit_lines,
     points,
 )
-from experiments.plots.results import BLOCK_SIZE, Case, Experiment, spread
+from experiments.plots.results import BLOCK_SIZE, Case, Experiment, bursts, spread
+from experiments.plots.series import alike
 from experiments.plots.shares import bars, shares
 from experiments.plots.style import PAGE, is_power_of_two, new_figure, state_handles, upper_legend
 
@@ -78,14 +79,17 @@ def _block_caption(experiment: Experiment, series: list[Case]) -> str:
     empty = []
     for size in (sizes[0], sizes[-1]):
         share = shares([run for run in case.runs if run.at[BLOCK_SIZE] == size])
+        if math.isnan(share["reserved"].value):
+            continue
         empty.append(f"{number(share['reserved'].value + share['internal'].value)} % at {number(size)}")
     found = points(case, BLOCK_SIZE, TOKENS)
     best, value = max(found, key=lambda point: point[1].value)
     where = f"({case.label}) " if len(series) > 1 else ""
     return sentence(
         f"Waste, throughput and normalised latency against the block size {_held(experiment, series)}".rstrip(),
-        f"slots allocated but still empty {where}take {' and '.join(empty)} slots a block",
+        f"slots allocated but still empty {where}take {' and '.join(empty)} slots a block" if empty else "",
         f"output throughput is highest at {number(best)} ({number(value.value)} tokens/s)",
+        bursts(series),
         "intervals hold 95 %, over replications" if experiment.replicated else "",
     )
 
@@ -131,7 +135,7 @@ def sweep(experiment: Experiment, axis: str) -> Drawing | None:
             f"Main figures of merit against {lowered(name)} {experiment.held(*free)}".rstrip(),
             f"{listed(along)} changed with it" if along else "",
             *(_range(case, axis) for case in series[:1]),
-            experiment.bursts,
+            bursts(series),
             "intervals hold 95 %, over replications" if experiment.replicated else "",
         ),
     )
@@ -140,7 +144,7 @@ def sweep(experiment: Experiment, axis: str) -> Drawing | None:
 def _constant(series: list[Case], axis: str, merit: Merit) -> bool:
     """Whether a figure of merit is the same within a hundredth at all points."""
     values = [value.value for case in series for _, value in points(case, axis, merit)]
-    return max(values) <= 1.01 * min(values)
+    return alike(min(values), max(values))
 
 
 def _range(case: Case, axis: str) -> str:
@@ -149,6 +153,8 @@ def _range(case: Case, axis: str) -> str:
         return ""
     _, unit = axis_name(axis)
     (low, at_low), (high, at_high) = found[0], found[-1]
+    if alike(at_low.value, at_high.value):
+        return ""
     return (
         f"{case.label}: {number(at_low.value)} requests/s at {number(low)} {unit}".rstrip()
         + f", {number(at_high.value)} at {number(high)} {unit}".rstrip()

@@ -9,7 +9,7 @@ from experiments.plots.drawing import Drawing, sentence
 from experiments.plots.labels import wrapped
 from experiments.plots.lines import Merit, merit_lines, points
 from experiments.plots.results import Case, Experiment
-from experiments.plots.series import mean
+from experiments.plots.series import alike, mean
 from experiments.plots.style import GREY, PAGE, STATES, new_figure, percent_axis, upper_legend
 from experiments.summary_table import tiers_of
 
@@ -91,7 +91,7 @@ def _compared(cases: list[Case], axis: str | None) -> list[str]:
     at = {case.label: points(case, axis, TTFT)[-1][1].value for case in cases}
     best = min(at, key=lambda label: at[label])
     first = cases[0].label
-    if best == first:
+    if alike(at[best], at[first]):
         return []
     return [
         f"the mean time to the first token falls from {at[first]:.3g} s ({first}) to {at[best]:.3g} s ({best})"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from experiments.plots.drawing import Drawing, sentence
 from experiments.plots.labels import listed, number, wrapped
-from experiments.plots.results import Case, Experiment
+from experiments.plots.results import Case, Experiment, bursts
 from experiments.plots.series import Binned, mean, memory_over_time, recorded_until, steps_over_time
 from experiments.plots.style import (
     GREY,
@@ -97,12 +98,13 @@ def running_batch(experiment: Experiment) -> Drawing | None:
     if len(cases) > 1:
         upper_legend(figure, upper.get_legend_handles_labels()[0], PAGE)
     means = [(case.label, mean([run.figure("mean_running") for run in case.runs]).value) for case in cases]
+    told = [f"{number(value, zeros=True)} ({label})" for label, value in means if not math.isnan(value)]
     caption = sentence(
         f"Requests in the running batch and in the queue {_where(experiment)}".rstrip()
         + f", means over {number(width, 2)} s",
-        "mean batch over the loaded period: "
-        + listed([f"{number(value, zeros=True)} ({label})" for label, value in means]),
+        f"mean batch over the loaded period: {listed(told)}" if told else "",
         *experiment.left_out(len(cases)),
+        bursts(cases),
         experiment.one_of_several,
     )
     return Drawing(figure, "Running batch over time", caption)

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from experiments.plots import merits as plots_merits
+from experiments.plots import precision as plots_precision
 from experiments.plots import recovery as plots_recovery
 from experiments.plots import stored as plots
 from experiments.plots import style as plots_style
@@ -55,7 +57,7 @@ EXPECTED = {
     "block sizes and rates": OVER_TIME | {"block_size", "request_rate"},
     "another number": OVER_TIME | {"sweep_timing_step_overhead_ms"},
     "numbers zipped": OVER_TIME | {"sweep_num_blocks"},
-    "long names": OVER_TIME,
+    "long names": OVER_TIME | {"merit_bars"},
     "ways to recover": OVER_TIME | {"block_size", "recovery"},
     "one run": OVER_TIME,
 }
@@ -193,6 +195,7 @@ def test_the_rate_of_sessions_is_none_of_requests(tmp_path: Path) -> None:
     crossed = {"allocator": [CONTIGUOUS, PAGED], RATE: [1, 2], "workload.session": [{"kind": "agent"}]}
     experiment = read_experiment(write_results(tmp_path / "a", Sweep({}, crossed, requests=3)))
     assert list(experiment.axes) == ["workload.arrivals.session_rate"]
+    assert experiment.reference == {"workload.arrivals.session_rate": 2}
     assert experiment.rate is None
 
 
@@ -213,6 +216,44 @@ def test_along_the_rate_a_second_axis_is_drawn_whole_if_there_is_room(tmp_path: 
     assert [len(case.runs) for case in experiment.series(RATE)] == [2] * 4
     assert [case.label for case in experiment.series(RATE, 3)] == experiment.policies
     assert [case.label for case in experiment.series("num_blocks")] == experiment.policies
+
+
+def test_policies_alone_are_compared_by_bars(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "a", Sweep({}, {"allocator": [CONTIGUOUS, PAGED]}, requests=20))
+    table = pq.read_table(folder / "runs.parquet").to_pylist()
+    for row, served in zip(table, (1.0, 2.5), strict=True):
+        row |= {"request_throughput": served, "mean_running": 7.0}
+    pq.write_table(pa.Table.from_pylist(table), folder / "runs.parquet")
+    with plots_style.style():
+        drawing = plots_merits.merit_bars(read_experiment(folder))
+    assert drawing is not None
+    assert [axes.get_title() for axes in drawing.figure.axes] == [
+        "Throughput",
+        "Mean batch",
+        "Mean time to first token",
+    ]
+    assert "goes from 1 (contiguous max) to 2.5 requests/s (paged 16)." in drawing.caption
+    assert "mean batch goes" not in drawing.caption  # it does not
+    rates = write_results(
+        tmp_path / "b", Sweep({}, {"allocator": [CONTIGUOUS, PAGED], RATE: [1, 2]}, requests=3)
+    )
+    assert plots_merits.merit_bars(read_experiment(rates)) is None  # lines show them
+
+
+def test_the_error_of_a_precision_is_the_largest_of_all_its_runs(tmp_path: Path) -> None:
+    crossed = {"kv_cache_dtype": ["int8", "fp8"], RATE: [1, 2]}
+    folder = write_results(tmp_path / "a", Sweep({}, crossed, requests=3))
+    table = pq.read_table(folder / "runs.parquet").to_pylist()
+    for row, error, size in zip(table, (0.01, 0.02, 0.4, 0.3), (2048, 2048, 1024, 1024), strict=True):
+        row |= {"quantization_max_error": error, "kv_bytes_per_token": size, "kv_bytes_saved_share": 0.5}
+    pq.write_table(pa.Table.from_pylist(table), folder / "runs.parquet")
+    with plots_style.style():
+        drawing = plots_precision.precision(read_experiment(folder))
+    assert drawing is not None
+    assert (
+        "int8 saves 50 %, attention is off by 0.02; fp8 saves 50 %, attention is off by 0.4;"
+        in drawing.caption
+    )
 
 
 def test_means_over_a_moment_are_left_out_and_the_caption_says_so(tmp_path: Path) -> None:

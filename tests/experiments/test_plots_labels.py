@@ -98,6 +98,15 @@ def test_long_labels_break_at_commas_first() -> None:
     assert wrapped("paged 16, vllm_v0 swap", 1.0) == "paged 16\nvllm_v0 swap"
 
 
+def test_blocks_of_several_sizes_are_told_from_the_least_to_the_largest() -> None:
+    several = {"kind": "multi_size", "block_size": 8, "largest_block": 128}
+    assert labels((PAGED, VLLM), (several, VLLM)) == ["paged 16", "multi_size 8 to 128"]
+    assert labels((several, VLLM), (several | {"largest_block": 64}, VLLM)) == [
+        "multi_size 8 to 128",
+        "multi_size 8 to 64",
+    ]
+
+
 def test_switches_are_told_by_who_has_them() -> None:
     transfers = [
         {"asynchronous": False, "layer_wise": False, "prefetch": True},
