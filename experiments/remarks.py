@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.plots.results import BURST
 from experiments.results import Row
@@ -53,16 +52,17 @@ def _reasons(table: Path) -> Counter[str]:
 
 def different_memory(rows: Sequence[Row], folder: Path) -> str:
     """That as many blocks are not as much memory where allocators differ in the size of theirs."""
-    slots: dict[Any, set[int]] = {}
+    slots: dict[tuple[int, str], set[int]] = {}
     for row in rows:
         try:
             manifest = json.loads((folder / str(row["run_id"]) / "manifest.json").read_text(encoding="utf-8"))
-            blocks, capacity = manifest["config"]["num_blocks"], manifest["capacity"]["num_slots"]
+            config, capacity = manifest["config"], manifest["capacity"]["num_slots"]
+            blocks, model = config["num_blocks"], json.dumps(config.get("model"))
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if blocks is not None and "allocator.block_size" not in row:
-            slots.setdefault(blocks, set()).add(capacity)
-    for blocks, found in slots.items():
+            slots.setdefault((blocks, model), set()).add(capacity)
+    for (blocks, _), found in slots.items():
         if len(found) > 1:
             return (
                 f"memory differs: {blocks:,} blocks are {min(found):,} to {max(found):,} slots, by the size of each "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.remarks import short_loads
+import json
+from pathlib import Path
+
+from experiments.remarks import different_memory, short_loads
 from tests.experiments.conftest import SMALL, Kvsim, Write
 
 
@@ -22,6 +25,19 @@ def test_as_many_blocks_are_not_as_much_memory(write: Write, kvsim: Kvsim) -> No
     assert "memory differs: 500 blocks are 500 to 8,000 slots" in said.out
     text = text.replace("num_blocks: 500", "kv_memory: 2 GiB")
     assert "memory differs" not in kvsim("run", write("x.yaml", text), "--no-plots", "--no-probe").out
+
+
+def test_the_memory_of_different_models_is_not_compared(tmp_path: Path) -> None:
+    rows = [{"run_id": name} for name in ("opt-13b", "gemma-3-27b", "gemma-3-27b again")]
+    for row, slots in zip(rows, (64, 768, 1536), strict=True):
+        manifest = {
+            "config": {"num_blocks": 4, "model": {"name": row["run_id"].split()[0]}},
+            "capacity": {"num_slots": slots},
+        }
+        (tmp_path / row["run_id"]).mkdir()
+        (tmp_path / row["run_id"] / "manifest.json").write_text(json.dumps(manifest))
+    assert different_memory(rows[:2], tmp_path) == ""
+    assert "4 blocks are 768 to 1,536 slots" in different_memory(rows, tmp_path)
 
 
 def test_a_moment_of_load_is_told() -> None:
