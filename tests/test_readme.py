@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,47 +12,55 @@ import pytest
 from experiments.cli import run_command
 
 ROOT = Path(__file__).parent.parent
+OWN = ("lowest_first", "one_prompt")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
-    return re.search(rf"^```{language}\n(.*?)^```", README, re.S | re.M)[1]
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """The README's allocator and experiment, in a folder of their own."""
-    (tmp_path / "lowest_first.py").write_text(block("python"), encoding="utf-8")
-    (tmp_path / "mine.yaml").write_text(block("yaml"), encoding="utf-8")
+    """The README's policies and experiment, in a folder of their own."""
+    for name, text in zip(OWN, blocks("python"), strict=True):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    from sim import allocator
+    from sim import allocator, scheduler, victim
 
-    allocator._entries.pop("lowest_first", None)
-    for name in [name for name, module in sys.modules.items() if "lowest_first" in str(module)]:
+    for registry in (allocator, scheduler, victim):
+        for name in (*OWN, "longest_prompt"):
+            registry._entries.pop(name, None)
+    for name in [name for name, module in sys.modules.items() if any(own in str(module) for own in OWN)]:
         del sys.modules[name]
 
 
 def test_the_first_two_blocks_are_the_two_commands():
-    blocks = re.findall(r"^```[a-z ]*\n(.*?)^```", README, re.S | re.M)
-    assert "kvsim run configs/quickstart.yaml" in blocks[0]
-    assert "pytest" in blocks[1]
+    first, second, *_ = blocks("[a-z ]*")
+    assert "kvsim run configs/quickstart.yaml" in first
+    assert "pytest" in second
 
 
-def test_the_allocator_of_the_readme_runs_its_experiment(mine, capsys):
-    assert run_command(["run", "mine.yaml", "--no-plots", "--jobs", "1"]) == 0
-    assert "\n1 run in" in capsys.readouterr().out
-    assert list((mine / "results" / "mine").glob("*/requests.parquet"))
+def test_the_policies_of_the_readme_run_its_experiment(mine, capsys):
+    command = ["run", "mine.yaml", "--no-plots", "--jobs", "1"]
+    assert run_command(command) == 0
+    assert run_command([*command, *shlex.split(blocks("sh")[2])[3:]]) == 0
+    assert capsys.readouterr().out.count("\n1 run in") == 2
+    assert len(list((mine / "results" / "mine").glob("*/requests.parquet"))) == 2
 
 
-def test_the_allocator_of_the_readme_equals_the_naive_stepper(mine, monkeypatch):
+def test_the_policies_of_the_readme_equal_the_naive_stepper(mine, monkeypatch):
     from tests.sim import test_oracle
 
     monkeypatch.syspath_prepend(str(mine))
-    __import__("lowest_first")
+    for name in OWN:
+        __import__(name)
     monkeypatch.setitem(test_oracle.ALLOCATORS, "readme", ("lowest_first", {"block_size": 4}))
     ms = test_oracle.MS
     rows = [(3 * ms * (n % 4), 1 + 7 * n % 31, 1 + 11 * n % 29, 1, False) for n in range(40)]
+    assert "one_prompt" in test_oracle.scheduler.kinds
     for kind in test_oracle.scheduler.kinds:
         for slots in (64, 400):
             test_oracle.assert_equal(
