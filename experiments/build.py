@@ -105,9 +105,13 @@ def _row(registry: Registry[Any], settings: Mapping[str, Any] | None) -> Any:
 def make_capacity(experiment: Experiment, model: Model | None, device: Device | None) -> Capacity:
     """KV slots: num_blocks wins over kv_memory, kv_memory over memory_utilization. Raises Mistakes."""
     _check_precision(experiment, model)
+    _check_heads(model)
     longest = experiment.max_model_len or (model.max_model_len if model is not None else None)
     if longest is None:
         raise _wrong("missing", "max_model_len", expected="an integer >= 1, or a model to take it from")
+    if model is not None and longest > model.max_model_len:
+        expected = f"at most {model.max_model_len}, that of {model.name} (model.max_model_len)"
+        raise _wrong("longer than the model can attend to", "max_model_len", str(longest), expected)
     told = experiment.num_blocks is not None or experiment.kv_memory is not None
     if told and model is not None and device is not None:
         _check_fit(model, device, 1.0)
@@ -124,6 +128,10 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
         raise _wrong("missing", "num_blocks", expected="an integer >= 1, or a model whose KV size is known")
     if experiment.kv_memory is not None:
         available, source = float(experiment.kv_memory), "kv_memory"
+        if device is not None and available > device.memory_bytes * device.count - model.weight_bytes:
+            left = device.memory_bytes * device.count - model.weight_bytes
+            expected = f"at most {_told(left)}, what the weights leave of {device.count} x {device.name}"
+            raise _wrong("more than there is", source, _told(available), expected)
     elif device is not None:
         available, source = _left_for_kv(experiment, model, device), "device"
     else:
@@ -154,6 +162,17 @@ def _check_precision(experiment: Experiment, model: Model | None) -> None:
         )
 
 
+def _check_heads(model: Model | None) -> None:
+    """Raises Mistakes if devices cannot share the model's heads evenly, which engines refuse."""
+    if model is None:
+        return
+    able = [count for count in range(1, model.num_heads + 1) if model.shares_heads(count)]
+    if model.tensor_parallel not in able:
+        what = f"{model.name} has {model.num_heads} heads, {model.num_kv_heads} of keys and values"
+        got = f"{model.tensor_parallel} devices, which cannot share them evenly"
+        raise _wrong(what, "tensor_parallel", got, f"one of {', '.join(map(str, able))}")
+
+
 def _left_for_kv(experiment: Experiment, model: Model, device: Device) -> float:
     share = experiment.memory_utilization
     _check_fit(model, device, share)
@@ -165,6 +184,8 @@ def _check_fit(model: Model, device: Device, share: float) -> None:
     usable = device.memory_bytes * share * device.count
     if usable - model.weight_bytes < model.kv_bytes_per_token:
         devices = math.floor(model.weight_bytes / (device.memory_bytes * share)) + 1
+        able = (count for count in range(devices, model.num_heads + 1) if model.shares_heads(count))
+        devices = next(able, devices)
         raise _wrong(
             f"{model.name} does not fit on {device.count} x {device.name}",
             "model",
@@ -237,7 +258,7 @@ def make_tiers(
         make(tier, settings, ("tiers", index), block_bytes, device)
         for index, settings in enumerate(experiment.tiers)
     ]
-    made: TieredStore = construct(TieredStore, experiment.offload, ("offload",), tiers)
+    made: TieredStore = construct(TieredStore, experiment.offload, ("tiers",), tiers)
     return made
 
 

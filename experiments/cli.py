@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+SAME_INTERRUPT_S = 3.0
+"""Seconds after an interrupt in which another says nothing new."""
+BENCHES = ("sim", "policies", "paper", "attention", "beams")
+_PACKAGES = ("sim", "workloads", "attention", "experiments")
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +26,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(MISTAKE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left, which the parser of a command would hand on to that of all."""
+        parsed, left = super().parse_known_args(args, namespace)
+        if left:
+            from difflib import get_close_matches
+
+            known = re.findall(r"(?<!\S)--[\w-]+", self.format_help()) if left[0].startswith("-") else []
+            near = get_close_matches(left[0].partition("=")[0], known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            self.error(f"not understood: {' '.join(left)}{hint}")
+        return parsed, left
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     made = commands.choices["run"]
     made.add_argument(
-        "--out", type=Path, default=Path("results"), metavar="DIR", help="where results go (results)"
+        "--out", type=_path, default=Path("results"), metavar="DIR", help="where results go (results)"
     )
     made.add_argument("--jobs", type=_count, metavar="N", help="processes that run points (one per core)")
     made.add_argument("--no-plots", action="store_true", help="draw no plots and write no report")
@@ -66,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     _add_device(made)
     made = command("calibrate", "measure the attention core on this machine, for timing: {kind: calibrated}")
     _add_device(made)
-    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the profile goes")
+    made.add_argument("--out", type=_path, required=True, metavar="FILE", help="where the profile goes")
     made.add_argument("--quick", action="store_true", help="a coarse grid, in seconds")
     made = command("parity", "replay recorded engine cases, a line a file: ok or the first difference")
     made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, JSON lines")
@@ -94,15 +113,21 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     made = commands.choices["fit"]
     made.add_argument("--blocks", action="store_true", help="find the number of KV blocks too")
-    made.add_argument("--out", type=Path, metavar="FILE", help="where the fitted experiment goes")
+    made.add_argument("--out", type=_path, metavar="FILE", help="where the fitted experiment goes")
     command("demo", "show on the terminal what paging does")
     made = command("bench", "measure the simulator and the attention core")
-    made.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
+    made.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(BENCHES)} (all)")
     return top
 
 
 def _add_device(made: argparse.ArgumentParser) -> None:
     made.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ... (auto)")
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a path")
+    return Path(text)
 
 
 def _count(text: str) -> int:
@@ -113,7 +138,27 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code."""
-    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as under nohup
+        signal.signal(signal.SIGINT, _Interrupts())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
+    try:
+        code = run_command(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done but to go
+    sys.exit(code)
+
+
+class _Interrupts:
+    """Answers SIGINT: several in quick succession are one, so that what an interrupt cleans up is not cut short."""
+
+    def __init__(self) -> None:
+        self.heard = -math.inf
+
+    def __call__(self, number: int, frame: object) -> None:
+        if time.monotonic() - self.heard > SAME_INTERRUPT_S:
+            self.heard = time.monotonic()
+            raise KeyboardInterrupt
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -130,10 +175,10 @@ def run_command(arguments: Sequence[str]) -> int:
         top.print_help()
         return MISTAKE
     try:
-        return _COMMANDS[options.command](options)
+        code = _COMMANDS[options.command](options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        with suppress(ValueError):  # once is enough
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         stored = "; what is stored stays, the same command goes on from there"
         return _say(f"interrupted{stored if options.command == 'run' else ''}", INTERRUPTED)
     except BrokenPipeError:  # kvsim list | head
@@ -142,6 +187,14 @@ def run_command(arguments: Sequence[str]) -> int:
     except Exception as error:
         if options.debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(_PACKAGES):
+            here = "run pip install -e . in kvsim's folder, and use that environment's Python"
+            return _say(f"kvsim: {error.name} is not installed: {here}", MISTAKE)
+        if isinstance(error, OSError) and error.errno is not None:
+            where = error.filename or "standard output"
+            if not error.filename:
+                _close_stdout()  # what it holds cannot be written at the end either
+            return _say(f"kvsim: {where}: {str(error.strerror).lower()}", FAILED)
         from sim.errors import UserError
 
         if isinstance(error, UserError):
@@ -252,6 +305,7 @@ def _schema(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from experiments.plots.stored import draw
 
+    _look_at_runs(options.directory)
     for path in draw(options.directory):
         print(path)
     return DONE
@@ -260,8 +314,23 @@ def _plot(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from experiments.report import write_report
 
+    _look_at_runs(options.directory)
     print(write_report(options.directory))
     return DONE
+
+
+def _look_at_runs(directory: Path) -> None:
+    """Raises UserError for a damaged run; runs whose folders are gone are told, as what needs them is not drawn."""
+    from experiments.mistakes import listed
+    from experiments.plots.reading import read_experiment
+    from experiments.results import check_tables
+
+    folders = [run.folder for run in read_experiment(directory).runs]
+    check_tables(folders)
+    gone = [folder.name for folder in folders if not folder.is_dir()]
+    if gone:
+        told = f"the folders of {len(gone)} of {len(folders)} runs are missing: {listed(gone, 5)}"
+        _say(f"{directory}: {told}; figures of what they hold leave them out", DONE)
 
 
 def _validate(options: argparse.Namespace) -> int:

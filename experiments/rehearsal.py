@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from attention.probe import AttentionProbe
 from experiments import build
 from experiments.build import those
 from experiments.document import Node
@@ -44,6 +45,7 @@ class Rehearsal:
             for mistake in _contradictions(settings)
             if written.get(*mistake.path) and at(settings, mistake.path) != without(mistake.path)
         ]
+        found += _either(settings, written)
         told: dict[Path, Mistake] = {}
         for (
             mistake
@@ -132,6 +134,15 @@ def _without_branches(experiment: Experiment, owner: Allocator) -> Iterator[Mist
             )
 
 
+def _either(settings: dict[str, Any], written: Node) -> Iterator[Mistake]:
+    """Memory that is told twice in one place; what --set says wins over what a file says."""
+    blocks, memory = written.get("num_blocks"), written.get("kv_memory")
+    if settings["num_blocks"] is None or settings["kv_memory"] is None or blocks is None or memory is None:
+        return
+    if blocks.at.file == memory.at.file:
+        yield Mistake("has no meaning here: num_blocks says how much memory there is", ("kv_memory",))
+
+
 def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
     """Combinations that the policies themselves, or what they can do, rule out."""
     registries: dict[str, Registry[Any]] = {
@@ -145,7 +156,11 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             complaints = [(section, f"{policy.__name__}.check raises {type(error).__name__}: {error}")]
         for field, complaint in complaints:
             yield Mistake(complaint, tuple(field.split(".")))
-    for field, complaint in [*Transfers.check(settings), *TieredStore.check(settings)]:
+    for field, complaint in [
+        *Transfers.check(settings),
+        *TieredStore.check(settings),
+        *AttentionProbe.check(settings),
+    ]:
         yield Mistake(complaint, tuple(field.split(".")))
     for index, each in enumerate(settings.get("tiers") or ()):
         if each.get("num_blocks") is not None:
