@@ -9,6 +9,7 @@ from typing import Any
 from attention.probe import AttentionProbe
 from experiments import build
 from experiments.build import those
+from experiments.capacity import make_capacity
 from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
@@ -68,7 +69,7 @@ class Rehearsal:
             experiment.allocator, experiment.kv_cache_dtype,
         ]  # fmt: skip
         model, device = build.make_hardware(experiment)
-        capacity = attempt(build.make_capacity, model, device, key=memory)
+        capacity = attempt(make_capacity, model, device, key=memory)
         if capacity is not None:
             owner = attempt(build.make_allocator, capacity, key=memory)
             attempt(build.make_workload, capacity, 0, key=[experiment.workload, capacity.max_model_len])
@@ -102,7 +103,7 @@ def read_traces(settings: Iterable[dict[str, Any]]) -> int:
     for each in settings:
         experiment = Experiment(**each)
         if experiment.workload["kind"] == "trace":
-            capacity = build.make_capacity(experiment, *build.make_hardware(experiment))
+            capacity = make_capacity(experiment, *build.make_hardware(experiment))
             key = json.dumps([experiment.workload, capacity.max_model_len], default=str)
             if key not in rows:
                 rows[key] = sum(1 for _ in build.make_workload(experiment, capacity, 0).requests())
