@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from attention.probe import AttentionProbe
 from experiments import build
 from experiments.build import those
+from experiments.capacity import make_capacity
 from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
@@ -44,6 +46,7 @@ class Rehearsal:
             for mistake in _contradictions(settings)
             if written.get(*mistake.path) and at(settings, mistake.path) != without(mistake.path)
         ]
+        found += _either(settings, written)
         told: dict[Path, Mistake] = {}
         for (
             mistake
@@ -66,7 +69,7 @@ class Rehearsal:
             experiment.allocator, experiment.kv_cache_dtype,
         ]  # fmt: skip
         model, device = build.make_hardware(experiment)
-        capacity = attempt(build.make_capacity, model, device, key=memory)
+        capacity = attempt(make_capacity, model, device, key=memory)
         if capacity is not None:
             owner = attempt(build.make_allocator, capacity, key=memory)
             attempt(build.make_workload, capacity, 0, key=[experiment.workload, capacity.max_model_len])
@@ -100,7 +103,7 @@ def read_traces(settings: Iterable[dict[str, Any]]) -> int:
     for each in settings:
         experiment = Experiment(**each)
         if experiment.workload["kind"] == "trace":
-            capacity = build.make_capacity(experiment, *build.make_hardware(experiment))
+            capacity = make_capacity(experiment, *build.make_hardware(experiment))
             key = json.dumps([experiment.workload, capacity.max_model_len], default=str)
             if key not in rows:
                 rows[key] = sum(1 for _ in build.make_workload(experiment, capacity, 0).requests())
@@ -132,6 +135,15 @@ def _without_branches(experiment: Experiment, owner: Allocator) -> Iterator[Mist
             )
 
 
+def _either(settings: dict[str, Any], written: Node) -> Iterator[Mistake]:
+    """Memory that is told twice in one place; what --set says wins over what a file says."""
+    blocks, memory = written.get("num_blocks"), written.get("kv_memory")
+    if settings["num_blocks"] is None or settings["kv_memory"] is None or blocks is None or memory is None:
+        return
+    if blocks.at.file == memory.at.file:
+        yield Mistake("has no meaning here: num_blocks says how much memory there is", ("kv_memory",))
+
+
 def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
     """Combinations that the policies themselves, or what they can do, rule out."""
     registries: dict[str, Registry[Any]] = {
@@ -145,7 +157,11 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             complaints = [(section, f"{policy.__name__}.check raises {type(error).__name__}: {error}")]
         for field, complaint in complaints:
             yield Mistake(complaint, tuple(field.split(".")))
-    for field, complaint in [*Transfers.check(settings), *TieredStore.check(settings)]:
+    for field, complaint in [
+        *Transfers.check(settings),
+        *TieredStore.check(settings),
+        *AttentionProbe.check(settings),
+    ]:
         yield Mistake(complaint, tuple(field.split(".")))
     for index, each in enumerate(settings.get("tiers") or ()):
         if each.get("num_blocks") is not None:

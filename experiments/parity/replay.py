@@ -146,7 +146,8 @@ def _row(path: Path, number: int, line: str, last: bool) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         what = "truncated: " if last else ""
-        raise UserError(f"{path}:{number}: {what}got no JSON ({error}), expected an object") from error
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{path}:{number}: {what}got no JSON ({why}), expected an object") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: got {row!r}, expected an object")
     return row
