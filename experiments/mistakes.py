@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path as File
 from typing import Any
 
 from sim.errors import UserError
-from sim.registry import nearest
 
 Path = tuple[str | int, ...]
 """Keys and list indices that lead to a value."""
@@ -69,8 +69,8 @@ def near_file(file: File) -> str | None:
         names = [each.name for each in file.parent.iterdir()]
     except OSError:
         return None
-    name = nearest(file.name, names)
-    return str(file.parent / name) if name else None
+    near = get_close_matches(file.name, names, n=1, cutoff=0.75)  # endings are alike anyway
+    return str(file.parent / near[0]) if near else None
 
 
 def dotted(path: Path) -> str:

@@ -70,11 +70,4 @@ def _told(error: BaseException, file: str = "") -> str:
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == file:
             where = f" (line {frame.lineno})"
-    return f"raises SyntaxError: {error.msg} (line {error.lineno})"
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == file:
-            where = f" (line {frame.lineno})"
-    alone = ""
-    if isinstance(error, ModuleNotFoundError) and Path(file).with_name(f"{error.name}.py").is_file():
-        alone = ", as a plug-in is one file, which tells runs apart by what it says: put both into one, or install both"
     return f"raises {type(error).__name__}: {' '.join(str(error).split())}{where}"

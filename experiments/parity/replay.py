@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from experiments.mistakes import near_file
 from experiments.parity.format import (
     NANO_MANAGER,
     NANO_SCHEDULER,
@@ -117,7 +118,9 @@ def read(path: Path) -> tuple[Row, list[Row]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
-        raise UserError(f"{path}: cannot be read: {reason}") from error
+        near = near_file(path) if isinstance(error, FileNotFoundError) else None
+        hint = f", did you mean {near!r}?" if near else ""
+        raise UserError(f"{path}: cannot be read: {reason}{hint}") from error
     lines = text.removesuffix("\n").split("\n") if text else []
     rows = [_row(path, number, line, last=number == len(lines)) for number, line in enumerate(lines, 1)]
     if not rows:
