@@ -51,15 +51,11 @@ def load_file(file: Path) -> None:
         raise UserError(f"{file.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    neighbours = str(file.parent)  # which it may import
-    sys.path.append(neighbours)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(_told(error, str(file))) from error
-    finally:
-        sys.path.remove(neighbours)
 
 
 def _told(error: BaseException, file: str = "") -> str:
@@ -70,4 +66,6 @@ def _told(error: BaseException, file: str = "") -> str:
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == file:
             where = f" (line {frame.lineno})"
+    if isinstance(error, ModuleNotFoundError) and Path(file).with_name(f"{error.name}.py").is_file():
+        where += "; a plug-in is one file, as runs are told apart by what it says: put both into one, or install both"
     return f"raises {type(error).__name__}: {' '.join(str(error).split())}{where}"

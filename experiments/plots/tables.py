@@ -5,8 +5,7 @@ from __future__ import annotations
 from experiments.plots.bars import Panel, bar_panels
 from experiments.plots.drawing import Drawing, sentence
 from experiments.plots.labels import number
-from experiments.plots.results import Experiment, Run, bursts
-from experiments.plots.series import alike
+from experiments.plots.results import Experiment, Run
 
 
 def _empty(run: Run) -> float:
@@ -33,10 +32,7 @@ def block_tables(experiment: Experiment) -> Drawing | None:
             "Slots that are held and empty, entries of a block table, and what attention of one decoded token takes by "
             f"the profile over tables of that length {experiment.held()}".rstrip(),
             f"attention takes least with {cases[best[0]].label} ({number(best[1].value)} ms), "
-            f"most with {cases[worst[0]].label} ({number(worst[1].value)} ms)"
-            if not alike(best[1].value, worst[1].value)
-            else "",
-            bursts(cases),
+            f"most with {cases[worst[0]].label} ({number(worst[1].value)} ms)",
             "intervals hold 95 %, over replications" if experiment.replicated else "",
         ),
     )
