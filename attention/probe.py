@@ -93,12 +93,6 @@ class AttentionProbe:
         fields = config["probe"]
         if not isinstance(fields, dict):
             return
-        if fields.get("every") is not None:
-            for field in ("samples", "share"):
-                yield (
-                    f"probe.{field}",
-                    "has no meaning beside every, which says what steps are sampled",
-                )
         device = fields.get("device", "auto")
         if not DEVICE.fullmatch(device):
             yield (

@@ -21,9 +21,6 @@ def make_capacity(experiment: Experiment, model: Model | None, device: Device | 
     longest = experiment.max_model_len or (model.max_model_len if model is not None else None)
     if longest is None:
         raise wrong("missing", "max_model_len", expected="an integer >= 1, or a model to take it from")
-    if model is not None and longest > model.max_model_len:
-        expected = f"at most {model.max_model_len}, that of {model.name} (model.max_model_len)"
-        raise wrong("longer than the model can attend to", "max_model_len", str(longest), expected)
     told = experiment.num_blocks is not None or experiment.kv_memory is not None
     if told and model is not None and device is not None:
         _check_fit(model, device, 1.0)

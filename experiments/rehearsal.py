@@ -46,7 +46,6 @@ class Rehearsal:
             for mistake in _contradictions(settings)
             if written.get(*mistake.path) and at(settings, mistake.path) != without(mistake.path)
         ]
-        found += _either(settings, written)
         told: dict[Path, Mistake] = {}
         for (
             mistake
@@ -133,15 +132,6 @@ def _without_branches(experiment: Experiment, owner: Allocator) -> Iterator[Mist
                 str(sampling[field]),
                 "1, or layers of one kind",
             )
-
-
-def _either(settings: dict[str, Any], written: Node) -> Iterator[Mistake]:
-    """Memory that is told twice in one place; what --set says wins over what a file says."""
-    blocks, memory = written.get("num_blocks"), written.get("kv_memory")
-    if settings["num_blocks"] is None or settings["kv_memory"] is None or blocks is None or memory is None:
-        return
-    if blocks.at.file == memory.at.file:
-        yield Mistake("has no meaning here: num_blocks says how much memory there is", ("kv_memory",))
 
 
 def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:

@@ -139,15 +139,6 @@ CASES = {
         "x.yaml:5:18: tensor_parallel: opt-13b has 40 heads, 40 of keys and values, got 7 devices, which cannot share "
         "them evenly, expected one of 1, 2, 4, 5, 8, 10, 20, 40",
     ),
-    "longer than the model": (
-        ("kv_memory: 2 GiB", "kv_memory: 2 GiB\nmax_model_len: 4096"),
-        "x.yaml:5:16: max_model_len: longer than the model can attend to, got 4096, expected at most 2048, that of "
-        "opt-13b (model.max_model_len)",
-    ),
-    "memory told twice": (
-        ("kv_memory: 2 GiB", "kv_memory: 2 GiB\nnum_blocks: 9"),
-        "x.yaml:4:12: kv_memory: has no meaning here: num_blocks says how much memory there is",
-    ),
     "no device of torch": (
         ("kv_memory: 2 GiB", "kv_memory: 2 GiB\nprobe: {device: foo}"),
         "x.yaml:5:17: probe.device: not a device: got 'foo', expected auto, cpu, or a GPU as cuda or cuda:1",
@@ -349,25 +340,10 @@ def test_what_changes_nothing_beside_the_rest_is_refused(settings, write: Write,
     ]
 
 
-MEANINGLESS |= {
-    (
-        "probe={every: 5, samples: 9}",
-    ): "probe.samples: has no meaning beside every, which says what steps are sampled",
-    (
-        "probe.every=5",
-        "probe.share=0.5",
-    ): "probe.share: has no meaning beside every, which says what steps are sampled",
-    (
-        "num_blocks=99",
-        "kv_memory=1 GiB",
-    ): "kv_memory: has no meaning here: num_blocks says how much memory there is",
-}
-
 MEANINGFUL = [
-    ("num_blocks=99",),  # what the file says of kv_memory is set aside
-    ("probe={every: 5, samples: 64}",),
+    ("num_blocks=99",),  # which wins over what the file says of kv_memory
+    ("probe={every: 5, samples: 9}",),
     ("probe.device=cuda:3",),
-    ("model.max_model_len=4096", "max_model_len=4096"),
     ("allocator=radix", "scheduler={kind: sglang, policy: lpm}"),
     ("allocator.prefix_caching=true", "scheduler={kind: sglang, policy: dfs-weight}"),
     ("scheduler={kind: sglang, policy: random, seed: 3}",),
