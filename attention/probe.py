@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import time as clock
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,6 +28,8 @@ MAX_SEQUENCES = 4
 MAX_TOKENS = 256
 LAYERS = 8
 """Samples that attention runs on together, each in a layer of the cache of its own."""
+
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 ROUNDING = 1e-4
 """Share of a bound that floating point may add to the error of an element."""
@@ -82,6 +86,19 @@ class AttentionProbe:
         self._model = model if calibrate else None
         self._timing = timing
         self._recalibration: Recalibration | None = None
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        """Fields of an experiment that have no meaning, each with the reason."""
+        fields = config["probe"]
+        if not isinstance(fields, dict):
+            return
+        device = fields.get("device", "auto")
+        if not DEVICE.fullmatch(device):
+            yield (
+                "probe.device",
+                f"not a device: got {device!r}, expected auto, cpu, or a GPU as cuda or cuda:1",
+            )
 
     @property
     def cpu_s(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path as File
@@ -13,6 +12,7 @@ from typing import Any
 from attention.probe import AttentionProbe
 from experiments import hardware, profiles
 from experiments.annotations import alternatives, fields_of, file_in, registry_in, section_in
+from experiments.capacity import BLOCK_SIZE, make_capacity, wrong
 from experiments.experiment import Experiment
 from experiments.figures import further_figures
 from experiments.mistakes import Mistake, Mistakes, Path
@@ -28,9 +28,6 @@ from sim.tiers.tiered_store import TieredStore
 from sim.timing import StepTime, Transfers, timing
 from workloads.streams import Streams
 from workloads.workload import workload
-
-BLOCK_SIZE = 16
-"""Slots of a block where the allocator knows no blocks."""
 
 
 def run(
@@ -102,84 +99,12 @@ def _row(registry: Registry[Any], settings: Mapping[str, Any] | None) -> Any:
     return registry[settings["kind"]](**{key: value for key, value in settings.items() if key != "kind"})
 
 
-def make_capacity(experiment: Experiment, model: Model | None, device: Device | None) -> Capacity:
-    """KV slots: num_blocks wins over kv_memory, kv_memory over memory_utilization. Raises Mistakes."""
-    _check_precision(experiment, model)
-    longest = experiment.max_model_len or (model.max_model_len if model is not None else None)
-    if longest is None:
-        raise _wrong("missing", "max_model_len", expected="an integer >= 1, or a model to take it from")
-    told = experiment.num_blocks is not None or experiment.kv_memory is not None
-    if told and model is not None and device is not None:
-        _check_fit(model, device, 1.0)
-    block_size = experiment.allocator.get("block_size", BLOCK_SIZE)
-    shape: dict[str, Any] = {"kv_cache_dtype": experiment.kv_cache_dtype}
-    if model is not None:
-        shape["num_layers"] = model.num_layers
-        shape["layers"] = model.layer_kinds
-        shape["token_bytes"] = model.kv_bytes_per_token / (2 * model.num_layers * experiment.tensor_parallel)
-    if experiment.num_blocks is not None:
-        slots = experiment.num_blocks * block_size
-        return Capacity(slots, longest, experiment.num_blocks, **shape)
-    if model is None:
-        raise _wrong("missing", "num_blocks", expected="an integer >= 1, or a model whose KV size is known")
-    if experiment.kv_memory is not None:
-        available, source = float(experiment.kv_memory), "kv_memory"
-    elif device is not None:
-        available, source = _left_for_kv(experiment, model, device), "device"
-    else:
-        raise _wrong("missing", "kv_memory", expected="a size such as 12 GiB, or num_blocks, or a device")
-    slots = int(available // model.kv_bytes_per_token)
-    if slots < block_size:
-        got = f"{_told(available)} for KV, {slots} slots of {model.kv_bytes_per_token:,} bytes"
-        raise _wrong("too little memory", source, got, f"room for a block of {block_size} slots")
-    if model.layer_kinds:
-        shape["kv_bytes"] = int(available)
-    return Capacity(slots, longest, **shape)
-
-
-def _check_precision(experiment: Experiment, model: Model | None) -> None:
-    """Raises Mistakes if a quantised cache is of no model, or takes no fewer bytes."""
-    precision = experiment.kv_cache_dtype
-    if precision is None:
-        return
-    if model is None:
-        raise _wrong("a precision of nobody's K and V", "kv_cache_dtype", precision, "a model that has them")
-    if model.kv_bytes_per_token >= model.full_kv_bytes_per_token:
-        got = f"{precision}, which takes {model.kv_bytes_per_token:,} bytes a token with its scales"
-        raise _wrong(
-            "saves nothing",
-            "kv_cache_dtype",
-            got,
-            f"less than the {model.full_kv_bytes_per_token:,} of {model.name}",
-        )
-
-
-def _left_for_kv(experiment: Experiment, model: Model, device: Device) -> float:
-    share = experiment.memory_utilization
-    _check_fit(model, device, share)
-    return device.memory_bytes * share * device.count - model.weight_bytes
-
-
-def _check_fit(model: Model, device: Device, share: float) -> None:
-    """Raises Mistakes if the weights leave no room for a token in this share of the devices' memory."""
-    usable = device.memory_bytes * share * device.count
-    if usable - model.weight_bytes < model.kv_bytes_per_token:
-        devices = math.floor(model.weight_bytes / (device.memory_bytes * share)) + 1
-        raise _wrong(
-            f"{model.name} does not fit on {device.count} x {device.name}",
-            "model",
-            f"{_told(model.weight_bytes)} of weights for {_told(usable)}, "
-            f"{share:g} of {device.count} x {_told(device.memory_bytes)}",
-            f"a larger device, or tensor_parallel of at least {devices}",
-        )
-
-
 def make_allocator(experiment: Experiment, capacity: Capacity) -> Allocator:
     """The allocator over its slots. Raises Mistakes if it has no place for what the model's layers keep."""
     kind = experiment.allocator["kind"]
     if any(each.state_bytes for each in capacity.layers) and not allocator[kind].groups_layers:
         able = " or ".join(name for name in allocator.kinds if allocator[name].groups_layers)
-        raise _wrong("no place for the states of the model's layers", "allocator", kind, f"{able}")
+        raise wrong("no place for the states of the model's layers", "allocator", kind, f"{able}")
     made: Allocator = make(allocator, experiment.allocator, ("allocator",), capacity)
     return made
 
@@ -226,7 +151,7 @@ def make_tiers(
         grouped = "each group of layers has a table of its own"
         without = "it finds no prefixes (prefix_caching)" if over.can_offload else grouped
         why = getattr(allocator[kind], "reasons", {}).get("can_offload", without)
-        raise _wrong(
+        raise wrong(
             f"there are no cached prefixes that tiers could go on with: {why}",
             "tiers",
             str(experiment.allocator["kind"]),
@@ -237,7 +162,7 @@ def make_tiers(
         make(tier, settings, ("tiers", index), block_bytes, device)
         for index, settings in enumerate(experiment.tiers)
     ]
-    made: TieredStore = construct(TieredStore, experiment.offload, ("offload",), tiers)
+    made: TieredStore = construct(TieredStore, experiment.offload, ("tiers",), tiers)
     return made
 
 
@@ -299,11 +224,3 @@ def _value(annotation: Any, value: Any, path: Path) -> Any:
             if section is not None:
                 return construct(section, value, path)
     return value
-
-
-def _wrong(what: str, section: str, got: str = "", expected: str = "") -> Mistakes:
-    return Mistakes([Mistake(what, (section,), got, expected)])
-
-
-def _told(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

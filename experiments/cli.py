@@ -1,119 +1,49 @@
-"""The command line: every command of kvsim, its options, and what its exit codes mean."""
+"""The command line: what every command of kvsim does, and what its exit codes mean."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+from experiments.options import MISTAKE, parser
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that puts a mistake into one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(MISTAKE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
-    top = Parser(prog="kvsim", description="Simulates how an LLM server manages its KV-cache memory.")
-    top.add_argument("--version", action="store_true", help="print the version and stop")
-    top.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-
-    def command(name: str, told: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=told, description=told[:1].upper() + told[1:] + ".")
-        made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-        return made
-
-    for name, told in (("run", "run an experiment"), ("check", "check an experiment, every mistake at once")):
-        made = command(name, told)
-        made.add_argument("config", type=Path, metavar="CONFIG", help="the experiment's YAML")
-        made.add_argument(
-            "--set", action="append", default=[], metavar="a.b=v", dest="sets",
-            help="put a YAML value over the experiment's, at every point of a sweep",
-        )  # fmt: skip
-    made = commands.choices["run"]
-    made.add_argument(
-        "--out", type=Path, default=Path("results"), metavar="DIR", help="where results go (results)"
-    )
-    made.add_argument("--jobs", type=_count, metavar="N", help="processes that run points (one per core)")
-    made.add_argument("--no-plots", action="store_true", help="draw no plots and write no report")
-    made.add_argument("--no-probe", action="store_true", help="check no steps with real attention")
-    made = command("list", "list policies, models and devices with their fields")
-    made.add_argument("kind", nargs="?", metavar="KIND", help="a sort of policy, one policy, or combinations")
-    command("schema", "print the JSON Schema of the YAML")
-    for name in ("list", "schema"):
-        commands.choices[name].add_argument(
-            "--plugin", type=Path, action="append", default=[], metavar="FILE", dest="plugins",
-            help="a Python file that registers policies",
-        )  # fmt: skip
-    for name, told in (
-        ("plot", "draw the plots of stored results again"),
-        ("report", "write the report again"),
-    ):
-        command(name, told).add_argument(
-            "directory", type=Path, metavar="DIR", help="folder of an experiment"
-        )
-    made = command("validate", "compare the attention core with plain attention over its whole matrix")
-    _add_device(made)
-    made = command("calibrate", "measure the attention core on this machine, for timing: {kind: calibrated}")
-    _add_device(made)
-    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the profile goes")
-    made.add_argument("--quick", action="store_true", help="a coarse grid, in seconds")
-    made = command("parity", "replay recorded engine cases, a line a file: ok or the first difference")
-    made.add_argument("files", nargs="+", type=Path, metavar="FILE", help="recordings, JSON lines")
-    made = command("hit-rate", "tell what prefix caches of several sizes would find in a trace")
-    made.add_argument("trace", type=Path, metavar="TRACE", help="a trace whose prompts are named by hash ids")
-    made.add_argument("--format", default="mooncake", metavar="F", help="the trace's format (mooncake)")
-    made.add_argument(
-        "--capacity", nargs="+", type=_count, default=[], metavar="N", help="sizes, in blocks of the trace"
-    )
-    made.add_argument(
-        "--eviction", nargs="+", default=[], metavar="E", help="orders of eviction (lru fifo lfu belady)"
-    )
-    for name, told in (
-        ("fit", "fit the roofline to a run of a real server"),
-        ("compare", "compare an experiment with a run of a real server"),
-    ):
-        made = command(name, told)
-        made.add_argument("config", type=Path, metavar="CONFIG", help="an experiment of one point")
-        made.add_argument(
-            "--measured", type=Path, required=True, metavar="FILE", help="requests.jsonl of the run"
-        )
-        made.add_argument(
-            "--set", action="append", default=[], metavar="a.b=v", dest="sets",
-            help="put a YAML value over the experiment's",
-        )  # fmt: skip
-    made = commands.choices["fit"]
-    made.add_argument("--blocks", action="store_true", help="find the number of KV blocks too")
-    made.add_argument("--out", type=Path, metavar="FILE", help="where the fitted experiment goes")
-    command("demo", "show on the terminal what paging does")
-    made = command("bench", "measure the simulator and the attention core")
-    made.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
-    return top
-
-
-def _add_device(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, ... (auto)")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
-    return int(text)
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+SAME_INTERRUPT_S = 3.0
+"""Seconds after an interrupt in which another says nothing new."""
+_PACKAGES = ("sim", "workloads", "attention", "experiments")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code."""
-    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as under nohup
+        signal.signal(signal.SIGINT, _Interrupts())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
+    try:
+        code = run_command(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done but to go
+    sys.exit(code)
+
+
+class _Interrupts:
+    """Answers SIGINT: several in quick succession are one, so that what an interrupt cleans up is not cut short."""
+
+    def __init__(self) -> None:
+        self.heard = -math.inf
+
+    def __call__(self, number: int, frame: object) -> None:
+        if time.monotonic() - self.heard > SAME_INTERRUPT_S:
+            self.heard = time.monotonic()
+            raise KeyboardInterrupt
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -130,10 +60,10 @@ def run_command(arguments: Sequence[str]) -> int:
         top.print_help()
         return MISTAKE
     try:
-        return _COMMANDS[options.command](options)
+        code = _COMMANDS[options.command](options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        with suppress(ValueError):  # once is enough
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         stored = "; what is stored stays, the same command goes on from there"
         return _say(f"interrupted{stored if options.command == 'run' else ''}", INTERRUPTED)
     except BrokenPipeError:  # kvsim list | head
@@ -142,6 +72,14 @@ def run_command(arguments: Sequence[str]) -> int:
     except Exception as error:
         if options.debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(_PACKAGES):
+            here = "run pip install -e . in kvsim's folder, and use that environment's Python"
+            return _say(f"kvsim: {error.name} is not installed: {here}", MISTAKE)
+        if isinstance(error, OSError) and error.errno is not None:
+            where = error.filename or "standard output"
+            if not error.filename:
+                _close_stdout()  # what it holds cannot be written at the end either
+            return _say(f"kvsim: {where}: {str(error.strerror).lower()}", FAILED)
         from sim.errors import UserError
 
         if isinstance(error, UserError):
@@ -252,6 +190,7 @@ def _schema(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from experiments.plots.stored import draw
 
+    _look_at_runs(options.directory)
     for path in draw(options.directory):
         print(path)
     return DONE
@@ -260,8 +199,23 @@ def _plot(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from experiments.report import write_report
 
+    _look_at_runs(options.directory)
     print(write_report(options.directory))
     return DONE
+
+
+def _look_at_runs(directory: Path) -> None:
+    """Raises UserError for a damaged run; runs whose folders are gone are told, as what needs them is not drawn."""
+    from experiments.mistakes import listed
+    from experiments.plots.reading import read_experiment
+    from experiments.results import check_tables
+
+    folders = [run.folder for run in read_experiment(directory).runs]
+    check_tables(folders)
+    gone = [folder.name for folder in folders if not folder.is_dir()]
+    if gone:
+        told = f"the folders of {len(gone)} of {len(folders)} runs are missing: {listed(gone, 5)}"
+        _say(f"{directory}: {told}; figures of what they hold leave them out", DONE)
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path as File
 from typing import Any
@@ -15,8 +15,9 @@ from experiments import axes, document, plugins
 from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.forms import FilePath, Form, has, members, walk
-from experiments.mistakes import Mistake, Mistakes, Path, Position, dotted, shown
+from experiments.mistakes import Mistake, Mistakes, Path, Position, dotted, near_file, shown
 from experiments.rehearsal import Rehearsal, at
+from experiments.results import flow
 from experiments.schema import Schema
 from experiments.sections import Section
 from sim.errors import UserError
@@ -31,6 +32,7 @@ MEMORY = {
     )
 }  # fmt: skip
 """Sections without which nothing can be said of the fit."""
+_ABSENT = "no such file or folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +136,25 @@ class _Reading:
         groups = axes.without(groups, [path for path, _ in self.overrides])
         swept = [axis.name for group in groups for axis in group]
         points = []
-        for values in axes.points(groups):
+        told: list[dict[Path, str]] = []  # what each point puts where
+        arising: dict[Mistake, list[int]] = {}  # at what points
+        for number, values in enumerate(axes.points(groups)):
+            told.append({path: flow(node.plain()) for path, node in values.items()})
             here = self.root.without("sweep")
             for path, node in [*values.items(), *self.overrides]:
                 here = here.put(path, node)
             data = here.plain()
             settings, files, wrong = self._point(schema, here, data)
-            self._note([mistake for mistake in wrong if not follows(mistake)], here)
+            for mistake in wrong:
+                if not follows(mistake):
+                    arising.setdefault(_placed(mistake, here), []).append(number)
             if settings is not None:
                 written = {dotted(path): node.plain() for path, node in values.items()}
                 points.append(Point(settings, data, {name: written[name] for name in swept}, files))
+        self.mistakes += [
+            replace(mistake, where=_where(mistake.path, told, numbers))
+            for mistake, numbers in arising.items()
+        ]
         name = self._name(points)
         return Plan(
             name,
@@ -176,7 +187,9 @@ class _Reading:
                 plugins.load_file(found)
                 loaded = None if loaded is None else [*loaded, str(found)]
             except UserError as error:
-                self._note([Mistake(str(error), ("plugins", index), got=shown(item.value))], self.root)
+                near = near_file(self.file.parent / item.value) if str(error) == _ABSENT else None
+                wrong = Mistake(str(error), ("plugins", index), got=shown(item.value), nearest=near)
+                self._note([wrong], self.root)
                 loaded = None
         plugins.load_installed()
         return loaded
@@ -186,7 +199,7 @@ class _Reading:
         bases = [File()] if at.file == "--set" else [self.file.parent, File()]
         found = next((found for base in bases if (found := (base / text)).exists()), None)
         if found is None:
-            raise UserError("no such file or folder")
+            raise UserError(_ABSENT)
         if not os.access(found, os.R_OK):
             raise UserError("cannot be read: permission denied")
         return found.resolve()
@@ -208,6 +221,8 @@ class _Reading:
                     expected, guess = (
                         (form.expected, nearest(value, [*form.words])) if form.words else ("", None)
                     )
+                    if guess is None and str(error) == _ABSENT:
+                        guess = near_file(self.file.parent / value)
                     mistakes.append(Mistake(str(error), path, shown(value), expected, guess))
         for path, absolute in files.items():
             _place(data, path, absolute)
@@ -221,7 +236,22 @@ class _Reading:
         return (settings if not mistakes else None), files, mistakes
 
     def _note(self, mistakes: list[Mistake], here: Node) -> None:
-        self.mistakes += [mistake.placed(here.position(mistake.path, mistake.on_key)) for mistake in mistakes]
+        self.mistakes += [_placed(mistake, here) for mistake in mistakes]
+
+
+def _placed(mistake: Mistake, here: Node) -> Mistake:
+    return mistake.placed(here.position(mistake.path, mistake.on_key))
+
+
+def _where(path: Path, points: list[dict[Path, str]], numbers: list[int]) -> str:
+    """What points at which a mistake arises have in common that others have not, unless the mistake stands in it."""
+    common = []
+    for axis, value in points[numbers[0]].items():
+        related = axis == path[: len(axis)] or path == axis[: len(path)]
+        alike = all(points[number][axis] == value for number in numbers)
+        if not related and alike and any(point[axis] != value for point in points):
+            common.append(f"{dotted(axis)}={value}")
+    return ", ".join(common)
 
 
 def _shipped(form: Form, name: str) -> File | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path as File
 from typing import Any
 
-from experiments.mistakes import Mistake, Mistakes, Path, Position, shown
+from experiments.mistakes import Mistake, Mistakes, Path, Position, near_file, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +191,6 @@ def _moved(origin: Position, mark: Any) -> Position:
 
 
 def _unreadable(file: File, error: OSError) -> Mistake:
-    near: Sequence[str] = ()
-    if isinstance(error, FileNotFoundError):
-        around = [str(path) for pattern in ("*.yaml", "*.yml") for path in file.parent.glob(pattern)]
-        near = get_close_matches(str(file), around, n=1)
+    near = near_file(file) if isinstance(error, FileNotFoundError) else None
     reason = (error.strerror or str(error)).lower()
-    return Mistake(f"cannot be read: {reason}", nearest=near[0] if near else None, at=Position(str(file)))
+    return Mistake(f"cannot be read: {reason}", nearest=near, at=Position(str(file)))

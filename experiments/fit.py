@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments import build
+from experiments.capacity import BLOCK_SIZE, make_capacity
 from experiments.config import Plan, load
 from experiments.experiment import Experiment
 from experiments.least_squares import Floats, least_squares, spread
@@ -90,7 +91,7 @@ class Servings:
         """Times of the experiment's requests. Raises UserError if one is refused."""
         tables: list[Columns] = []
         model, device = build.make_hardware(experiment)
-        capacity = build.make_capacity(experiment, model, device)
+        capacity = make_capacity(experiment, model, device)
         policy = build.make_scheduler(experiment, build.make_allocator(experiment, capacity))
         simulate(
             build.make_workload(experiment, capacity, 0),
@@ -172,8 +173,8 @@ def _reading_ms(experiment: Experiment) -> float:
 
 def _blocks(experiment: Experiment) -> int:
     model, device = build.make_hardware(experiment)
-    capacity = build.make_capacity(experiment, model, device)
-    return capacity.num_slots // int(experiment.allocator.get("block_size", build.BLOCK_SIZE))
+    capacity = make_capacity(experiment, model, device)
+    return capacity.num_slots // int(experiment.allocator.get("block_size", BLOCK_SIZE))
 
 
 def _with(experiment: Experiment, fitted: dict[str, float]) -> Experiment:

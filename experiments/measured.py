@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.mistakes import near_file
 from experiments.text import table
 from sim.errors import UserError
 
@@ -82,7 +83,9 @@ def read_measured(path: Path) -> tuple[RequestTimes, list[int]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
-        raise UserError(f"{path}: cannot be read: {reason}") from error
+        near = near_file(path) if isinstance(error, FileNotFoundError) else None
+        hint = f", did you mean {near!r}?" if near else ""
+        raise UserError(f"{path}: cannot be read: {reason}{hint}") from error
     rows = [(number, _row(f"{path}:{number}", line)) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path}: got no requests, expected a JSON object a line")

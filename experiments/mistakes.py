@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path as File
 from typing import Any
 
 from sim.errors import UserError
@@ -35,6 +37,7 @@ class Mistake:
     nearest: str | None = None
     on_key: bool = False
     at: Position | None = None
+    where: str = ""  # the points of a sweep at which it arises, if not at all
 
     def placed(self, position: Position) -> Mistake:
         """The same mistake at a place in a text, unless it has one."""
@@ -47,7 +50,8 @@ class Mistake:
         told += [f"got {self.got}"] if self.got else []
         told += [f"expected {self.expected}"] if self.expected else []
         told += [f"did you mean {self.nearest!r}?"] if self.nearest else []
-        return ": ".join([*head, ", ".join(told)])
+        where = f" (at {self.where})" if self.where else ""
+        return ": ".join([*head, ", ".join(told)]) + where
 
 
 class Mistakes(UserError):
@@ -57,6 +61,16 @@ class Mistakes(UserError):
         ordered = sorted(mistakes, key=lambda mistake: mistake.at or Position(""))
         self.mistakes = list(dict.fromkeys(ordered))
         super().__init__("\n".join(dict.fromkeys(map(str, self.mistakes))))
+
+
+def near_file(file: File) -> str | None:
+    """The file beside one that is not there whose name looks most like it."""
+    try:
+        names = [each.name for each in file.parent.iterdir()]
+    except OSError:
+        return None
+    near = get_close_matches(file.name, names, n=1, cutoff=0.75)  # endings are alike anyway
+    return str(file.parent / near[0]) if near else None
 
 
 def dotted(path: Path) -> str:

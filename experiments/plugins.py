@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from experiments.mistakes import near_file
 from sim.errors import UserError
 
 GROUP = "kvsim.policies"
@@ -38,12 +39,13 @@ def load_installed() -> None:
 
 def load_file(file: Path) -> None:
     """Import a plug-in once. Raises UserError with the line that failed."""
+    if not file.is_file():
+        near = near_file(file)
+        raise UserError("no such file" + (f", did you mean {near!r}?" if near else ""))
     file = file.resolve()
     name = f"kvsim_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
-    if not file.is_file():
-        raise UserError("no such file")
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"{file.name} is not a Python file")

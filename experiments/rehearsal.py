@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from attention.probe import AttentionProbe
 from experiments import build
 from experiments.build import those
+from experiments.capacity import make_capacity
 from experiments.document import Node
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistake, Mistakes, Path
@@ -66,7 +68,7 @@ class Rehearsal:
             experiment.allocator, experiment.kv_cache_dtype,
         ]  # fmt: skip
         model, device = build.make_hardware(experiment)
-        capacity = attempt(build.make_capacity, model, device, key=memory)
+        capacity = attempt(make_capacity, model, device, key=memory)
         if capacity is not None:
             owner = attempt(build.make_allocator, capacity, key=memory)
             attempt(build.make_workload, capacity, 0, key=[experiment.workload, capacity.max_model_len])
@@ -100,7 +102,7 @@ def read_traces(settings: Iterable[dict[str, Any]]) -> int:
     for each in settings:
         experiment = Experiment(**each)
         if experiment.workload["kind"] == "trace":
-            capacity = build.make_capacity(experiment, *build.make_hardware(experiment))
+            capacity = make_capacity(experiment, *build.make_hardware(experiment))
             key = json.dumps([experiment.workload, capacity.max_model_len], default=str)
             if key not in rows:
                 rows[key] = sum(1 for _ in build.make_workload(experiment, capacity, 0).requests())
@@ -145,7 +147,11 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             complaints = [(section, f"{policy.__name__}.check raises {type(error).__name__}: {error}")]
         for field, complaint in complaints:
             yield Mistake(complaint, tuple(field.split(".")))
-    for field, complaint in [*Transfers.check(settings), *TieredStore.check(settings)]:
+    for field, complaint in [
+        *Transfers.check(settings),
+        *TieredStore.check(settings),
+        *AttentionProbe.check(settings),
+    ]:
         yield Mistake(complaint, tuple(field.split(".")))
     for index, each in enumerate(settings.get("tiers") or ()):
         if each.get("num_blocks") is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sim.errors import UserError
 Row = dict[str, Any]
 UNFINISHED = ".unfinished-"
 """Starts the names of folders that runs in flight write into."""
+PARQUET = b"PAR1"
 
 
 class Results:
@@ -70,13 +72,11 @@ class Results:
             shutil.rmtree(left, ignore_errors=True)
 
     def summary(self, run_id: str) -> Row | None:
-        """The summary of a stored run, None if it has to be run."""
-        try:
-            loaded = json.loads((self.folder / run_id / "summary.json").read_text(encoding="utf-8"))
-            whole = all(map(_is_whole, (self.folder / run_id).glob("*.parquet")))
-        except (OSError, ValueError):
-            return None
-        return None if not whole else loaded if isinstance(loaded, dict) else None
+        """The summary of a stored run, None if it has to be run: it is not there, or damaged."""
+        place = self.folder / run_id
+        loaded = _read_json(place / "summary.json")
+        whole = loaded is not None and _read_json(place / "manifest.json") is not None
+        return loaded if whole and not any(damaged_tables(place)) else None
 
     def write_runs(self, rows: Sequence[Row]) -> None:
         """Write runs.csv and runs.parquet, one row a run in the order given."""
@@ -90,17 +90,6 @@ class Results:
         )
         _replace(self.folder / "runs.csv", text.getvalue().encode())
         _replace(self.folder / "runs.parquet", _parquet(columns))
-
-
-def _is_whole(table: Path) -> bool:
-    """Whether a parquet file has its beginning and its end."""
-    with table.open("rb") as file:
-        if file.seek(0, os.SEEK_END) < 12:
-            return False
-        file.seek(-4, os.SEEK_END)
-        end = file.read()
-        file.seek(0)
-        return file.read(4) == end == b"PAR1"
 
 
 @contextmanager
@@ -119,6 +108,36 @@ def run_folder(folder: Path, run_id: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def damaged_tables(place: Path) -> Iterator[Path]:
+    """Tables of a run that end before they should: a parquet file begins and ends with the same four letters."""
+    for table in sorted(place.glob("*.parquet")):
+        try:
+            with table.open("rb") as file:
+                head = file.read(len(PARQUET))
+                file.seek(-min(len(PARQUET), table.stat().st_size), os.SEEK_END)
+                if table.stat().st_size <= 2 * len(PARQUET) or head != PARQUET or file.read() != PARQUET:
+                    yield table
+        except OSError:
+            yield table
+
+
+def check_tables(places: Iterable[Path]) -> None:
+    """Raises UserError at the first table of a run that is damaged."""
+    for table in itertools.chain.from_iterable(map(damaged_tables, places)):
+        raise UserError(
+            f"{table}: damaged, or cut short; run the experiment again (kvsim run), which replaces this run alone"
+        )
+
+
+def _read_json(file: Path) -> Row | None:
+    """What a JSON file holds; None where it is not there, damaged or no mapping."""
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return loaded if isinstance(loaded, dict) else None
 
 
 def write_json(file: Path, content: Row) -> None:

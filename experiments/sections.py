@@ -57,9 +57,7 @@ class Section(Form):
         try:
             form = form_of(field.annotation)
         except UserError as error:
-            raise UserError(
-                f"{self.policy.__module__}.{self.policy.__qualname__}: field {field.name}: {error}"
-            ) from None
+            raise UserError(f"{_place(self.policy)}: field {field.name}: {error}") from None
         if isinstance(form, Policy) and not field.required:  # a mapping without kind is of the default's
             form.default_kind = form.default_kind or form.default(field.default)
         return form
@@ -90,6 +88,15 @@ class Section(Form):
 
     def default(self, value: Any) -> Any:
         return value if isinstance(value, dict) else {}  # an instance, which has defaults only
+
+
+def _place(policy: Callable[..., Any]) -> str:
+    """File, line and name of a policy."""
+    try:
+        where = f"{inspect.getsourcefile(policy)}:{inspect.getsourcelines(policy)[1]}: "
+    except (OSError, TypeError):  # its source is not there
+        where = f"{policy.__module__}."
+    return f"{where}{policy.__qualname__}"
 
 
 def _described(text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 from experiments.performance import Failure, Job, perform
@@ -25,26 +25,13 @@ def perform_all(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator[t
         yield index, perform(job, partial(watch, index))
 
 
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Let Ctrl-C pass this process by, and for good those that it starts meanwhile."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not in the main thread, which hears of it
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _in_processes(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator[tuple[int, Failure | None]]:
     waiting = list(range(len(jobs)))[::-1]
     context = _context(jobs)
     workers: list[_Worker] = []
     try:
-        workers += [_Worker(context) for _ in range(processes)]
+        for _ in range(processes):
+            workers.append(_Worker(context))
         while True:
             for worker in workers:
                 if worker.job is None and waiting:
@@ -68,9 +55,8 @@ def _in_processes(jobs: Sequence[Job], processes: int, watch: Watch) -> Iterator
                     worker.job = None
                     yield index, message[0]
     finally:
-        with _deaf():
-            for worker in workers:
-                worker.stop()
+        for worker in workers:
+            worker.stop()
 
 
 def _context(jobs: Sequence[Job]) -> Any:
@@ -85,8 +71,6 @@ def _context(jobs: Sequence[Job]) -> Any:
     context.set_forkserver_preload(
         ["experiments.build", "experiments.recording", *(["attention.comparison"] if probing else [])]
     )
-    with _deaf():  # it takes its time to import, and would tell of every Ctrl-C
-        forkserver.ensure_running()
     return context
 
 
@@ -100,7 +84,8 @@ class _Worker:
     def __init__(self, context: Any) -> None:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        with _deaf_to_interrupts():
+            self.process.start()
         theirs.close()
         self.job: int | None = None
 
@@ -123,6 +108,23 @@ class _Worker:
         self.process.terminate()
         self.process.join()
         self.pipe.close()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start in here never hear of Ctrl-C, which a terminal sends to all; their parent decides.
+
+    A mask is inherited where a handler would be lost, and this process is told at the end of what came meanwhile.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which, to start, lifts such a mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Any) -> None:

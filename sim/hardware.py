@@ -76,6 +76,11 @@ class Model:
         values = self.kv_values_per_token or 2 * layers * self.num_kv_heads * self.head_dim
         return values * max(self.tensor_parallel, self.num_kv_heads) // self.num_kv_heads
 
+    def shares_heads(self, devices: int) -> bool:
+        """Whether so many devices have as many heads each: of K and V whole ones, or copies (vLLM's rule)."""
+        more, fewer = max(devices, self.num_kv_heads), min(devices, self.num_kv_heads)
+        return self.num_heads % devices == 0 and more % fewer == 0
+
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kinds of layers; none where all layers attend to all tokens."""

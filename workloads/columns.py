@@ -91,6 +91,7 @@ class Column:
     names: Sequence[str]
     cell: Callable[[str], Cell]
     shown: str = ""  # the names as error messages list them
+    option: str = ""  # the field of the format by which users name theirs
 
     def find(self, header: Sequence[str], where: str) -> tuple[int, Cell]:
         """The column's place in a header, and its cell. Raises UserError if it is not there."""
@@ -101,10 +102,11 @@ class Column:
         pairs = ((_likeness(one, other), one, other) for one in header for other in self.names)
         likeness, wrong, right = max(pairs, default=(0.0, "", ""))
         hint = f"; did you mean {right!r} instead of {wrong.strip()!r}?" if likeness > 0.6 else ""
+        mapped = f" ({self.option} names a column that is called otherwise)" if self.option else ""
         got = ", ".join(name.strip() for name in header) or "none"
         raise UserError(
             f"{where}: no column for {self.what}: got {got}; "
-            f"expected {self.shown or ', '.join(self.names)}{hint}"
+            f"expected {self.shown or ', '.join(self.names)}{hint}{mapped}"
         )
 
 

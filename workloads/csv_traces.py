@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sim.registry import NonNegativeFloat
@@ -35,9 +36,15 @@ class Csv(TraceFormat):
         output_column: str | None = None,
     ) -> None:
         self.columns = (
-            named(ARRIVAL.what, time_column, Clock(unit_of(time_column))) if time_column else ARRIVAL,
-            named(PROMPT.what, prompt_column, TOKENS) if prompt_column else PROMPT,
-            named(OUTPUT.what, output_column, TOKENS) if output_column else OUTPUT,
+            named(ARRIVAL.what, time_column, Clock(unit_of(time_column)))
+            if time_column
+            else replace(ARRIVAL, option="time_column"),
+            named(PROMPT.what, prompt_column, TOKENS)
+            if prompt_column
+            else replace(PROMPT, option="prompt_column"),
+            named(OUTPUT.what, output_column, TOKENS)
+            if output_column
+            else replace(OUTPUT, option="output_column"),
         )
 
     def read(self, path: Path) -> Iterator[TraceRows]:

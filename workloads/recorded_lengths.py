@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,12 @@ class Empirical(LengthSampler):
         max_output: PositiveInt | None = None,
     ) -> None:
         columns = (
-            named(PROMPT.what, prompt_column, TOKENS) if prompt_column else PROMPT,
-            named(OUTPUT.what, output_column, TOKENS) if output_column else OUTPUT,
+            named(PROMPT.what, prompt_column, TOKENS)
+            if prompt_column
+            else replace(PROMPT, option="prompt_column"),
+            named(OUTPUT.what, output_column, TOKENS)
+            if output_column
+            else replace(OUTPUT, option="output_column"),
         )
         prompts, outputs = [], []
         for block, (prompt, output) in read_csv(path, columns):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from experiments.mistakes import near_file
 from experiments.parity.format import (
     NANO_MANAGER,
     NANO_SCHEDULER,
@@ -117,7 +118,9 @@ def read(path: Path) -> tuple[Row, list[Row]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
-        raise UserError(f"{path}: cannot be read: {reason}") from error
+        near = near_file(path) if isinstance(error, FileNotFoundError) else None
+        hint = f", did you mean {near!r}?" if near else ""
+        raise UserError(f"{path}: cannot be read: {reason}{hint}") from error
     lines = text.removesuffix("\n").split("\n") if text else []
     rows = [_row(path, number, line, last=number == len(lines)) for number, line in enumerate(lines, 1)]
     if not rows:
@@ -146,7 +149,8 @@ def _row(path: Path, number: int, line: str, last: bool) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         what = "truncated: " if last else ""
-        raise UserError(f"{path}:{number}: {what}got no JSON ({error}), expected an object") from error
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{path}:{number}: {what}got no JSON ({why}), expected an object") from error
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: got {row!r}, expected an object")
     return row

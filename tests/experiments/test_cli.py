@@ -28,6 +28,15 @@ def test_a_good_experiment(write: Write, kvsim: Kvsim) -> None:
             "kvsim: unknown command, got 'chek', expected one of run, check, list, schema, plot, report, validate, "
             "calibrate, parity, hit-rate, fit, compare, demo, bench, did you mean 'check'?; see kvsim --help",
         ),
+        (
+            ["run", "x.yaml", "--jbos", "4"],
+            "kvsim run: not understood: --jbos 4, did you mean '--jobs'?; see kvsim run --help",
+        ),
+        (["check", "x.yaml", "y.yaml"], "kvsim check: not understood: y.yaml; see kvsim check --help"),
+        (
+            ["run", "x.yaml", "--out", ""],
+            "kvsim run: argument --out: got '', expected a path; see kvsim run --help",
+        ),
         (["run"], "kvsim run: the following arguments are required: CONFIG; see kvsim run --help"),
         (
             ["run", "x.yaml", "--jobs", "0"],
@@ -99,6 +108,42 @@ def test_a_bar_shows_where_somebody_watches(
         watched = kvsim("run", "small.yaml", "--no-plots", "--set", "replications=2", "--jobs", "1")
     assert "2/2 runs" in watched.err
     assert kvsim("run", "small.yaml", "--no-plots", "--set", "seed=5").err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_no_fault_of_kvsim(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments", "list"]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert (run.returncode, run.stderr) == (1, "kvsim: standard output: no space left on device\n")
+
+
+def test_a_terminal_that_knows_ascii_only_is_no_reason_to_stop(tmp_path: Path) -> None:
+    code = "from experiments.cli import main; import experiments.cli as cli\n"
+    code += "cli._COMMANDS['demo'] = lambda options: print('a \u2014 b') or 0\nmain(['demo'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (run.returncode, run.stdout, run.stderr) == (0, "a ? b\n", "")
+
+
+def test_a_python_without_the_packages_says_how_to_get_them(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "experiments", "check", "x.yaml"], capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.startswith("kvsim: numpy is not installed: run pip install -e .")
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_the_benchmarks_are_listed(kvsim: Kvsim) -> None:
+    assert "one of sim, policies, paper, attention, beams" in " ".join(kvsim("bench", "--help").out.split())
+    assert "expected one of sim, policies, paper, attention, beams" in kvsim("bench", "sin").err
 
 
 def modules_after(code: str, cwd: Path) -> set[str]:

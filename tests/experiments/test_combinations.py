@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from experiments import build
+from experiments.capacity import make_capacity
 from experiments.combinations import BASE, SHIPPED, TECHNIQUES, Checks, Technique, settings
 from experiments.experiment import Experiment
 from tests.experiments.conftest import Kvsim, Write
@@ -71,7 +72,7 @@ def run(sets: list[str]) -> Figures:
 
     figures, _ = build.run(experiment, 0, sink)
     figures["mixed_steps"] = mixed
-    over = build.make_allocator(experiment, build.make_capacity(experiment, *build.make_hardware(experiment)))
+    over = build.make_allocator(experiment, make_capacity(experiment, *build.make_hardware(experiment)))
     groups = getattr(over, "groups", ())
     figures["slides"] = bool(getattr(over, "windowed", ()))
     figures["states"] = any(group.state_slots for group in groups)

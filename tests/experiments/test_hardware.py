@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments import hardware
-from experiments.build import make_capacity, make_hardware
+from experiments.build import make_hardware
+from experiments.capacity import make_capacity
 from experiments.config import load
 from experiments.experiment import Experiment
 from experiments.mistakes import Mistakes
@@ -82,6 +84,23 @@ def test_more_devices_than_heads_keep_copies(write: Write) -> None:
 
     assert slots("llama-3-8b", 8) == slots("llama-3-8b", 1) == 2 * slots("llama-3-8b", 16)
     assert slots("deepseek-v2-lite-mla", 1) // 8 == slots("deepseek-v2-lite-mla", 8)
+
+
+def test_llama_3_1_is_as_llama_3_with_a_longer_context() -> None:
+    for size in ("8b", "70b"):
+        older, newer = hardware.model[f"llama-3-{size}"](), hardware.model[f"llama-3.1-{size}"]()
+        assert (older.max_model_len, newer.max_model_len) == (8192, 131_072)
+        assert replace(newer, name=older.name, max_model_len=8192) == older
+
+
+def test_the_devices_that_are_asked_for_can_share_the_heads(write: Write) -> None:
+    """28 heads of Qwen2.5-7B do not go into 3 or 8 devices, and 4 of K and V not into 7."""
+    tight = ("model=qwen2.5-7b", "model.num_params=90e9", "kv_memory=null")
+    with pytest.raises(Mistakes, match="tensor_parallel of at least 28"):  # 180 GB, for which 6 would do
+        capacity(write, *tight, "tensor_parallel=2")
+    for devices in (3, 7, 8):
+        with pytest.raises(Mistakes, match="which cannot share them evenly, expected one of 1, 2, 4, 28"):
+            capacity(write, "model=qwen2.5-7b", f"tensor_parallel={devices}")
 
 
 @pytest.mark.parametrize("table", ["models", "devices"])

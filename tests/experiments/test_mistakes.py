@@ -129,6 +129,20 @@ CASES = {
         ("allocator:", "allocator.kind: paged\nallocator:"),
         "x.yaml:9:1: allocator.kind: unknown key, expected one of SECTIONS, did you mean 'allocator'?",
     ),
+    "more KV memory than the weights leave": (
+        ("2 GiB", "20 GiB"),
+        "x.yaml:4:12: kv_memory: more than there is, got 20.0 GiB, expected at most 16.1 GiB, what the weights leave "
+        "of 1 x a100-40gb-sxm",
+    ),
+    "devices that cannot share the heads": (
+        ("kv_memory: 2 GiB", "kv_memory: 2 GiB\ntensor_parallel: 7"),
+        "x.yaml:5:18: tensor_parallel: opt-13b has 40 heads, 40 of keys and values, got 7 devices, which cannot share "
+        "them evenly, expected one of 1, 2, 4, 5, 8, 10, 20, 40",
+    ),
+    "no device of torch": (
+        ("kv_memory: 2 GiB", "kv_memory: 2 GiB\nprobe: {device: foo}"),
+        "x.yaml:5:17: probe.device: not a device: got 'foo', expected auto, cpu, or a GPU as cuda or cuda:1",
+    ),
     "both n and beams": (
         ("  arrivals:", "  sampling: {n: 2, beam_width: 2}\n  arrivals:"),
         "x.yaml:7:13: workload.sampling: n and beam_width exclude each other: got 2 and 2, "
@@ -327,6 +341,9 @@ def test_what_changes_nothing_beside_the_rest_is_refused(settings, write: Write,
 
 
 MEANINGFUL = [
+    ("num_blocks=99",),  # which wins over what the file says of kv_memory
+    ("probe={every: 5, samples: 9}",),
+    ("probe.device=cuda:3",),
     ("allocator=radix", "scheduler={kind: sglang, policy: lpm}"),
     ("allocator.prefix_caching=true", "scheduler={kind: sglang, policy: dfs-weight}"),
     ("scheduler={kind: sglang, policy: random, seed: 3}",),
@@ -475,3 +492,23 @@ def test_a_check_reads_traces_to_their_last_row(write: Write, kvsim: Kvsim) -> N
     assert f"{file.resolve()}:70000: output_length" in said.err
     write("rows.jsonl", "\n".join(map(json.dumps, rows[:-1])))
     assert kvsim("check", "x.yaml").out == "x.yaml: ok, 1 run, 69,999 requests of traces read\n"
+
+
+def test_what_is_wrong_at_some_points_only_names_them(write: Write, kvsim: Kvsim) -> None:
+    sweep = "sweep: {scheduler.preemption: [swap, recompute], seed: [1, 2]}\n"
+    write("x.yaml", SMALL + "transfers: {copy_latency_us: 9}\n" + sweep)
+    assert kvsim("check", "x.yaml").lines == [
+        "x.yaml:12:30: transfers.copy_latency_us: has no meaning here: nothing is ever swapped "
+        "(at scheduler.preemption=recompute)"
+    ]
+    write("x.yaml", SMALL + "sweep: {scheduler.max_num_seqs: [4, 0], seed: [1, 2]}\n")
+    (line,) = kvsim("check", "x.yaml").lines
+    assert line.endswith("scheduler.max_num_seqs: out of bounds, got 0, expected an integer >= 1")
+
+
+def test_the_nearest_file_is_suggested(write: Write, kvsim: Kvsim) -> None:
+    write("there/requests.csv", "")
+    workload = "workload: {kind: trace, path: request.csv}\n"
+    text = SMALL[: SMALL.index("workload:")] + workload + SMALL[SMALL.index("allocator:") :]
+    (line,) = kvsim("check", write("there/x.yaml", text)).lines
+    assert line.endswith("no such file or folder, got 'request.csv', did you mean 'there/requests.csv'?")

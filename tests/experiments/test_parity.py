@@ -67,7 +67,7 @@ def test_a_line_for_each_file(kvsim: Kvsim, recording):
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (("", "", 1500), r":7: truncated: got no JSON"),
+        (("", "", 1500), r":7: truncated: got no JSON \([^:]* at column \d+\), expected an object"),
         (("", "", 0), r":1: got an empty file, expected the header of a recording"),
         (("main 2026-08-17", "0.11.0"), r":1: got a recording of vllm-V1 '0.11.0', expected version main 2026-08-17"),
         (("vllm-V1 KV", "tgi KV"), r":1: got a recording of 'tgi KVCacheManager', expected one of vllm-V0, vllm-V1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.experiments.conftest import SMALL, Kvsim, Write
@@ -126,7 +128,8 @@ def test_a_signature_that_no_yaml_fits(write: Write, kvsim: Kvsim) -> None:
     )
     said = kvsim("check", write("x.yaml", SMALL + "plugins: [odd.py]\n"))
     assert said.code == 2
-    assert "Odd: field f: no YAML value fits the annotation set[int]" in said.err
+    place = f"{Path('odd.py').resolve()}:2: Odd: field f"
+    assert said.lines == [f"{place}: no YAML value fits the annotation set[int]"]
 
 
 def test_a_plugin_that_raises_while_it_runs_is_named_with_its_line(write: Write, kvsim: Kvsim) -> None:
@@ -148,6 +151,9 @@ def test_lists_and_the_schema_tell_of_a_policy_of_ones_own(write: Write, kvsim: 
     assert (said.code, said.lines) == (
         2, ["broken.py: raises ModuleNotFoundError: No module named 'nowhere' (line 1)"]
     )  # fmt: skip
+    for command in ("list", "schema"):
+        said = kvsim(command, "--plugin", "brokn.py")
+        assert (said.code, said.lines) == (2, ["brokn.py: no such file, did you mean 'broken.py'?"])
 
 
 def test_a_plugin_is_one_file(write: Write, kvsim: Kvsim) -> None:

@@ -98,9 +98,9 @@ def test_a_failure_can_be_looked_into_and_run_again(kvsim: Kvsim, write: Write) 
 
 def test_a_device_that_is_not_there_is_the_users_mistake(kvsim: Kvsim, write: Write) -> None:
     write("small.yaml", SMALL)
-    said = kvsim("run", "small.yaml", "--no-plots", "--set", "probe.device=teapot")
+    said = kvsim("run", "small.yaml", "--no-plots", "--set", "probe.device=cuda:99")
     assert said.code == 2
-    assert "probe.device: got 'teapot', expected auto or a device of torch" in said.err
+    assert "probe.device: got 'cuda:99', expected auto or a device of torch" in said.err
 
 
 def test_sampled_steps_correct_a_profile(kvsim: Kvsim, write: Write) -> None:

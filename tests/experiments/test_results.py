@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +187,36 @@ def test_rows_of_different_types_agree_on_one(tmp_path: Path) -> None:
 def test_json_knows_no_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": math.nan, "b": {"c": math.inf}, "d": 1.0})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": {"c": None}, "d": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("requests.parquet", lambda whole: b""),
+        ("memory.parquet", lambda whole: whole[: len(whole) // 2]),
+        ("steps.parquet", lambda whole: whole[-40:]),
+        ("manifest.json", lambda whole: whole[:40]),
+    ],
+)
+def test_a_table_that_is_cut_short_is_named_and_its_run_is_replaced(name, damage, run: Path, kvsim) -> None:
+    file = run / name
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    for command in ("plot", "report"):
+        said = kvsim(command, run.parent)
+        assert said.code == 2
+        assert len(said.lines) == 1
+        assert said.err.startswith(f"{file}: ")
+        assert "kvsim run" in said.err
+    assert "stored before" not in kvsim("run", "small.yaml", "--no-plots").out
+    assert kvsim("plot", run.parent).code == 0
+    assert "1 of them stored before" in kvsim("run", "small.yaml", "--no-plots").out
+
+
+def test_runs_whose_folders_are_gone_are_told(run: Path, kvsim: Kvsim) -> None:
+    shutil.rmtree(run)
+    said = kvsim("plot", run.parent)
+    assert said.code == 0
+    assert said.lines == [
+        f"{run.parent}: the folders of 1 of 1 runs are missing: {run.name}; figures of what they hold leave them out"
+    ]

@@ -260,3 +260,28 @@ def test_a_run_whose_tables_are_damaged_is_run_again(
     assert (said.code, said.err) == (0, "")
     assert "stored before" not in said.out
     assert len(file.read_bytes()) == len(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="interrupts a group of processes as a terminal does")
+@pytest.mark.parametrize(("after_s", "times"), [(0.5, 1), (0.9, 3), (1.4, 3)])
+def test_an_interrupted_sweep_says_so_and_nothing_else(after_s: float, times: int, write: Write) -> None:
+    write("slow.py", SLOW.replace("0.3", "9"))
+    text = SMALL.replace("{kind: fixed, prefill_ms: 20, decode_ms: 10}", "{kind: slow}")
+    write("x.yaml", text + "plugins: [slow.py]\nsweep:\n  workload.arrivals.rate: [1, 2, 3, 4]\n")
+    root = Path(__file__).parents[2]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "experiments", "run", "x.yaml", "--jobs", "2"], text=True,
+        env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not Path("results/small").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(after_s - 0.5)
+    for _ in range(times):
+        os.killpg(sweep.pid, signal.SIGINT)
+        time.sleep(0.05)
+    out, err = sweep.communicate(timeout=30)
+    assert (sweep.returncode, out) == (130, "")
+    assert err == "interrupted; what is stored stays, the same command goes on from there\n"
+    assert not list(Path("results/small").glob(".*"))

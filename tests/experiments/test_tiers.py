@@ -80,7 +80,7 @@ def test_options_without_a_meaning_are_refused(tmp_path):
     [
         ([], "list one at least"),
         ([{"kind": "tape"}], "unknown kind"),
-        ([{"kind": "host"}, {"kind": "host"}], "different names"),
+        ([{"kind": "host"}, {"kind": "host"}], "tiers: tiers need different names"),
         ([{"kind": "host", "eviction": "belady"}], "belady knows all requests beforehand"),
         ([{"kind": "nvme", "capacity_gb": 0.001}], "hold no block"),
         ([{"kind": "nvme", "bandwidth_gb_per_s": 0}], "bandwidth_gb_per_s"),

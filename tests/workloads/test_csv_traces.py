@@ -222,7 +222,7 @@ def test_a_header_without_the_columns_is_told_with_the_nearest_name(write: Write
         "trace.csv:1: no column for the arrival time: got arrivel_time_s, prompt_tokens, output_tokens; "
         "expected arrival_time, arrived_at, arrival, timestamp, req_time, request_time, start_time, time "
         "(in seconds, or with _ms, _us or _ns at the end); did you mean 'arrival_time_s' instead of "
-        "'arrivel_time_s'?"
+        "'arrivel_time_s'? (time_column names a column that is called otherwise)"
     )
     path = write("TIMESTAMP,ContextTokens,GenerateTokens", "x")
     assert complaint("azure", path) == (
