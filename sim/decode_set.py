@@ -13,7 +13,7 @@ from bisect import insort
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from sim.request import NEVER, Sequence
+from sim.request import NEVER, Sequence, TokenwiseSequence
 from sim.units import FOREVER
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class DecodeSet:
 
     `clock` counts decode steps; `size` members hold `context` tokens in all. Tick t is the step after which
     the clock reads t: a member grows at the tick whose token exceeds its slots and finishes at the tick of
-    its last token. A window of a member turns at the tick with which it leaves another page.
+    its last token. A window of a member turns at the tick with which it leaves another page. Members that grow
+    with every tick stand in no calendar either: `steady` of them have their slots up to the tick `grown`.
     """
 
     __slots__ = (
@@ -41,9 +42,11 @@ class DecodeSet:
         "context",
         "copy_pending",
         "finishes",
+        "grown",
         "growths",
         "size",
         "sliding",
+        "steady",
         "turns",
     )
 
@@ -52,6 +55,8 @@ class DecodeSet:
         self.size = 0
         self.context = 0
         self.sliding = 0  # slots whose tokens leave a window with every tick
+        self.steady = 0
+        self.grown = 0
         self.finishes: dict[int, list[Sequence]] = {}
         self.growths: dict[int, list[Sequence]] = {}  # each in order of arrival
         self.turns: dict[int, list[Edge]] = {}  # likewise, and in order of the groups
@@ -75,7 +80,10 @@ class DecodeSet:
         else:
             finishing.append(sequence)
         if sequence.capacity < sequence.final_tokens:
-            self.await_growth(sequence)
+            if isinstance(sequence, TokenwiseSequence) and sequence.capacity == tokens and not self.growths:
+                self._join_steady(sequence)
+            else:
+                self.await_growth(sequence)
         for edge in sequence.edges:
             self.await_turn(edge)
 
@@ -85,11 +93,13 @@ class DecodeSet:
             sequence.request.counted.list_blocks()
         tokens = sequence.origin + self.clock
         self.finishes[sequence.finish_tick].remove(sequence)
-        if sequence.capacity < sequence.final_tokens:
+        if not sequence.steady and sequence.capacity < sequence.final_tokens:
             self.growths[sequence.capacity + 1 - sequence.origin].remove(sequence)
         self._forget(sequence, tokens)
 
     def _forget(self, sequence: Sequence, tokens: int) -> None:
+        if isinstance(sequence, TokenwiseSequence) and sequence.steady:
+            self._count_out(sequence)
         if self.copy_pending and sequence in self.copy_pending:
             self.copy_pending.remove(sequence)
         for edge in sequence.edges:
@@ -100,6 +110,36 @@ class DecodeSet:
         sequence.origin = tokens
         sequence.decodes = None
         sequence.finish_tick = NEVER
+
+    def _join_steady(self, sequence: TokenwiseSequence) -> None:
+        if not self.steady:
+            self.grown = self.clock
+        if self.grown == self.clock:
+            self.steady += 1
+            sequence.steady = True
+        else:
+            self.await_growth(sequence)
+
+    def _count_out(self, sequence: TokenwiseSequence) -> None:
+        slots = sequence.capacity
+        sequence.steady = False
+        sequence.capacity = slots
+        self.steady -= 1
+
+    def list_steady(self) -> None:
+        """Put the members that grow with every tick on the calendar, for who decides one by one."""
+        if not self.steady:
+            return
+        members = [
+            each
+            for finishing in self.finishes.values()
+            for each in finishing
+            if isinstance(each, TokenwiseSequence) and each.steady
+        ]
+        for sequence in sorted(members, key=arrival_order):
+            self._count_out(sequence)
+            if sequence.capacity < sequence.final_tokens:
+                self.await_growth(sequence)
 
     def await_growth(self, sequence: Sequence) -> None:
         """Note the tick at which a member needs a slot that it does not hold."""
@@ -141,8 +181,12 @@ class DecodeSet:
             self.note_grown(tick, growing, allocator.stride)
             self.note_turned(tick, turning, allocator.stride)
         else:
-            allocator.grow([(tick, growing)])
-            self.note_grown(tick, growing, allocator.growth or allocator.stride)
+            if self.steady:
+                allocator.grow_steadily(self.steady, tick, 1)
+                self.grown = tick
+            if growing:
+                allocator.grow([(tick, growing)])
+                self.note_grown(tick, growing, allocator.growth or allocator.stride)
 
     def grow(
         self, allocator: Allocator, ticks: int, spare: int, awaited: bool = False
@@ -158,6 +202,12 @@ class DecodeSet:
         growths = self.growths
         spare = allocator.headroom - spare
         tick = first = self.clock + 1
+        if self.steady and any(growths.values()):
+            self.list_steady()
+        if self.steady:
+            ticks = min(ticks, max(0, spare // self.steady))
+            self.grown += ticks
+            return ticks, allocator.grow_steadily(self.steady, first, ticks)
         stop = first + ticks
         books: list[tuple[int, int, int]] = []
         step = allocator.growth or allocator.stride
@@ -266,6 +316,8 @@ class DecodeSet:
     @property
     def next_growth(self) -> int:
         """The next tick at which a member needs a slot that it does not hold; FOREVER if none does."""
+        if self.steady:
+            return self.grown + 1
         growths = self.growths
         while growths:
             tick = min(growths)

@@ -36,6 +36,8 @@ class Sequence:
     step, so a branch of P prompt and O output tokens ends with `final_tokens` = P + O - 1 of them.
     """
 
+    steady = False
+
     __slots__ = (
         "block_table", "branch", "capacity", "decodes", "edges", "final_tokens", "finish_tick", "lineage",
         "order", "origin", "request", "sibling", "sliding",
@@ -67,6 +69,29 @@ class Sequence:
 
     def __repr__(self) -> str:
         return f"sequence {self.request.id}.{self.branch}"
+
+
+class TokenwiseSequence(Sequence):
+    """A sequence that takes a slot with every token; while it is `steady`, the decode set counts its slots."""
+
+    __slots__ = ("_slots", "steady")
+
+    def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
+        self.steady = False
+        super().__init__(request, branch, num_tokens, final_tokens)
+
+    @property
+    def capacity(self) -> int:
+        """Slots held."""
+        if self.steady:
+            assert self.decodes is not None
+            return self.origin + self.decodes.grown
+        return self._slots
+
+    @capacity.setter
+    def capacity(self, slots: int) -> None:
+        assert not self.steady, "its slots are counted"
+        self._slots = slots
 
 
 class Request:

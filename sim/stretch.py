@@ -29,7 +29,7 @@ def commit_ahead(
     first = len(recorder.durations) - 1
     if decodes.sliding != recorder.sliding:
         recorder.slide(first, decodes.sliding)
-    if decodes.growths or decodes.turns:
+    if decodes.growths or decodes.steady or decodes.turns:
         if allocator.turns:
             allocator.turns.clear()  # those of planned steps
         count, books = scheduler.grow_ahead(count)

@@ -161,6 +161,10 @@ class Allocator(Powers, ABC):
             books.append((tick, self.num_held, self.num_internal))
         return books
 
+    def grow_steadily(self, count: int, first: int, ticks: int) -> list[tuple[int, int, int]]:
+        """A slot for each of `count` sequences at each of so many ticks from `first` on; returns what `grow` does."""
+        raise NotImplementedError
+
     def _grow_to(self, sequence: Sequence, num_tokens: int) -> None:
         before = sequence.capacity
         sequence.capacity = held = self.reserve(sequence, num_tokens)

@@ -44,6 +44,8 @@ class Powers:
     stride: int | None = None
     """Tokens between two growths of a sequence, and two turns of a window, where they differ in slots; None if that
     differs too."""
+    grows_steadily: bool = False
+    """Whether every token takes a slot of its own, which can be counted without looking at the sequence."""
     groups_layers: ClassVar[bool] = False
     """Whether layers of several kinds each keep what they need, states too; else all keep every token."""
     grows_foreseeably: ClassVar[bool] = False

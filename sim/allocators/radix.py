@@ -63,6 +63,7 @@ class RadixAllocator(CachingAllocator):
         self._shared: dict[Sequence, int] = {}  # pages up to there
         self._asked: dict[Request, Ordered[int]] = {}  # keys of requests that wait
         self._branches: set[Sequence] = set()  # of groups; their tables are always complete
+        self.grows_steadily = block_size == 1
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -228,6 +229,13 @@ class RadixAllocator(CachingAllocator):
         for sequence in behind:
             self.list_blocks(sequence)
         return books
+
+    def grow_steadily(self, count: int, first: int, ticks: int) -> list[tuple[int, int, int]]:
+        """Pages of one token."""
+        self.pool.owe(count * ticks)
+        held = self.num_held
+        self.num_held += count * ticks
+        return [(first + tick, held + count * (tick + 1), self.num_internal) for tick in range(ticks)]
 
     def list_blocks(self, sequence: Sequence) -> None:
         """Draw the pages that the sequence has been given since somebody last looked."""

@@ -78,6 +78,7 @@ class AISimulate(ChunkedScheduler):
         return self._walk(step) if left is None else left
 
     def _walk(self, step: Step) -> int:
+        self.decodes.list_steady()
         queue = list(self.running)
         chunked: set[Request] = set()
         served: dict[Request, int] = {}

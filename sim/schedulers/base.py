@@ -90,7 +90,7 @@ class Scheduler(Queues, ABC):
         growing = decodes.growths.get(tick, ())
         pending = decodes.copy_pending
         counted = allocator.counted
-        lacking = len(growing) + len(pending)
+        lacking = len(growing) + len(pending) + decodes.steady
         if counted is not None:
             lacking += counted.demand
         self.tight = allocator.headroom - lacking < self.widest
@@ -99,13 +99,16 @@ class Scheduler(Queues, ABC):
                 counted.list_all()
             else:
                 step.copied_blocks += counted.grow()
+        if self.tight or pending:
+            decodes.list_steady()
         if self.tight:
             self._grow_one_by_one(step)
         elif pending:
+            growing = decodes.growths.get(tick, ())
             for sequence in sorted({*growing, *pending}, key=arrival_order):
                 step.copied_blocks += allocator.append(sequence)
             self.note_grown()
-        elif growing or tick in decodes.turns:
+        elif growing or decodes.steady or tick in decodes.turns:
             decodes.grow_next(allocator)
         self.decode(step)
 

@@ -77,13 +77,15 @@ class ChunkedScheduler(Scheduler):
     def ample(self, demand: int) -> bool:
         """Whether nobody can be refused: all decodes grow, and prompts take `demand` of the headroom."""
         decodes = self.decodes
-        growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending)
+        growing = len(decodes.growths.get(decodes.clock + 1, ())) + len(decodes.copy_pending) + decodes.steady
         counted = self.allocator.counted
         if counted is not None:
             growing += counted.demand
         ample = self.allocator.headroom - growing - demand >= self.widest
-        if counted is not None and not ample:
-            counted.list_all()  # who gets what is decided one by one
+        if not ample:  # who gets what is decided one by one
+            decodes.list_steady()
+            if counted is not None:
+                counted.list_all()
         return ample
 
     def serve_all(self, step: Step, longest: int = FOREVER) -> int | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 from sim.allocators.base import Allocator
 from sim.allocators.capacity import Admission
 from sim.decode_set import DecodeSet
-from sim.request import Request, Sequence
+from sim.request import Request, Sequence, TokenwiseSequence
 from sim.schedulers.orders import Order, fcfs
 from sim.schedulers.orders import order as orders
 from sim.schedulers.ranking import Ranking
@@ -155,7 +155,8 @@ class Queues:
         if request.sequences:
             sequence = request.sequences[0]
         else:
-            sequence = Sequence(request, 0, 0, request.prompt_tokens + request.output_tokens - 1)
+            made = TokenwiseSequence if self.allocator.grows_steadily and request.width == 1 else Sequence
+            sequence = made(request, 0, 0, request.prompt_tokens + request.output_tokens - 1)
             request.sequences.append(sequence)
             request.first_scheduled_time = now
         if filled < known:

@@ -141,6 +141,7 @@ class VllmV0(ChunkedScheduler):
         return all(request.id < first.id or request in partial for request in self.running)
 
     def _walk(self, step: Step) -> int:
+        self.decodes.list_steady()
         queue = sorted(self.running, key=arrival)
         partial = self.partial
         left = self.max_num_batched_tokens

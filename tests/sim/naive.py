@@ -19,6 +19,7 @@ class NaiveDecodeSet:
 
     def __init__(self) -> None:
         self.clock = 0
+        self.steady = 0
         self.sequences: list[Sequence] = []
         self.copy_pending: list[Sequence] = []
         self.growths: dict[int, list[Sequence]] = {}
@@ -59,6 +60,9 @@ class NaiveDecodeSet:
         sequence.origin = tokens
         if sequence in self.copy_pending:
             self.copy_pending.remove(sequence)
+
+    def list_steady(self) -> None:
+        """Nobody is."""
 
     def note_grown(self, tick, grown, step) -> None:
         assert not grown
