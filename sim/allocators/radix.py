@@ -153,14 +153,13 @@ class RadixAllocator(CachingAllocator):
             full, keys = self._enterable(sequence, full, keys)
         used = pool.num_used
         found, node = self.tree.insert(
-            keys, table[shared:], -sequence.request.priority, self._nodes[sequence]
+            keys, table[shared:], -sequence.request.priority, self._nodes[sequence], lock=True
         )
         known = shared + found
         pool.keep(table[known:full])
         if self.tiers is not None and known < full:
             self._named.name(keys[found:], table[known:full], known)
             self.tiers.found(sequence, [*keys[found:]], table[known:full])
-        self.tree.lock(node)
         self.tree.unlock(self._nodes[sequence])
         self._nodes[sequence], self._shared[sequence] = node, full
         if known > shared:

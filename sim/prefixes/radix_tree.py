@@ -90,8 +90,10 @@ class RadixTree:
         pages: Sequence[int],
         priority: int = 0,
         below: Node | None = None,
+        *,
+        lock: bool = False,
     ) -> tuple[int, Node]:
-        """Add a prefix that is in these pages; how much of it was there already, and the node where it ends.
+        """Add a prefix that is in these pages, and `lock` it; how much of it was there, and the node where it ends.
 
         The tree takes over the pages behind what was there; those before are the caller's to free. What goes on
         below a node that is known begins there; all above it is used once more.
@@ -104,7 +106,10 @@ class RadixTree:
             self.num_nodes += 1
             self.evictable += len(leaf.pages)
             node = leaf
-            self._offer(leaf)
+            if not lock:
+                self._offer(leaf)
+        if lock:
+            self.lock(node)
         return length, node
 
     def _walk(
