@@ -284,9 +284,9 @@ class CachingAllocator(Allocator):
         unfilled = 0
         if pool.extra_references and pool.count(sequence.block_table[-1]) > 1:  # another branch has it too
             unfilled = sequence.capacity - sequence.origin
-        used = pool.num_used
+        free = pool.num_free
         self.release(sequence)
-        shared = sequence.capacity - size * (used - pool.num_used)
+        shared = sequence.capacity - size * (pool.num_free - free)
         self.num_held -= sequence.capacity - shared
         if done:
             self._done.discard(sequence)

@@ -151,12 +151,12 @@ class RadixAllocator(CachingAllocator):
         keys = sequence_keys(sequence, full, self.block_size, shared)  # those before stand in the tree
         if len(sequence.request.sequences) > 1:
             full, keys = self._enterable(sequence, full, keys)
-        used = pool.num_used
+        free = pool.num_free
         found, node = self.tree.insert(
-            keys, table[shared:], -sequence.request.priority, self._nodes[sequence], lock=True
+            keys, table, -sequence.request.priority, self._nodes[sequence], begin=shared, lock=True
         )
         known = shared + found
-        pool.keep(table[known:full])
+        pool.keep(table, known, full)
         if self.tiers is not None and known < full:
             self._named.name(keys[found:], table[known:full], known)
             self.tiers.found(sequence, [*keys[found:]], table[known:full])
@@ -170,7 +170,7 @@ class RadixAllocator(CachingAllocator):
                 self.probe.write(sequence)
             # What a branch of its own has entered is the same page.
             pool.release([page for page, other in zip(own, theirs, strict=True) if page != other])
-            spared = (used - pool.num_used) * self.block_size  # in pages that nobody has now
+            spared = (pool.num_free - free) * self.block_size  # in pages that nobody has now
             self.num_held -= spared
             self.num_tokens -= spared
         for branch in sequence.request.sequences if len(sequence.request.sequences) > 1 else ():

@@ -88,11 +88,11 @@ class PagePool(UncountedPool):
     def forget(self, pages: Iterable[int]) -> None:
         """These pages are not in the tree any more."""
 
-    def keep(self, pages: Iterable[int]) -> None:
-        """These pages, which are held, are in the tree from now on: references to them are locks."""
+    def keep(self, table: list[int], first: int, stop: int) -> None:
+        """These pages of a table are in the tree from now on: references to them are locks."""
         extra = self._extra
         if extra:
-            for page in pages:
+            for page in table[first:stop]:
                 self._more -= extra.pop(page, 0)
 
     def unheld(self) -> Iterable[int]:

@@ -87,20 +87,21 @@ class RadixTree:
     def insert(
         self,
         content: Sequence[Hashable],
-        pages: Sequence[int],
+        pages: list[int],
         priority: int = 0,
         below: Node | None = None,
         *,
+        begin: int = 0,
         lock: bool = False,
     ) -> tuple[int, Node]:
-        """Add a prefix that is in these pages, and `lock` it; how much of it was there, and the node where it ends.
+        """Add a prefix that is in these pages, from `begin` on; how much of it was there, and the node where it ends.
 
         The tree takes over the pages behind what was there; those before are the caller's to free. What goes on
-        below a node that is known begins there; all above it is used once more.
+        below a node that is known begins there; all above it is used once more. With `lock` it is locked too.
         """
         node, length = self._walk(content, priority, below)
         if length < len(content):
-            leaf = Node(node, content[length:], list(pages[length : len(content)]), self._tick())
+            leaf = Node(node, content[length:], pages[begin + length : begin + len(content)], self._tick())
             leaf.priority = priority
             node.children[content[length]] = leaf
             self.num_nodes += 1

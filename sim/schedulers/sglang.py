@@ -143,7 +143,9 @@ class SGLang(PromisingScheduler):
 
     def limit(self, request: Request) -> int:
         """What the client allows, and the pool holds."""
-        return max(0, min(super().limit(request), self._pool - request.prompt_tokens - 1))
+        allowed = request.output_tokens if self.max_new_tokens is None else super().limit(request)
+        room = self._pool - request.prompt_tokens - 1
+        return allowed if allowed < room else max(0, room)
 
     def promise(self, request: Request) -> int:
         """Tokens to come, at most."""
