@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class FreeQueue:
@@ -13,7 +13,7 @@ class FreeQueue:
     count. What is put at the head is not removed from there.
     """
 
-    __slots__ = ("_front", "_head", "_left", "_num_left", "_queue")
+    __slots__ = ("_front", "_head", "_left", "_num_left", "_queue", "size")
 
     def __init__(self, blocks: Iterable[int]) -> None:
         self._front: list[int] = []  # before the queue, its first at the end
@@ -21,9 +21,10 @@ class FreeQueue:
         self._head = 0  # the queue begins here
         self._left: dict[int, int] = {}  # places of each block in the queue that do not count
         self._num_left = 0
+        self.size = len(self._queue)
 
     def __len__(self) -> int:
-        return len(self._front) + len(self._queue) - self._head - self._num_left
+        return self.size
 
     def __iter__(self) -> Iterator[int]:
         """From the head on."""
@@ -39,6 +40,7 @@ class FreeQueue:
         """The first `count`, which have to be there."""
         front = self._front
         blocks: list[int] = []
+        self.size -= count
         if front and count:
             blocks = front[: -count - 1 : -1]
             del front[-len(blocks) :]
@@ -77,15 +79,18 @@ class FreeQueue:
     def put_first(self, blocks: list[int]) -> None:
         """Put these at the head, in this order."""
         self._front += blocks[::-1]
+        self.size += len(blocks)
 
-    def put_last(self, blocks: Iterable[int]) -> None:
+    def put_last(self, blocks: Sequence[int]) -> None:
         """Put these at the tail, in this order."""
         self._queue.extend(blocks)
+        self.size += len(blocks)
 
     def remove(self, block: int) -> None:
         """Take out a block that was put at the tail."""
         self._left[block] = self._left.get(block, 0) + 1
         self._num_left += 1
+        self.size -= 1
         if self._num_left > 64 + (len(self._queue) - self._head) // 2:
             self._compact()
 

@@ -53,6 +53,16 @@ class PrefixPool(BlockPool):
         self.changes = 0  # goes up whenever another block may be found than before
         self._found: dict[Hashable, int | list[int]] = {}
 
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken now, those with content included."""
+        return self.free.size
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds."""
+        return self.num_blocks - self.free.size
+
     def find(self, key: Hashable) -> int | None:
         """The block with this content, the first registered of several; None if there is none."""
         found = self._found.get(key)
@@ -76,8 +86,8 @@ class PrefixPool(BlockPool):
     def take(self, count: int = 1) -> list[int]:
         """Hand out the `count` blocks at the head of the queue. Raises OutOfBlocks and takes none if too few."""
         free = self.free
-        if count > len(free):
-            raise OutOfBlocks(f"asked for {count} blocks, {len(free)} of {self.num_blocks} are free")
+        if count > free.size:
+            raise OutOfBlocks(f"asked for {count} blocks, {free.size} of {self.num_blocks} are free")
         blocks = free.take(count)
         references, keys, found = self.references, self.keys, self._found
         forgotten = 0
@@ -127,8 +137,10 @@ class PrefixPool(BlockPool):
                 head.append(block)
             else:
                 tail.append(block)
-        self.free.put_first(head)
-        self.free.put_last(tail)
+        if head:
+            self.free.put_first(head)
+        if tail:
+            self.free.put_last(tail)
 
     def requeue(self, blocks: Iterable[int]) -> None:
         """Move those of the blocks that queue up at the tail behind all others, in this order."""
