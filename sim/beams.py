@@ -15,6 +15,7 @@ from sim.units import FOREVER
 
 if TYPE_CHECKING:
     from sim.allocators.counted_beams import CountedBeams
+    from sim.allocators.counted_group import CountedGroup
     from sim.schedulers.base import Scheduler
 
 
@@ -46,6 +47,7 @@ class BeamSearch:
         self.turnover = turnover
         self.seed = seed
         self._parents: dict[Request, Ints] = {}  # of groups that are followed beam by beam
+        self._listed: dict[Request, CountedGroup] = {}  # those of them that were counted before
         self._lengths: dict[Request, list[int]] = {}  # tokens at which they turn over, the next one last
         self._due: dict[int, list[Request]] = {}
         self._ticks: list[int] = []
@@ -63,7 +65,7 @@ class BeamSearch:
     def count(self, parent: Sequence, scheduler: Scheduler) -> bool:
         """Let a group whose prompt is computed decode, if its allocator can count its blocks; whether it does."""
         allocator = scheduler.allocator
-        if not allocator.counts_beams:
+        if not allocator.counts_beams or allocator.tiers is not None:
             return False
         if allocator.probe is not None and allocator.probe.follows(parent.request):
             return False
@@ -79,13 +81,15 @@ class BeamSearch:
         tokens = first.num_tokens
         self.follow(request, self._draw(request, tokens, first.final_tokens), tokens)
 
-    def follow(self, request: Request, parents: Ints, tokens: int) -> None:
-        """Turn a group over beam by beam from so many tokens on."""
+    def follow(self, request: Request, parents: Ints, tokens: int, group: CountedGroup | None = None) -> None:
+        """Turn a group over beam by beam from so many tokens on; until it is counted again, if it was before."""
         first = request.prompt_tokens + 1
         turning = (parents != np.arange(parents.shape[1])).any(axis=1).nonzero()[0] + first
         lengths = turning[turning >= tokens][::-1].tolist()
         if lengths:
             self._parents[request], self._lengths[request] = parents, lengths
+            if group is not None:
+                self._listed[request] = group
             self._schedule(request)
 
     def _schedule(self, request: Request) -> None:
@@ -113,10 +117,15 @@ class BeamSearch:
                 continue
             while lengths and lengths[-1] <= request.sequences[0].num_tokens:
                 self._turn_over(request, lengths.pop(), scheduler)
-            if lengths:
+            if lengths and not self._gather(request):
                 self._schedule(request)
             else:
                 del self._lengths[request], self._parents[request]
+                self._listed.pop(request, None)
+
+    def _gather(self, request: Request) -> bool:
+        group = self._listed.get(request)
+        return group is not None and self._counted is not None and self._counted.gather(group)
 
     def _turn_over(self, request: Request, tokens: int, scheduler: Scheduler) -> None:
         decodes, allocator, beams = scheduler.decodes, scheduler.allocator, request.sequences
@@ -124,7 +133,8 @@ class BeamSearch:
         before, lives = list(beams), 1
         while parents[lives] > parents[lives - 1]:
             lives += 1
-        for sequence in [each for beam, each in enumerate(before) if beam not in parents[:lives]]:
+        living = parents[:lives]
+        for sequence in [each for beam, each in enumerate(before) if beam not in living]:
             decodes.leave(sequence)
             scheduler.release(sequence)
             beams.remove(sequence)

@@ -94,7 +94,7 @@ class DecodeSet:
         tokens = sequence.origin + self.clock
         self.finishes[sequence.finish_tick].remove(sequence)
         if not sequence.steady and sequence.capacity < sequence.final_tokens:
-            self.growths[sequence.capacity + 1 - sequence.origin].remove(sequence)
+            self.forget_growth(sequence)
         self._forget(sequence, tokens)
 
     def _forget(self, sequence: Sequence, tokens: int) -> None:
@@ -151,6 +151,10 @@ class DecodeSet:
             growing.append(sequence)
         else:
             insort(growing, sequence, key=arrival_order)
+
+    def forget_growth(self, sequence: Sequence) -> None:
+        """A member needs no further slot."""
+        self.growths[sequence.capacity + 1 - sequence.origin].remove(sequence)
 
     def await_turn(self, edge: Edge) -> None:
         """Note the tick at which a window of a member turns next."""

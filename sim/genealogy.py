@@ -12,9 +12,11 @@ Ints = NDArray[np.int64]
 _MASK = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
 
-COPIES, TAKEN, WRITTEN, WASTED, LEFT, LOST, SPARED = range(7)
+COPIES, TAKEN, WRITTEN, WASTED, LEFT, LOST, SPARED, PARTIAL = range(8)
 """Columns of `changes`. With a growth: blocks copied, blocks taken, slots filled beside one a beam, slots of them that
-are never used. With a turnover: blocks given back, slots emptied, slots that are not wasted any more."""
+are never used. With a turnover: blocks given back, slots emptied, slots that are not wasted any more, and how many of
+the blocks were filled in part."""
+NUM_CHANGES = 8
 
 _BITS = 1 << np.arange(62, dtype=np.int64)
 
@@ -53,7 +55,7 @@ def changes(parents: Ints, prompt: int, final: int, size: int) -> Ints:
     """What becomes of a group's blocks of `size` slots, from `prompt` tokens a beam to `final`.
 
     Copy-on-write: beams with a common ancestor share the blocks that were full when they parted, and the last one
-    until one of them writes on. Returns changes by tick, shape [final - prompt + 1, 7]; those of entry t come with the
+    until one of them writes on. Returns changes by tick, shape [final - prompt + 1, 8]; those of entry t come with the
     growth to prompt + t tokens, and with the turnover behind it.
     """
     width = parents.shape[1]
@@ -70,7 +72,7 @@ def changes(parents: Ints, prompt: int, final: int, size: int) -> Ints:
     written = full * size + width * (offset + 1) - slots
     waste = -final % size
     wasted = waste * (before >= final + waste - size)  # in each last block
-    found = np.zeros((ticks + 1, 7), np.int64)
+    found = np.zeros((ticks + 1, NUM_CHANGES), np.int64)
     found[1:, COPIES] = np.where(offset, taken, 0)
     found[1:, TAKEN] = taken
     found[1:, WRITTEN] = written - width
@@ -78,6 +80,7 @@ def changes(parents: Ints, prompt: int, final: int, size: int) -> Ints:
     found[1:-1, LEFT] = blocks[:-1] + taken[:-1] - blocks[1:]
     found[1:-1, LOST] = slots[:-1] + written[:-1] - slots[1:]
     found[1:-1, SPARED] = wasted[:-1] * (width - tails[1:])
+    found[1:-1, PARTIAL] = np.where(offset[1:], width - tails[1:], 0)
     return found
 
 

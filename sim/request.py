@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence as Ordered
 
-    from sim.allocators.counted_beams import CountedGroup
+    from sim.allocators.counted_group import CountedGroup
     from sim.allocators.window_edge import Edge
     from sim.decode_set import DecodeSet
     from sim.source import Session

@@ -11,9 +11,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.base import Allocator
 from sim.allocators.blocks import block_slots, grow_by_block
 from sim.allocators.capacity import STAYS_CACHED, Admission, Capacity
+from sim.allocators.countable import CountableAllocator
 from sim.errors import IntegrityError
 from sim.pools.block_pool import BlockPool
 from sim.prefixes.keys import sequence_keys
@@ -21,7 +21,7 @@ from sim.request import Request, Sequence
 from sim.tiers.tiered_store import TieredStore
 
 
-class CachingAllocator(Allocator):
+class CachingAllocator(CountableAllocator):
     """Blocks that keep their content when they are freed, and are shared by requests that begin alike.
 
     A policy says which leading blocks of a request are cached (`cached`), hands them out (`hold`), keeps what
@@ -145,6 +145,8 @@ class CachingAllocator(Allocator):
         free = self.pool.num_free
         if free >= len(request.sequences):
             return True
+        if request.counted is not None:
+            return request.counted.demand <= free
         first = request.sequences[0]
         if first.num_tokens >= first.capacity:  # branches are equally long
             return len(request.sequences) <= free
@@ -242,6 +244,7 @@ class CachingAllocator(Allocator):
 
     def append(self, sequence: Sequence) -> int:
         """A new block if the last is full, a copy of the last if another branch has it too, else nothing."""
+        self.list_beams(sequence.request)
         tokens = sequence.num_tokens
         if tokens >= sequence.capacity:
             self._grow_to(sequence, sequence.capacity + 1)
@@ -275,6 +278,11 @@ class CachingAllocator(Allocator):
 
     def free(self, sequence: Sequence) -> None:
         """Take back the sequence's references; only blocks that nobody else holds leave the books."""
+        if self._retired:
+            self.list_beams(sequence.request)
+        if sequence.request.counted is not None:
+            sequence.request.counted.free(sequence)
+            return
         done = sequence in self._done
         if not done and sequence.origin >= sequence.final_tokens:
             self.finished(sequence)
@@ -304,6 +312,7 @@ class CachingAllocator(Allocator):
     def retire(self, request: Request) -> None:
         """The branches are done: their blocks are internal waste as far as nobody else uses them."""
         size, retired = self.block_size, self._retired
+        self.list_beams(request)
         for sequence in request.sequences:
             self.finished(sequence)
             table = sequence.block_table

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +11,15 @@ from numpy.typing import NDArray
 from sim.allocators.base import allocator
 from sim.allocators.blocks import block_slots, grow_by_block, in_common
 from sim.allocators.capacity import STAYS_CACHED, Admission, Capacity
-from sim.allocators.counted_beams import CountedBeams
+from sim.allocators.countable import CountableAllocator
 from sim.allocators.swapping import SwappingAllocator
 from sim.pools.block_pool import BlockPool
 from sim.registry import Bounds, NonNegativeInt, PositiveInt
 from sim.request import Request, Sequence
 
-if TYPE_CHECKING:
-    from sim.beams import BeamSearch
-    from sim.decode_set import DecodeSet
-
 
 @allocator("paged")
-class PagedAllocator(SwappingAllocator):
+class PagedAllocator(CountableAllocator, SwappingAllocator):
     """Blocks of `block_size` slots handed out on demand, shared on fork, copied on write.
 
     The rules are those of vLLM V0 (`block_manager_v1.py`, 0.4.2; Kwon et al., SOSP 2023): a watermark of
@@ -43,11 +38,6 @@ class PagedAllocator(SwappingAllocator):
 
     can_fork = True
     counts_beams = True
-
-    def __init_subclass__(cls) -> None:
-        """Other rules for blocks are not counted for beams."""
-        super().__init_subclass__()
-        cls.counts_beams = False
 
     def __new__(cls, *arguments: Any, prefix_caching: bool = False, **fields: Any) -> PagedAllocator:
         """With prefix caching another class, so that nothing of it is asked for without."""
@@ -171,8 +161,7 @@ class PagedAllocator(SwappingAllocator):
 
     def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
         """Full blocks of the tables."""
-        if request.counted is not None:
-            request.counted.list_blocks()
+        self.list_beams(request)
         return in_common(request.sequences, request.sequences[0].num_tokens // self.block_size)
 
     def remember(self, request: Request) -> None:
@@ -191,6 +180,12 @@ class PagedAllocator(SwappingAllocator):
             self.make_room(sum([len(sequences) for _, sequences in batches]))
         return grow_by_block(self, self.pool, batches)
 
+    def take_blocks(self, count: int) -> list[int]:
+        """Those that others give up too."""
+        if self.yielding:
+            self.make_room(count)
+        return super().take_blocks(count)
+
     @property
     def headroom(self) -> int:
         """Free blocks, and those that others give up when asked."""
@@ -202,8 +197,7 @@ class PagedAllocator(SwappingAllocator):
 
     def append(self, sequence: Sequence) -> int:
         """A new block if the last is full, a copy of the last if others share it, else nothing."""
-        if sequence.request.counted is not None:
-            sequence.request.counted.list_blocks()
+        self.list_beams(sequence.request)
         tokens = sequence.num_tokens
         if tokens >= sequence.capacity:
             self._grow_to(sequence, sequence.capacity + 1)
@@ -265,15 +259,9 @@ class PagedAllocator(SwappingAllocator):
         self.sequences.discard(sequence)
         sequence.capacity = 0
 
-    def count_beams(self, decodes: DecodeSet, search: BeamSearch) -> CountedBeams:
-        """Beam groups of equal blocks, which are copied on write."""
-        self.counted = CountedBeams(self, decodes, search)
-        return self.counted
-
     def retire(self, request: Request) -> None:
         """The branches are done: every slot that they hold is internal waste from now on."""
-        if request.counted is not None:
-            request.counted.list_blocks()
+        self.list_beams(request)
         self._book(request.sequences, -1)
         for sequence in request.sequences:
             sequence.origin = sequence.final_tokens = 0
@@ -302,8 +290,3 @@ class PagedAllocator(SwappingAllocator):
     def blocks_saved(self) -> int:
         """References beyond the first of every device block."""
         return self.pool.extra_references
-
-    def check_integrity(self) -> None:
-        """Recount everything, with the block tables that counted beams would have. Raises IntegrityError."""
-        with self.counted.all_listed() if self.counted is not None else nullcontext():
-            super().check_integrity()

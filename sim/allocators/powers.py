@@ -85,6 +85,10 @@ class Powers:
         """Let the child share everything that the parent holds."""
         raise TypeError(f"{type(self).__name__} cannot share slots between sequences")
 
+    def copies(self, branches: list[Sequence]) -> int:
+        """Blocks that the next tokens of branches take which share the blocks that these go to, all who have them."""
+        return len(branches)
+
     def count_beams(self, decodes: DecodeSet, search: BeamSearch) -> CountedBeams:
         """What counts the blocks of beam groups in this decode set."""
         raise TypeError(f"{type(self).__name__} has no count of the blocks of beams")

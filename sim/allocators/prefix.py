@@ -47,6 +47,7 @@ class PrefixAllocator(CachingAllocator):
         windows: Tokens that each group of layers attends to, null for all; by default as the model has it.
     """
 
+    counts_beams = True
     groups_layers = True
     can_offload = True
     pool: PrefixPool
@@ -171,6 +172,7 @@ class PrefixAllocator(CachingAllocator):
 
     def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
         """Full blocks of the tables: the first branch registers them, and the others find them."""
+        self.list_beams(request)
         if not self.prefix_caching:
             return [None] * len(request.sequences)
         return in_common(request.sequences, request.sequences[0].num_tokens // self.block_size)
@@ -190,13 +192,35 @@ class PrefixAllocator(CachingAllocator):
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
         if not self.prefix_caching or sequence.num_tokens >= sequence.final_tokens:
             pass
-        elif (
-            self.tiers is None and sequence.request.status == "running"
-        ):  # a beam that died: nobody looks for it
-            self.pool.mark_full(sequence.block_table[: sequence.num_tokens // self.block_size])
+        elif self.tiers is None and sequence.request.status == "running":  # a beam that died
+            self.pool.leave_table(sequence.block_table, sequence.num_tokens // self.block_size)
+            return
         else:
             keys = self._own_keys(sequence, sequence.num_tokens)
             self._register(sequence, keys)
             if isinstance(self.pool, OffloadingPool):
                 self.pool.reveal(sequence.block_table, keys)
         self.pool.release(sequence.block_table[::-1])
+
+    # Beams that are counted
+
+    def free(self, sequence: Sequence) -> None:
+        """Beams have tables in the end only if what they generated is found again."""
+        if sequence.request.output_content is not None:
+            self.list_beams(sequence.request)
+        super().free(sequence)
+
+    def give_back(self, blocks: list[int], partial: int) -> None:
+        """Full blocks queue up at the tail, as those of a beam that died or is done."""
+        self.pool.leave_table(blocks, (len(blocks) - partial) * self.prefix_caching)
+
+    def forget(self, blocks: list[int]) -> bool:
+        """Take their keys, which only the group itself would ask for."""
+        self.pool.forget(blocks)
+        return True
+
+    def give_back_prompt(self, blocks: list[int], beams: int) -> None:
+        """The last block first."""
+        if self.prefix_caching:
+            self.pool.mark_full(blocks)
+        super().give_back_prompt(blocks[::-1], beams)

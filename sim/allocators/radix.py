@@ -43,6 +43,7 @@ class RadixAllocator(CachingAllocator):
         eviction: Which leaf goes first; belady takes what is asked for last in the whole workload, page by page.
     """
 
+    counts_beams = True
     can_offload = True
     pool: PagePool
     refresh: Literal["whole", "visited"] = "visited"
@@ -148,9 +149,14 @@ class RadixAllocator(CachingAllocator):
         self.list_blocks(sequence)
         shared, table, pool = self._shared[sequence], sequence.block_table, self.pool
         full = sequence.num_tokens // self.block_size
-        keys = sequence_keys(sequence, full, self.block_size, shared)  # those before stand in the tree
-        if len(sequence.request.sequences) > 1:
-            full, keys = self._enterable(sequence, full, keys)
+        alone = len(sequence.request.sequences) == 1
+        whole: Ordered[int] = ()
+        if alone:
+            keys = sequence_keys(sequence, full, self.block_size, shared)  # those before stand in the tree
+        else:
+            whole = sequence_keys(sequence, full, self.block_size)
+            full = self._enterable(sequence, whole)
+            keys = whole[shared:full]
         free = pool.num_free
         found, node = self.tree.insert(
             keys, table, -sequence.request.priority, self._nodes[sequence], begin=shared, lock=True
@@ -173,23 +179,22 @@ class RadixAllocator(CachingAllocator):
             spared = (pool.num_free - free) * self.block_size  # in pages that nobody has now
             self.num_held -= spared
             self.num_tokens -= spared
-        for branch in sequence.request.sequences if len(sequence.request.sequences) > 1 else ():
+        for branch in () if alone else sequence.request.sequences:
             if branch is not sequence and branch in self._nodes:
-                self._lock_common(sequence, branch)
+                self._lock_common(sequence, branch, whole)
 
-    def _enterable(self, sequence: Sequence, full: int, keys: Ordered[int]) -> tuple[int, Ordered[int]]:
-        """How many pages of a branch may be in the tree, and the keys of those that are not yet.
+    def _enterable(self, sequence: Sequence, keys: Ordered[int]) -> int:
+        """How many pages of a branch, which have these keys, may be in the tree.
 
         Pages that another branch shares behind some for which the tree has others stay out, as that branch keeps its
         own and has not locked what is there; it enters them itself.
         """
-        shared, table = self._shared[sequence], sequence.block_table
-        known = self.tree.peek([*sequence_keys(sequence, shared, self.block_size), *keys])[0]
-        if shared < known < full and self.pool.count(table[known]) > 1:
-            full = known
-        return full, keys[: full - shared]
+        shared, known = self._shared[sequence], self.tree.peek(keys)[0]
+        if shared < known < len(keys) and self.pool.count(sequence.block_table[known]) > 1:
+            return known
+        return len(keys)
 
-    def _lock_common(self, entered: Sequence, branch: Sequence) -> None:
+    def _lock_common(self, entered: Sequence, branch: Sequence, keys: Ordered[int]) -> None:
         """Let a branch hold what is in the tree now of the pages that it shares with one that was entered."""
         table, full, common = entered.block_table, self._shared[entered], self._shared[branch]
         for own, other in zip(branch.block_table[common:], table[common:full], strict=False):
@@ -197,7 +202,7 @@ class RadixAllocator(CachingAllocator):
                 break
             common += 1
         if common > self._shared[branch]:
-            _, node = self.tree.match(sequence_keys(entered, common, self.block_size))
+            _, node = self.tree.match(keys[:common])
             self.tree.lock(node)
             self.tree.unlock(self._nodes[branch])
             self._nodes[branch], self._shared[branch] = node, common
@@ -240,7 +245,10 @@ class RadixAllocator(CachingAllocator):
         """Draw the pages that the sequence has been given since somebody last looked."""
         missing = sequence.capacity // self.block_size - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table += self.pool.draw(missing)
+            if sequence.request.counted is not None:
+                self.list_beams(sequence.request)
+            else:
+                sequence.block_table += self.pool.draw(missing)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """Append the pages that the table lacks."""
@@ -251,6 +259,27 @@ class RadixAllocator(CachingAllocator):
         """Block table times block size plus offset, shape [num_tokens]."""
         self.list_blocks(sequence)
         return super().slots(sequence)
+
+    # Beams that are counted
+
+    def share_prompt(self, parent: Sequence, others: Ordered[Sequence]) -> int:
+        """Lock the prompt's part of the tree once more for each."""
+        self.list_blocks(parent)
+        node, shared = self._nodes[parent], self._shared[parent]
+        for beam in others:
+            self._nodes[beam], self._shared[beam] = node, shared
+            self.tree.lock(node)
+        self._branches.update((parent, *others))
+        return shared
+
+    def forget(self, blocks: list[int]) -> bool:
+        """A group that is computed again is in the tree with more than its prompt."""
+        return False
+
+    def free(self, sequence: Sequence) -> None:
+        """What beams have computed is entered into the tree, so they have tables in the end."""
+        self.list_blocks(sequence)
+        super().free(sequence)
 
     # Books
 

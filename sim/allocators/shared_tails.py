@@ -90,8 +90,8 @@ class TailSharingAllocator(PagedAllocator):
             self.make_room(1)
             if references[shared] == 1:  # it was being copied away
                 return 0
-        self._count(sequence, -1)
         index = len(sequence.block_table) - 1
+        self._count(sequence, -1, index)
         (own,) = self.pool.take()
         if self.probe is not None:
             self.probe.write(sequence)
@@ -99,7 +99,7 @@ class TailSharingAllocator(PagedAllocator):
         sequence.block_table[-1] = own
         self.pool.release((shared,), index, self._last_use(sequence))
         self._part(sequence, shared, index)
-        self._count(sequence, 1)
+        self._count(sequence, 1, index)
         return 1
 
     def _part(self, sequence: Sequence, block: int, index: int) -> None:
@@ -120,19 +120,27 @@ class TailSharingAllocator(PagedAllocator):
 
     # Books
 
-    def _count(self, sequence: Sequence, sign: int) -> None:
-        """Enter (1) or strike (-1) what a sequence, whose references stand, adds to the others' blocks."""
-        size, table, references = self.block_size, sequence.block_table, self.pool.references
+    def _count(self, sequence: Sequence, sign: int, first: int = 0) -> None:
+        """Enter (1) or strike (-1) what a sequence, whose references stand, adds to the others' blocks.
+
+        Of its own blocks those from `first` on, its last one included.
+        """
+        size, references, sharers = self.block_size, self.pool.references, self._sharers
         done = sequence in self._done
-        final = sequence.final_tokens
-        held = sequence.capacity
-        filled = tokens = sequence.num_tokens
-        internal = held if done else max(0, held - final)
+        final, filled = sequence.final_tokens, sequence.num_tokens
+        held = sequence.capacity - first * size
+        tokens = max(0, filled - first * size)
+        internal = held if done else max(0, sequence.capacity - final)
         if self.pool.extra_references:
-            for index, block in enumerate(table):
+            full = 0 if done or self._retired else filled // size
+            table = sequence.block_table[first:] if first else sequence.block_table
+            for index, block in enumerate(table, first):
                 if references[block] == 1:
                     continue
                 held -= size
+                if index < full and block not in sharers:  # the others have it full too
+                    tokens -= size
+                    continue
                 mine = min(size, max(0, filled - index * size))
                 waste = size if done else min(size, max(0, (index + 1) * size - final))
                 others, unused = self._of_others(sequence, block, index)

@@ -135,10 +135,14 @@ class Ledger:
         return self.follows_all or request.id < FIRST_FOLLOWED or request.id % FOLLOWED == 0
 
     def hide(self, sequence: Sequence) -> None:
-        """Forget what is entered of the sequence; other branches will have its blocks."""
+        """Forget what is entered of the sequence, but for what others may find; other branches will have its blocks."""
+        first = 0
+        if self._keeps_freed:
+            self._enter_one(sequence)
+            first = sequence.request.prompt_tokens // self.device.block_size
         written = self.live.pop(sequence, None)
         if written is not None and written.tokens:
-            for block in sequence.block_table:
+            for block in sequence.block_table[first:]:
                 self.cut(block, 0)
 
     def show(self, sequence: Sequence) -> None:
@@ -240,7 +244,10 @@ class Ledger:
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence."""
         if self._keeps_freed and sequence.num_tokens and sequence in self.allocator.sequences:
-            if sequence.block_table:
+            self.allocator.list_blocks(sequence)
+            if sequence.request.counted is not None:
+                pass  # nobody finds what it generated
+            elif sequence.block_table:
                 self._enter_one(sequence)
             else:
                 self.enter(self.layout([sequence]))

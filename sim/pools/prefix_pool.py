@@ -206,6 +206,19 @@ class PrefixPool(BlockPool):
             keys[block] = UNASKED
             self.num_keyed += 1
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Take the keys of held blocks."""
+        for block in blocks:
+            key, self.keys[block] = self.keys[block], None
+            if key is None:
+                continue
+            self.num_keyed -= 1
+            self.changes += 1
+            if self._found.get(key) == block:
+                del self._found[key]
+            else:
+                self._forget(block, key)
+
     def leave_table(self, blocks: list[int], full: int) -> None:
         """Drop a reference to each block of a table, the last one first; the first `full` of them queue up at the tail.
 

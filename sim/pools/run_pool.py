@@ -70,6 +70,9 @@ class RunPool(BlockPool):
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference to each page; those without any are free again. Raises ValueError on a double free."""
+        if self.extra_references:
+            self._release_shared(blocks)
+            return
         begin = end = -1
         for page in blocks:  # by pages in a row
             if page != end:
@@ -79,6 +82,37 @@ class RunPool(BlockPool):
             end = page + 1
         if end > begin:
             self._release_row(begin, end)
+
+    def _release_shared(self, blocks: Sequence[int]) -> None:
+        """`release` of pages of which others may hold some."""
+        references = self.references
+        begin = end = -1
+        shared = 0
+        alone: list[int] = []  # of those in a row
+        for page in blocks:
+            if page != end:
+                self._give_alone(begin, end, alone)
+                alone, begin = [], page
+            end = page + 1
+            held = references[page]
+            references[page] = held - 1
+            if held > 1:
+                shared += 1
+            elif held:
+                alone.append(page)
+            else:
+                raise ValueError(f"double free of page {page}")
+        self._give_alone(begin, end, alone)
+        self.extra_references -= shared
+
+    def _give_alone(self, begin: int, end: int, alone: list[int]) -> None:
+        """Give back a row that nobody holds, or those of its pages one by one."""
+        if len(alone) == end - begin:
+            if alone:
+                self._give(begin, end)
+            return
+        for page in alone:
+            self._give(page, page + 1)
 
     def _release_row(self, begin: int, end: int) -> None:
         references = self.references

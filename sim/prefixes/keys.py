@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence as Ordered
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,26 +42,19 @@ def sequence_keys(sequence: Sequence, num_blocks: int, block_size: int, first: i
 
     What is named of the output is what branch 0 generates; another branch has keys of its own from its fork on.
     """
-    request, forks = sequence.request, []
-    link = sequence.lineage
-    while link is not None:
-        if link.branch:
-            forks.append(link)
+    request, link, stop = sequence.request, sequence.lineage, num_blocks
+    parts: list[Ordered[int]] = []
+    while link is not None and stop > first:  # from the last fork back
+        begin = max(first, link.start // block_size)
+        if link.branch and begin < stop:
+            parts.append(own_keys(request, begin, stop, link.branch))
+            stop = begin
         link = link.parent
-    if not forks:
+    if not parts:
         return prefix_keys(request, num_blocks, block_size, first)
-    keys: list[int] = []
-    begin, branch = first, 0
-    for fork in [*reversed(forks), None]:
-        stop = num_blocks if fork is None else min(num_blocks, fork.start // block_size)
-        if stop > begin:
-            if branch:
-                keys += own_keys(request, begin, stop, branch)
-            else:
-                keys += prefix_keys(request, stop, block_size, begin)
-            begin = stop
-        branch = fork.branch if fork is not None else 0
-    return keys
+    if stop > first:
+        parts.append(prefix_keys(request, stop, block_size, first))
+    return parts[0] if len(parts) == 1 else [*chain.from_iterable(reversed(parts))]
 
 
 def _keys_of_runs(request: Request, num_blocks: int, block_size: int, first: int) -> list[int]:
@@ -128,8 +123,13 @@ def own_keys(request: Request, first: int, stop: int, branch: int = 0) -> range:
     """Keys of blocks that nobody else has: negative, so that they are none of named content."""
     base = own_key(request, 0)
     if branch:  # far below those of all branches 0
-        base -= mixed(mixed(request.id) + branch & _MASK) + 1 << 64
+        base -= _branch_offset(request.id, branch)
     return range(base + first, base + stop)
+
+
+@lru_cache(maxsize=1024)
+def _branch_offset(request: int, branch: int) -> int:
+    return mixed(mixed(request) + branch & _MASK) + 1 << 64
 
 
 def tail_key(request: Request, num_tokens: int) -> int | None:

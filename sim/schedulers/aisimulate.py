@@ -78,7 +78,7 @@ class AISimulate(ChunkedScheduler):
         return self._walk(step) if left is None else left
 
     def _walk(self, step: Step) -> int:
-        self.decodes.list_steady()
+        self.list_counted()
         queue = list(self.running)
         chunked: set[Request] = set()
         served: dict[Request, int] = {}

@@ -94,11 +94,8 @@ class Scheduler(Queues, ABC):
         if counted is not None:
             lacking += counted.demand
         self.tight = allocator.headroom - lacking < self.widest
-        if counted is not None:
-            if self.tight:
-                counted.list_all()
-            else:
-                step.copied_blocks += counted.grow()
+        if counted is not None and not self.tight:
+            step.copied_blocks += counted.grow()
         if self.tight or pending:
             decodes.list_steady()
         if self.tight:
@@ -153,6 +150,9 @@ class Scheduler(Queues, ABC):
 
     def append(self, request: Request, step: Step) -> None:
         """Give every branch of a decoding request a slot for its next token."""
+        if request.counted is not None:
+            step.copied_blocks += request.counted.grow()
+            return
         for sequence in request.sequences:
             step.copied_blocks += self.allocator.append(sequence)
 

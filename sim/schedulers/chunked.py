@@ -84,9 +84,13 @@ class ChunkedScheduler(Scheduler):
         ample = self.allocator.headroom - growing - demand >= self.widest
         if not ample:  # who gets what is decided one by one
             decodes.list_steady()
-            if counted is not None:
-                counted.list_all()
         return ample
+
+    def list_counted(self) -> None:
+        """Give all beams block tables: who has got slots in this very step may have to give way."""
+        self.decodes.list_steady()
+        if self.allocator.counted is not None:
+            self.allocator.counted.list_all()
 
     def serve_all(self, step: Step, longest: int = FOREVER) -> int | None:
         """Give all that run their tokens in order of admission, prompts at most `longest`; what is left of the budget.
@@ -187,6 +191,8 @@ class ChunkedScheduler(Scheduler):
         growing = decodes.growths.get(decodes.clock + 1, [])
         needing = {sequence.request for sequence in [*growing, *decodes.copy_pending]}
         needing.update([edge.sequence.request for edge in decodes.turns.get(decodes.clock + 1, ())])
+        if self.allocator.counted is not None:
+            needing.update(self.allocator.counted.growing())
         needing.update(others)
         return sorted(needing, key=self.running.__getitem__)
 
@@ -208,15 +214,21 @@ class ChunkedScheduler(Scheduler):
 
     def demanded(self, requests: Collection[Request]) -> int:
         """What the next tokens of decoding requests take of the headroom."""
+        pending = set(self.decodes.copy_pending)
+        demanded = 0
         for request in requests:
             if request.counted is not None:
-                request.counted.list_blocks()
-        pending = set(self.decodes.copy_pending)
-        return sum(
-            sequence.num_tokens >= sequence.capacity or sequence in pending
-            for request in requests
-            for sequence in request.sequences
-        )
+                demanded += request.counted.demand
+                continue
+            shared = []
+            for sequence in request.sequences:
+                if sequence.num_tokens >= sequence.capacity:
+                    demanded += 1
+                elif sequence in pending:
+                    shared.append(sequence)
+            if shared:
+                demanded += self.allocator.copies(shared)
+        return demanded
 
     def decode_walked(self, step: Step) -> None:
         """Put the decode set into the step after a walk over the requests."""

@@ -156,7 +156,7 @@ class LightLLM(PromisingScheduler):
     def _line(self, request: Request) -> tuple[int, int]:
         """The tick of a request's last growth, and the slots that it has at tick 0 if it grew all the time."""
         clock = self.decodes.clock
-        ((tokens, outputs),) = prospects(request)
+        tokens, outputs, _ = prospects(request)
         left = self.limit(request) - outputs - 1
         return clock + max(0, left), tokens + self._rounding - clock
 
@@ -183,15 +183,15 @@ class LightLLM(PromisingScheduler):
     def peak(self, requests: list[Request]) -> tuple[int, int]:
         """Slots in use at the foreseen peak if these requests run, and the steps until then."""
         busy = self._busy
-        batch = [
-            (max(0, self._foresee(request, outputs, busy) - outputs - 1), tokens)
-            for request in requests
-            for tokens, outputs in prospects(request)
-        ]
+        batch = []
+        for request in requests:
+            tokens, outputs, count = prospects(request)
+            batch.append((max(0, self._foresee(request, outputs, busy) - outputs - 1), tokens, count))
         batch.sort(reverse=True)
-        peak = steps = held = 0
-        for number, (left, tokens) in enumerate(batch, 1):
-            held += tokens + self._rounding
+        peak = steps = held = number = 0
+        for left, tokens, count in batch:
+            held += count * (tokens + self._rounding)
+            number += count
             if held + left * number >= peak:
                 peak, steps = held + left * number, left
         return peak, steps

@@ -128,7 +128,7 @@ class NanoVLLM(ChunkedScheduler):
 
     def _walk(self, step: Step) -> None:
         """Give requests their slots in order of admission, as many as a step has sequences."""
-        self.decodes.list_steady()
+        self.list_counted()
         queue = [request for request in self.running if request not in self.partial]
         left = self.max_num_seqs
         index = 0

@@ -133,11 +133,11 @@ class PromisingScheduler(ChunkedScheduler):
         self.promised -= self._promises.pop(request)
 
 
-def prospects(request: Request) -> list[tuple[int, int]]:
-    """(tokens that need a slot in the next step, outputs by then) of each branch that a request has or will fork."""
-    decoding = [sequence for sequence in request.sequences if sequence.decodes is not None]
-    if decoding:
-        prompt = request.prompt_tokens
-        return [(sequence.num_tokens + 1, sequence.num_tokens + 1 - prompt) for sequence in decoding]
-    tokens = request.prefill_tokens + 1
-    return [(tokens, tokens - request.prompt_tokens)] * branches(request)
+def prospects(request: Request) -> tuple[int, int, int]:
+    """Tokens that each branch needs a slot for in the next step, outputs by then, and how many branches there are."""
+    first = request.sequences[0] if request.sequences else None
+    if first is not None and first.decodes is not None:  # branches are equally long
+        tokens, count = first.num_tokens + 1, len(request.sequences)
+    else:
+        tokens, count = request.prefill_tokens + 1, branches(request)
+    return tokens, tokens - request.prompt_tokens, count

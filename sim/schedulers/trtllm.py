@@ -155,5 +155,7 @@ class TensorRTLLM(PromisingScheduler):
 
 def _shared_within(request: Request) -> int:
     """Blocks that branches of one request share, each but for its first holder."""
+    if request.counted is not None:
+        return request.counted.num_shared
     tables = [sequence.block_table for sequence in request.sequences]
     return sum(map(len, tables)) - len(set().union(*tables)) if len(tables) > 1 else 0

@@ -97,8 +97,8 @@ class VllmV1(ChunkedScheduler):
 
     def _walk(self, step: Step) -> int:
         """One by one, with victims; what is left of the budget. Behind one that gives way itself nobody is served."""
+        self.list_counted()
         allocator, partial, clock = self.allocator, self.partial, self.decodes.clock
-        self.decodes.list_steady()
         exact = allocator.growth is not None and (allocator.asks_exactly or not allocator.can_fork)
         queue = list(self.running)
         served: dict[Request, int] = {}

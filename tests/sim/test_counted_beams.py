@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sim import Capacity, ProbeError, Recorder, Transfers, allocator, scheduler, simulate, timing
-from sim.allocators.counted_beams import CountedGroup
+from sim.allocators.counted_group import CountedGroup
 from sim.audit import ledger
 from sim.audit.audit import Audit
 from sim.errors import IntegrityError
@@ -85,12 +85,15 @@ def run(
         Request(
             name,
             name * gap,
-            *draw.integers(1, 120, 2).tolist(),
+            prompt,
+            output,
+            content=(name % 4,),
+            content_ends=(1 + prompt // 2,),
             **[{}, {"n": 3}, {"beam_width": 4}][name % 3],
         )
-        for name in range(90)
+        for name, (prompt, output) in enumerate(draw.integers(1, 120, (90, 2)).tolist())
     ]
-    memory = allocator[kind](Capacity(blocks * 16, 256, blocks * (16 if kind == "token" else 1)))
+    memory = allocator[kind](Capacity(blocks * 16, 256, blocks * (16 if kind in ("token", "radix") else 1)))
     memory.counts_beams = counts
     tables = []
     listed = []
@@ -118,9 +121,12 @@ def run(
     return summary, tables, listed
 
 
-@pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "orca", "static", "lightllm"])
+POLICIES = ["vllm_v0", "vllm_v1", "orca", "static", "lightllm", "sarathi", "sglang", "trtllm"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("blocks", [40, 60, 600])
-@pytest.mark.parametrize("kind", ["paged", "token"])
+@pytest.mark.parametrize("kind", ["paged", "token", "prefix", "radix"])
 def test_a_run_is_the_same_with_a_table_for_each_beam(blocks, policy, kind):
     (one, mine, _), (other, theirs, _) = (
         run(blocks, counts=counts, policy=policy, kind=kind, turnover=0.15) for counts in (True, False)
@@ -141,7 +147,10 @@ def few_followed(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["auto", "swap", "recompute", "partial"])
 @pytest.mark.parametrize("policy", ["vllm_v0", "vllm_v1", "lightllm"])
-@pytest.mark.parametrize(("blocks", "gap", "kind"), [(60, 60 * MS, "paged"), (40, 100 * MS, "token")])
+@pytest.mark.parametrize(
+    ("blocks", "gap", "kind"),
+    [(60, 60 * MS, "paged"), (40, 100 * MS, "token"), (40, 60 * MS, "prefix"), (40, 60 * MS, "radix")],
+)
 def test_a_probe_changes_nothing_and_knows_a_group_again_that_gets_tables(
     blocks, gap, kind, policy, mode, few_followed
 ):
@@ -165,7 +174,7 @@ def test_a_group_whose_tables_are_not_those_of_its_descent_is_noticed(shift, few
     ancestors, trace = CountedGroup.ancestors, CountedGroup.trace
     if shift == "tables":
         monkeypatch.setattr(
-            CountedGroup, "ancestors", lambda *args: [line[::-1] for line in ancestors(*args)]
+            CountedGroup, "ancestors", lambda *args: [(line[::-1], row) for line, row in ancestors(*args)]
         )
     else:
         monkeypatch.setattr(CountedGroup, "trace", lambda group, at, turned: trace(group, at - 1, turned))
@@ -176,6 +185,19 @@ def test_a_group_whose_tables_are_not_those_of_its_descent_is_noticed(shift, few
 def test_the_books_agree_with_the_tables_that_beams_would_have_before_every_plan():
     *_, listed = run(600, counts=True, every=lambda memory: memory.check_integrity())
     assert sum(listed) > 500, "most plans find groups that are counted"
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute", "partial"])
+def test_a_group_that_gave_way_is_counted_again(mode):
+    again = set()
+
+    def look(memory):
+        memory.check_integrity()
+        if memory.counted is not None:
+            again.update(request.id for request in memory.counted.groups if request.preemptions)
+
+    run(60, counts=True, every=look, preemption=mode, turnover=0.15)
+    assert len(again) > 5
 
 
 def test_a_block_too_few_is_noticed():
