@@ -45,9 +45,7 @@ class CountableAllocator(Allocator):
     def share_prompt(self, parent: Sequence, others: Ordered[Sequence]) -> int:
         """Let the other beams have the full blocks of the prompt, and nothing behind them; their number."""
         whole = parent.origin // self.block_size
-        for block in parent.block_table[:whole]:
-            self.pool.refer(block, self.pool.count(block) + len(others))
-        self.pool.extra_references += len(others) * whole
+        self.pool.share(parent.block_table[:whole], len(others))
         return whole
 
     def take_blocks(self, count: int) -> list[int]:
@@ -64,9 +62,7 @@ class CountableAllocator(Allocator):
 
     def give_back_prompt(self, blocks: list[int], beams: int) -> None:
         """Take the full blocks of a prompt back, which so many beams have shared."""
-        for block in blocks:
-            self.pool.refer(block, self.pool.count(block) - (beams - 1))
-        self.pool.extra_references -= (beams - 1) * len(blocks)
+        self.pool.unshare(blocks, beams - 1)
         self.pool.release(blocks)
 
     def list_beams(self, request: Request) -> None:

@@ -62,14 +62,21 @@ class BlockPool:
                 fresh[block] = 1
         return blocks
 
-    def share(self, blocks: Sequence[int]) -> None:
-        """Add a reference to each of these held blocks. Raises ValueError for a free one."""
+    def share(self, blocks: Sequence[int], times: int = 1) -> None:
+        """Add so many references to each of these held blocks. Raises ValueError for a free one."""
         references = self.references
         for block in blocks:
             if references[block] == 0:
                 raise ValueError(f"block {block} is free and cannot be shared")
-            references[block] += 1
-        self.extra_references += len(blocks)
+            references[block] += times
+        self.extra_references += times * len(blocks)
+
+    def unshare(self, blocks: Sequence[int], times: int) -> None:
+        """Drop so many references to each of these blocks, which have more."""
+        references = self.references
+        for block in blocks:
+            references[block] -= times
+        self.extra_references -= times * len(blocks)
 
     def count(self, block: int) -> int:
         """References of a block that somebody holds."""

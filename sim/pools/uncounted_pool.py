@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from sim.pools.block_pool import BlockPool, OutOfBlocks
@@ -18,7 +17,7 @@ class UncountedPool(BlockPool):
     __slots__ = ("_extra",)
 
     def __init__(self, num_blocks: int, tier: str = "device") -> None:
-        self._extra: Counter[int] = Counter()  # references beyond the first, of shared blocks
+        self._extra: dict[int, int] = {}  # references beyond the first, of shared blocks
         super().__init__(num_blocks, tier)
 
     @property
@@ -50,14 +49,30 @@ class UncountedPool(BlockPool):
                 fresh[block] = 1
         return blocks
 
-    def share(self, blocks: Sequence[int]) -> None:
-        """Add a reference to each of these held blocks."""
-        self._extra.update(blocks)
-        self.extra_references += len(blocks)
+    def share(self, blocks: Sequence[int], times: int = 1) -> None:
+        """Add so many references to each of these held blocks."""
+        extra = self._extra
+        if extra.keys().isdisjoint(blocks):
+            extra |= dict.fromkeys(blocks, times)
+        else:
+            for block in blocks:
+                extra[block] = extra.get(block, 0) + times
+        self.extra_references += times * len(blocks)
+
+    def unshare(self, blocks: Sequence[int], times: int) -> None:
+        """Drop so many references to each of these blocks, which have more."""
+        extra = self._extra
+        for block in blocks:
+            left = extra[block] - times
+            if left:
+                extra[block] = left
+            else:
+                del extra[block]
+        self.extra_references -= times * len(blocks)
 
     def count(self, block: int) -> int:
         """References of a block that somebody holds."""
-        return 1 + self._extra[block]
+        return 1 + self._extra.get(block, 0)
 
     def refer(self, block: int, count: int) -> None:
         """Set the references of a held block."""
