@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as Ordered
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ _CONTENT = 0xD6E8FEB86659FD93
 _INSIDE = 0xA0761D6478BD642F
 _TAIL = 0x8EBC6AF09C88C6E3
 _MASK = (1 << 64) - 1
+_FEW = 12
+"""Keys that are not worth the way through numpy."""
 
 
 def prefix_keys(request: Request, num_blocks: int, block_size: int, first: int = 0) -> Ordered[int]:
@@ -73,8 +75,15 @@ def _keys_of_runs(request: Request, num_blocks: int, block_size: int, first: int
             block = stop
         if stop == num_blocks:
             break
-    if block - first <= 1:  # without numpy, of which one key is not worth the way
-        return [mixed(chain + block * block_size * _INSIDE - _INSIDE & _MASK) for chain in chains]
+    if block - first <= _FEW:
+        return [
+            mixed(names + last * _INSIDE & _MASK)
+            for names, last in zip(
+                chain.from_iterable(map(repeat, chains, counts)),
+                range((first + 1) * block_size - 1, block * block_size, block_size),
+                strict=True,
+            )
+        ]
     keys = np.arange((first + 1) * block_size - 1, block * block_size, block_size, dtype=np.uint64)
     keys *= np.uint64(_INSIDE)
     keys += np.repeat(np.array(chains, np.uint64), counts)
