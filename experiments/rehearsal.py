@@ -127,10 +127,10 @@ def _without_branches(experiment: Experiment, owner: Allocator) -> Iterator[Mist
             and not owner.can_fork
         ):
             yield Mistake(
-                f"allocator {name} cannot fork where each group of layers has a table of its own",
+                f"allocator {name} cannot fork the states of this model's layers: each branch needs one of its own",
                 ("workload", "sampling", field),
                 str(sampling[field]),
-                "1, or layers of one kind",
+                "1, or a model without states",
             )
 
 

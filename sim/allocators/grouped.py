@@ -232,17 +232,26 @@ class GroupedAllocator(GroupedBooks):
         if tokens > sequence.capacity:
             self.lengthen([self.holdings[sequence]])
             self._note_rows([sequence])
-        return 0
+            return 0
+        return self.copy_tail(sequence) if self.shares_tail(sequence) else 0
+
+    def copy_tail(self, sequence: Sequence) -> int:
+        """Give a sequence last pages of its own, as others have those that it writes to next; the rows copied."""
+        raise TypeError(f"{type(self).__name__} cannot share pages between sequences")
 
     def can_append(self, request: Request) -> bool:
-        """Whether every branch whose pages are full can have more; its windows give back first, even if it cannot."""
-        for sequence in request.sequences:
-            tokens = sequence.num_tokens + 1
-            if tokens > sequence.capacity:
+        """Whether all branches can have the pages that they need; windows give back first, even if they cannot."""
+        first = request.sequences[0]
+        tokens = first.num_tokens + 1  # branches are equally long
+        if tokens > first.capacity:
+            for sequence in request.sequences:
                 self._move_windows(sequence, tokens)
-                if self.lacks(self.holdings[sequence], 1):
-                    return False
-        return True
+            rows = len(request.sequences)
+        else:
+            rows = (
+                self.copies(request.sequences) if self.sharing and first.num_tokens % self.block_size else 0
+            )
+        return not rows or not self.lacks(self.holdings[first], rows)
 
     def pages_needed(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """New pages by group that the next tokens take, less those that windows give back for good before."""

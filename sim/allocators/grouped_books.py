@@ -125,6 +125,7 @@ class GroupedBooks(Allocator):
             for edge in holding.edges:
                 self._disclaim(edge)
             self._book(sequence, holding, -1)
+            tail = self._in_tail(sequence, holding)
             holding.done = True
             sequence.origin = sequence.final_tokens = sequence.sliding = 0
             for index, page in holding.pages():
@@ -134,7 +135,12 @@ class GroupedBooks(Allocator):
                     self.num_held += self.groups[index].page_slots
                     self.num_internal += self.groups[index].page_slots
                 else:
-                    self._bury(index, page, self.num_holders(index, page))
+                    filled = tail if page == holding.tables[index][-1] else None
+                    self._bury(index, page, self.num_holders(index, page), filled)
+
+    def _in_tail(self, sequence: Sequence, holding: Holding) -> int:
+        """Tokens of a sequence in its last row of pages."""
+        return sequence.num_tokens - (holding.rows - 1) * self.block_size
 
     def _bury_left(self, group: int, page: int) -> None:
         """A sequence that is not done leaves a page."""
@@ -142,11 +148,12 @@ class GroupedBooks(Allocator):
         if holders:
             self._bury(group, page, holders)
 
-    def _bury(self, group: int, page: int, holders: int) -> None:
-        """Count a full page as waste if all that hold it are done."""
+    def _bury(self, group: int, page: int, holders: int, filled: int | None = None) -> None:
+        """Count a page as waste if all that hold it are done; it is full, unless it says how far."""
         if self.done[group, page] == holders:
             self.buried.add((group, page))
-            self.slide(self.block_size * self.groups[group].token_slots)
+            slots = self.block_size if filled is None else filled
+            self.slide(slots * self.groups[group].token_slots)
 
     def _exhume(self, holding: Holding) -> None:
         """A sequence that is done leaves: what it holds alone is free."""
@@ -165,7 +172,7 @@ class GroupedBooks(Allocator):
         tokens = sequence.num_tokens * self.slots_per_token + self.state_slots
         internal = rows * self.row_pads + self.state_pads
         unused = rows * size - sequence.final_tokens
-        if unused > 0:
+        if unused > 0 and not self.shares_tail(sequence):
             internal += unused * self.slots_per_token
         for edge in holding.edges:
             if not edge.freed:
@@ -180,6 +187,8 @@ class GroupedBooks(Allocator):
             held -= shared * group.page_slots
             tokens -= shared * size * group.token_slots
             internal -= shared * self.pads[index]
+            if self.shares_tail(sequence):
+                tokens += (size - self._in_tail(sequence, holding)) * group.token_slots
         self.num_held += sign * held
         self.num_tokens += sign * tokens
         self.num_internal += sign * internal
@@ -232,6 +241,7 @@ class GroupedBooks(Allocator):
         filled: dict[tuple[int, int], int] = {}  # live and dead tokens, by group and page
         holders: dict[tuple[int, int], int] = {}
         tokens = internal = held = 0
+        unused: dict[int | Sequence, int] = {}  # by last page, which branches may share
         for sequence, holding in self.holdings.items():
             if sequence.num_tokens > sequence.capacity and not holding.done:
                 raise IntegrityError(f"{sequence}: tokens({sequence.num_tokens}) > held({sequence.capacity})")
@@ -239,8 +249,10 @@ class GroupedBooks(Allocator):
                 raise IntegrityError(
                     f"{sequence}: held({sequence.capacity}) != slots of {holding.rows} pages"
                 )
-            unused = max(0, holding.rows * size - sequence.final_tokens) * (not holding.done)
-            internal += unused * self.slots_per_token
+            last = holding.rows_of[-1] if holding.rows else NULL
+            if not holding.done:
+                left = max(0, holding.rows * size - sequence.final_tokens)
+                unused[sequence if last == NULL else last] = left
             for index, table in enumerate(holding.tables):
                 group = self.groups[index]
                 if not group.state_slots and len(table) != holding.rows:
@@ -272,8 +284,8 @@ class GroupedBooks(Allocator):
                 internal += group.page_slots
             else:
                 internal += self.pads[index]
-                kept = self.block_size if holders[index, page] > 1 else count
-                tokens += group.state_slots or kept * group.token_slots
+                tokens += group.state_slots or count * group.token_slots
+        internal += sum(unused.values()) * self.slots_per_token
         for name, kept, counted in (
             ("tokens", self.num_tokens, tokens),
             ("held", self.num_held, held + self.num_loose),

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence as Ordered
 
 from sim.allocators.capacity import Admission, Capacity
-from sim.allocators.group_hits import GroupHits
-from sim.allocators.grouped import GroupedAllocator
-from sim.allocators.window_edge import NULL, Edge, Holding
+from sim.allocators.equal_pages import EqualPagesAllocator
+from sim.allocators.group_hits import GroupHits, Hit
+from sim.allocators.window_edge import NULL, Holding
 from sim.errors import UserError
 from sim.layer_groups import unified_pages, windowed_pages
-from sim.pools.prefix_pool import PrefixPool
-from sim.prefixes.keys import prefix_keys
+from sim.prefixes.keys import sequence_keys
 from sim.request import Request, Sequence
 
 
-class GroupedPrefixAllocator(GroupedAllocator):
+class GroupedPrefixAllocator(EqualPagesAllocator):
     """`prefix` where layers are of several kinds: one pool of equal pages, a block table for each group.
 
     The rules are those of vLLM V1 (`kv_cache_manager.py`, `kv_cache_coordinator.py`): a hit has to be one in every
     group, a window's from its right end; a request is refused on the sum over the groups; a window gives its blocks
     back before it takes others. What is generated can be found once its request leaves, in a window also by then
     given back. No checkpoints of states are kept, so that with states nothing is cached.
+
+    A group of branches that is computed again has the full blocks of its prompt in common.
     """
 
-    pool: PrefixPool
+    recomputes_groups = True
 
     def __init__(
         self,
@@ -44,28 +45,16 @@ class GroupedPrefixAllocator(GroupedAllocator):
         else:
             pages = unified_pages(capacity.layers, block_size)
             slots = capacity.kv_bytes // pages.slot_bytes
-        super().__init__(capacity, pages)
-        page = self.groups[0].page_slots
-        self.num_blocks = slots // page if capacity.num_blocks is None else capacity.num_blocks
-        self.num_slots = slots if capacity.num_blocks is None else self.num_blocks * page
+        super().__init__(capacity, pages, slots, keyless_first=keyless_first)
         self.watermark_blocks = int(watermark * self.num_blocks)
-        if not self.num_blocks:
-            raise UserError(f"a page of all layer groups has {page:,} slots, and there are {slots:,}")
-        self._remainder = self.num_slots - self.num_blocks * page  # too short for a page
         states = len(self.groups) - len(self.token_groups)
         self.prefix_caching = self.keeps_freed = prefix_caching is not False and not states
-        self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
         self._windows = [self.groups[index].window for index in self.token_groups]
         self._cache = GroupHits(self.pool, self.block_size, self._windows, caching=self.keeps_freed)
         self._states = states
         self._number = {group: number for number, group in enumerate(self.token_groups)}
-        self._given: list[tuple[int, int]] = []  # order of a sequence, and a block of it, in one tick
 
     # Room
-
-    def num_external(self, head_refused: bool) -> int:
-        """The slots behind the last whole page."""
-        return self._remainder
 
     def admission(self, request: Request, num_tokens: int) -> Admission:
         """Room for all tokens at once."""
@@ -80,7 +69,14 @@ class GroupedPrefixAllocator(GroupedAllocator):
         of vLLM's SlidingWindowSpec), but room for the `first` ones now, which a hit may leave out of that bound. The
         watermark stays free unless nobody else runs.
         """
-        tokens, hits = self._cache.find(request, num_tokens)
+        tokens, hits = self._find(request, num_tokens)
+        if len(request.sequences) > 1:
+            rows = -(-num_tokens // self.block_size) - self._shared_rows(request)
+            others = (len(request.sequences) - 1) * rows * len(self.token_groups)
+            needed = self._needed(num_tokens, hits) + others
+            if needed > self.num_blocks:
+                return Admission.NEVER
+            return Admission.OK if needed <= self.pool.num_free - self.kept_free else Admission.LATER
         needed = self._needed(num_tokens, hits, chunk)
         if chunk < num_tokens:
             now = chunk if first is None else first
@@ -117,31 +113,26 @@ class GroupedPrefixAllocator(GroupedAllocator):
             f"{len(self.groups)} groups of layers, the pool has {self.num_blocks}"
         )
 
-    @property
-    def headroom(self) -> int:
-        """Sequences that can each have a page for every group."""
-        return self.pool.num_free // len(self.token_groups)
-
-    def lacks(self, holding: Holding, rows: int) -> bool:
-        """Fewer free pages than the groups need together."""
-        return self.pool.num_free < rows * len(self.token_groups)
-
-    def demand(self, sequence: Sequence, num_tokens: int) -> int:
-        """Pages for every group that the next tokens take, more than the headroom only if they cannot be had."""
-        needed = sum(self.pages_needed(sequence, num_tokens))
-        rows = max(0, -(-needed // len(self.token_groups)))
-        return min(rows, self.headroom) if needed <= self.pool.num_free else rows
-
     # The life of a sequence
 
     def cached_tokens(self, request: Request, num_tokens: int) -> int:
         """Those in the leading blocks that every group finds."""
-        return self._cache.find(request, num_tokens)[0]
+        return self._find(request, num_tokens)[0]
+
+    def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
+        """The full blocks of the prompt, where they are found again."""
+        shared = self._shared_rows(request)
+        others = len(request.sequences) - 1
+        return [None, *[(request.sequences[0], shared) if shared else None] * others]
 
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
         """Give a sequence what is cached and new pages behind it; the tokens that it need not compute."""
         filled = num_tokens if filled is None else filled
-        tokens, hits = self._cache.find(sequence.request, num_tokens)
+        first = sequence.request.sequences[0]
+        if sequence is first:
+            tokens, hits = self._find(sequence.request, num_tokens)
+        else:
+            tokens, hits = self._share_prompt(first)
         tables: list[list[int]] = [[] for _ in self.groups]
         for group, blocks in zip(self.token_groups, hits, strict=False):
             tables[group] = [*blocks]
@@ -166,8 +157,36 @@ class GroupedPrefixAllocator(GroupedAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found in every group."""
-        self._enter_keys(self.holdings[sequence], self._cache.keys(sequence.request, num_tokens))
+        self._enter_keys(self.holdings[sequence], self._keys(sequence, num_tokens))
         self._cache.forget()
+
+    def _find(self, request: Request, num_tokens: int) -> Hit:
+        """What all groups of layers find; of a group of branches that gave way the prompt, which all of them share."""
+        if len(request.sequences) < 2:
+            return self._cache.find(request, num_tokens)
+        keys = self._cache.keys(request, num_tokens)[: self._shared_rows(request)]
+        return self._cache.longest(keys, num_tokens)
+
+    def _shared_rows(self, request: Request) -> int:
+        """Rows of blocks that branches have in common which are computed again: full ones of the prompt."""
+        return request.prompt_tokens // self.block_size
+
+    def _share_prompt(self, first: Sequence) -> Hit:
+        """What another branch of a group that is computed again has from the first one."""
+        holding, rows = self.holdings[first], self._shared_rows(first.request)
+        for edge in holding.edges:
+            self._disclaim(edge)
+        return rows * self.block_size, [holding.tables[group][:rows] for group in self.token_groups]
+
+    def _keys(self, sequence: Sequence, num_tokens: int) -> Ordered[int]:
+        """Keys of the full blocks of a branch, as far as anybody may ask for them."""
+        if sequence.lineage is None:
+            return self._cache.keys(sequence.request, num_tokens)
+        return (
+            sequence_keys(sequence, num_tokens // self.block_size, self.block_size)
+            if self.keeps_freed
+            else []
+        )
 
     def _enter_keys(self, holding: Holding, keys: Ordered[int]) -> None:
         first = holding.registered
@@ -206,8 +225,11 @@ class GroupedPrefixAllocator(GroupedAllocator):
     def _leave_behind(self, sequence: Sequence, holding: Holding) -> None:
         """Name what was generated, if anybody may ask for it."""
         request = sequence.request
-        if sequence.num_tokens < sequence.final_tokens or request.output_content is not None:
-            keys = prefix_keys(request, sequence.num_tokens // self.block_size, self.block_size)
+        unfinished = sequence.num_tokens < sequence.final_tokens
+        if unfinished and request.status == "running" and len(request.sequences) > 1:
+            return  # a beam that died
+        if unfinished or request.output_content is not None:
+            keys = sequence_keys(sequence, sequence.num_tokens // self.block_size, self.block_size)
             for edge in holding.edges:
                 number = self._number[edge.group]
                 named = [(key, number) for key in keys[edge.first : edge.freed]]
@@ -220,118 +242,3 @@ class GroupedPrefixAllocator(GroupedAllocator):
         full = sequence.num_tokens // self.block_size if self.keeps_freed else 0
         for index, pages in enumerate(holding.left_tables()):
             self.pool.leave_table(pages, max(0, full - len(holding.tables[index]) + len(pages)))
-
-    # Pages
-
-    def take(self, holding: Holding, counts: Ordered[int]) -> None:
-        """Blocks from the head of the queue, those of the first group first."""
-        blocks = self.pool.take(sum(counts))
-        begin = 0
-        for table, count in zip(holding.tables, counts, strict=True):
-            table += blocks[begin : begin + count]
-            begin += count
-
-    def lengthen(self, holdings: list[Holding]) -> None:
-        """One more block at the end of every table, in the order of the sequences and then of the groups."""
-        if holdings:
-            groups = self.token_groups
-            blocks = self.pool.take(len(groups) * len(holdings))
-            for number, group in enumerate(groups):
-                for holding, block in zip(holdings, blocks[number :: len(groups)], strict=True):
-                    holding.tables[group].append(block)
-
-    def pass_pages(self, edges: list[Edge]) -> int:
-        """Queue the blocks that windows have passed: they are full, and can be named until they are handed out."""
-        size, caching, pool = self.block_size, self.keeps_freed, self.pool
-        if caching and self.probe is not None:
-            for edge in edges:
-                self.probe.leave(edge.sequence, edge.group, (edge.freed + 1) * size)
-        keys, references, owners = pool.keys, pool.references, self.owners
-        pages = []
-        marked = 0
-        for edge in edges:
-            table, index = edge.table, edge.freed
-            page = table[index]
-            table[index] = NULL
-            edge.freed = index = index + 1
-            edge.turn += size
-            pages.append(page)
-            if caching:
-                edge.given.append(page)
-                references[page] = 0
-                if keys[page] is None:
-                    keys[page] = edge.mark
-                    marked += 1
-                else:
-                    del owners[page]
-                if keys[table[index]] is not None:
-                    owners[table[index]] = edge
-        if not caching:
-            for page in pages:
-                pool.release((page,))
-        else:
-            pool.num_keyed += marked
-            pool.free.put_last(pages)
-            if self.walker is not None:
-                order = self.walker.order
-                self._given += [(order, page) for page in pages]
-        return len(pages) * self.groups[0].page_slots
-
-    def give(self, sequence: Sequence, group: int, pages: list[int]) -> None:
-        """Queue blocks."""
-        if self.walker is not None:
-            self._given += [(self.walker.order, page) for page in pages]
-        self.pool.release(pages)
-
-    def settle(self) -> None:
-        """Queue what windows gave back in this tick in the order of `grow`, in whichever order sequences were asked."""
-        given = self._given
-        if given:
-            in_order = sorted(given, key=_order)
-            if in_order != given:
-                self.pool.requeue([page for _, page in in_order])
-            given.clear()
-
-    def leave(self, edge: Edge, freed: int) -> None:
-        """What a window leaves behind is full, and can be named until it is handed out."""
-        if self.keeps_freed:
-            if self.probe is not None:
-                self.probe.leave(edge.sequence, edge.group, freed * self.block_size)
-            pages = edge.table[edge.freed : freed]
-            edge.given += pages
-            self.pool.mark(pages, edge.mark)
-
-    def num_holders(self, group: int, page: int) -> int:
-        """References of a block."""
-        return self.pool.references[page]
-
-    def is_known(self, page: int) -> bool:
-        """Whether it has a key."""
-        return self.pool.keys[page] is not None
-
-    @property
-    def sharing(self) -> bool:
-        """Whether any block has several references."""
-        return self.pool.extra_references > 0
-
-    def num_shared(self, group: int, pages: list[int]) -> int:
-        """How many of these held blocks others hold too."""
-        references = self.pool.references
-        return sum([references[page] > 1 for page in pages])
-
-    @property
-    def blocks_saved(self) -> int:
-        """References beyond the first of every block."""
-        return self.pool.extra_references
-
-    def check_books(self) -> None:
-        """Reference counts against the tables of all groups."""
-        self.pool.check_integrity(
-            [page for page in table if page != NULL]
-            for holding in self.holdings.values()
-            for table in holding.tables
-        )
-
-
-def _order(given: tuple[int, int]) -> int:
-    return given[0]

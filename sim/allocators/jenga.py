@@ -38,7 +38,7 @@ class JengaAllocator(GroupedAllocator):
         "prefix_caching": "pages of a kind are not found by their content; prefix does so over groups of layers"
     }
     reasons: ClassVar = {
-        "can_fork": "each group of layers has a table of its own",
+        "can_fork": "a small page has one holder, and none is counted by references",
         "can_swap": "Jenga stands on vLLM V1, which computes what gave way again",
         "can_stop": "states and windows are of the last token, and nobody goes on from a part of them: take recompute",
         "can_offload": "pages of a kind are not found by their content",

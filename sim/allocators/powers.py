@@ -25,7 +25,7 @@ class Powers:
     """Fields that other allocators have, and why this one does not."""
     reasons: ClassVar[dict[str, str]] = {}
     """Powers that other allocators have, and why this one does not."""
-    can_fork: ClassVar[bool] = False
+    can_fork: bool = False
     recomputes_groups: ClassVar[bool] = False
     """Whether a group of branches that gives way can be computed again, what branches share once."""
     can_swap: ClassVar[bool] = False

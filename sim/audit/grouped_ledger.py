@@ -80,8 +80,10 @@ class GroupedLedger:
         self._enter(sequence, group, first, slots)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Nobody forks here."""
-        raise self.error(f"{parent} is forked into {child}")
+        """Both go on from the same history, the child as a branch of its own."""
+        history, entered = self._state(parent)
+        own = history.fork(child.request, child.branch, parent.num_tokens)
+        self.live[child] = own, entered.copy()
 
     def follows(self, request: Request) -> bool:
         """All that there are."""
@@ -96,8 +98,11 @@ class GroupedLedger:
         raise self.error(f"{sequence} is shown again")
 
     def copy(self, source: int, target: int) -> None:
-        """Nor copies."""
-        raise self.error(f"page {source} is copied to {target}")
+        """The target holds what the source holds."""
+        self.device.reset()
+        self.device.rows[target] = self.device.rows[source]
+        self.device.quantized[target] = self.device.quantized[source]
+        self.changed.add(target)
 
     def cut(self, block: int, offset: int) -> None:
         """Nor is a page known by a part of what it holds."""
@@ -237,7 +242,7 @@ class GroupedLedger:
     def _state(self, sequence: Sequence) -> tuple[History, list[int]]:
         state = self.live.get(sequence)
         if state is None:
-            state = self.live[sequence] = History.of(sequence.request), [0] * len(self.allocator.groups)
+            state = self.live[sequence] = History.along(sequence), [0] * len(self.allocator.groups)
         return state
 
     def evidence(self) -> dict[str, Any]:

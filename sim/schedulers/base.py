@@ -101,8 +101,9 @@ class Scheduler(Queues, ABC):
         if self.tight:
             self._grow_one_by_one(step)
         elif pending:
+            turning = [edge.sequence for edge in decodes.turns.get(tick, ())]
             growing = decodes.growths.get(tick, ())
-            for sequence in sorted({*growing, *pending}, key=arrival_order):
+            for sequence in sorted({*growing, *pending, *turning}, key=arrival_order):
                 step.copied_blocks += allocator.append(sequence)
             self.note_grown()
         elif growing or decodes.steady or tick in decodes.turns:

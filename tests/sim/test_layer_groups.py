@@ -21,6 +21,7 @@ from sim import (
     timing,
 )
 from sim.audit.audit import Audit
+from sim.beams import fork
 from sim.errors import UserError
 from sim.layer_groups import LayerKind, own_pages, unified_pages
 from sim.pools.block_pool import OutOfBlocks
@@ -51,7 +52,8 @@ def build(name: str, slots: int, longest: int = 64):
 @given(seed=st.integers(0, 10**6), slots=st.sampled_from([64, 96, 150, 400]))
 def test_every_token_is_where_its_group_says(name, policy, seed, slots):
     audit = Audit(every=1)
-    summary = run(build(name, slots), requests(seed), audit, policy, max_num_seqs=8)
+    memory = build(name, slots)
+    summary = run(memory, requests(seed, groups=memory.can_fork), audit, policy, max_num_seqs=8)
     assert audit.num_samples == summary["steps"]
     assert not audit.ledger.live
 
@@ -92,6 +94,30 @@ def test_a_probe_sees_tables_of_two_groups_mixed_up():
     memory.check_integrity = lambda: None
     with pytest.raises(ProbeError, match=r"layer group \d"):
         run(memory, requests(1), Audit(every=1), "vllm_v1")
+
+
+def test_a_probe_sees_a_branch_that_writes_where_another_reads():
+    memory = build("full and windows", 400)
+    memory.copy_tail = lambda sequence: 0
+    memory.check_integrity = lambda: None
+    with pytest.raises(ProbeError, match=r"layer group \d"):
+        run(memory, requests(1, groups=True), Audit(every=1), "vllm_v1")
+
+
+def test_a_probe_sees_a_tail_that_is_copied_in_one_group_only():
+    memory = build("full and windows", 400)
+    copy_tail = memory.copy_tail
+
+    def forgetting(sequence):
+        shared = memory.holdings[sequence].tables[1][-1]
+        copied = copy_tail(sequence)
+        memory.holdings[sequence].tables[1][-1] = shared
+        return copied
+
+    memory.copy_tail = forgetting
+    memory.check_integrity = lambda: None
+    with pytest.raises(ProbeError):
+        run(memory, requests(1, groups=True), Audit(every=1), "vllm_v1")
 
 
 def test_a_probe_sees_a_window_that_gives_back_too_much():
@@ -216,6 +242,45 @@ def test_a_window_gives_blocks_back_while_decoding():
         memory.slide(sequence.sliding)
         memory.check_integrity()
     assert seen == [(0, 28, 0), (4, 23, 3), (8, 24, 0), (8, 25, 1)]
+
+
+def test_branches_share_the_pages_of_every_group_until_they_write():
+    """Window 8, blocks of 4, a prompt of 10 and three samples: three rows of pages, and two copies of the last."""
+    memory = allocator["prefix"](Capacity(num_slots=100, max_model_len=64), block_size=4, windows=[None, 8])
+    request = Request(0, 0, 10, 20, n=3)
+    parent = Sequence(request, 0, 0, 29)
+    request.sequences.append(parent)
+    memory.admit(parent, 10)
+    for _ in range(2):
+        request.sequences.append(fork(memory, parent))
+    usage = memory.usage()
+    assert (memory.pool.num_used, memory.blocks_saved, usage.token_states, usage.reserved) == (6, 12, 20, 4)
+    assert memory.can_append(request)
+    copies = [memory.append(each) for each in request.sequences]
+    assert copies == [1, 1, 0]
+    usage = memory.usage()
+    assert (memory.pool.num_used, memory.blocks_saved, usage.token_states) == (10, 8, 28)
+    memory.settle()
+    for each in request.sequences:
+        each.origin += 1
+    memory.num_tokens += 3 * memory.slots_per_token
+    memory.look_at_windows()
+    memory.check_integrity()
+    for each in request.sequences[::2]:
+        memory.free(each)
+        memory.check_integrity()
+    assert (memory.pool.num_used, memory.blocks_saved) == (6, 0)
+    memory.free(request.sequences[1])
+    assert memory.usage().token_states == memory.usage().reserved == memory.usage().internal == 0
+
+
+def test_a_model_with_states_does_not_fork():
+    assert build("full and windows", 400).can_fork
+    memory = build("unified pages and states", 400)
+    assert not memory.can_fork
+    sequence = Sequence(Request(0, 0, 5, 5, n=2), 0, 0, 9)
+    with pytest.raises(TypeError, match="cannot share"):
+        memory.fork(sequence, sequence)
 
 
 def test_a_window_asks_for_what_it_may_hold_with_a_step_in_flight():

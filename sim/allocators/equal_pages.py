@@ -1,0 +1,221 @@
+"""Layers of several kinds over equal pages of one pool: who holds them, and how branches share them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Ordered
+
+from sim.allocators.capacity import Capacity
+from sim.allocators.grouped import GroupedAllocator
+from sim.allocators.window_edge import NULL, Edge, Holding
+from sim.errors import UserError
+from sim.layer_groups import Pages
+from sim.pools.prefix_pool import PrefixPool
+from sim.request import Sequence
+
+
+class EqualPagesAllocator(GroupedAllocator):
+    """Every page of every group is a block of one pool, as in vLLM V1.
+
+    Branches of one request share the pages of all groups, the last ones until they write on; a window gives a page
+    back for its own branch only. States are not forked: each branch would need one of its own at once.
+    """
+
+    pool: PrefixPool
+
+    def __init__(self, capacity: Capacity, pages: Pages, slots: int, *, keyless_first: bool) -> None:
+        super().__init__(capacity, pages)
+        page = self.groups[0].page_slots
+        self.num_blocks = slots // page if capacity.num_blocks is None else capacity.num_blocks
+        self.num_slots = slots if capacity.num_blocks is None else self.num_blocks * page
+        if not self.num_blocks:
+            raise UserError(f"a page of all layer groups has {page:,} slots, and there are {slots:,}")
+        self._remainder = self.num_slots - self.num_blocks * page  # too short for a page
+        self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
+        self.can_fork = len(self.token_groups) == len(self.groups)
+        self._given: list[tuple[int, int]] = []  # order of a sequence, and a block of it, in one tick
+
+    # Room
+
+    def num_external(self, head_refused: bool) -> int:
+        """The slots behind the last whole page."""
+        return self._remainder
+
+    @property
+    def headroom(self) -> int:
+        """Sequences that can each have a page for every group."""
+        return self.pool.num_free // len(self.token_groups)
+
+    def lacks(self, holding: Holding, rows: int) -> bool:
+        """Fewer free pages than the groups need together."""
+        return self.pool.num_free < rows * len(self.token_groups)
+
+    def demand(self, sequence: Sequence, num_tokens: int) -> int:
+        """Pages for every group that the next tokens take, more than the headroom only if they cannot be had."""
+        needed = sum(self.pages_needed(sequence, num_tokens))
+        rows = max(0, -(-needed // len(self.token_groups)))
+        return min(rows, self.headroom) if needed <= self.pool.num_free else rows
+
+    # Branches
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Share the pages of every group; their windows begin at the same place, and move each for itself."""
+        if not self.can_fork:
+            super().fork(parent, child)
+        held = self.holdings[parent]
+        tables = [table.copy() for table in held.tables]
+        holding = self.holdings[child] = Holding(tables, tables[self.token_groups[0]])
+        holding.registered = held.registered
+        for table in tables:
+            self.pool.share([page for page in table if page != NULL])
+        child.block_table = holding.rows_of
+        child.capacity = parent.capacity
+        child.origin = parent.num_tokens
+        child.edges = holding.edges
+        for edge in held.edges:
+            self._disclaim(edge)
+            other = Edge(edge.group, edge.window, child, tables[edge.group], edge.freed, edge.left)
+            other.moving, other.turn = edge.moving, edge.turn
+            holding.edges.append(other)
+        self.sequences.add(child)
+
+    def shares_tail(self, sequence: Sequence) -> bool:
+        """Whether another branch has the pages that its next token goes to."""
+        if not self.sharing or not sequence.num_tokens % self.block_size:
+            return False
+        return self.pool.references[sequence.block_table[-1]] > 1
+
+    def copies(self, branches: list[Sequence]) -> int:
+        """Rows of pages; the last who has one keeps it."""
+        held = Counter([each.block_table[-1] for each in branches])
+        return len(branches) - sum([self.pool.references[page] == count for page, count in held.items()])
+
+    def copy_tail(self, sequence: Sequence) -> int:
+        """Copy the last page of every group."""
+        tables = [self.holdings[sequence].tables[group] for group in self.token_groups]
+        for table, page in zip(tables, self.pool.take(len(tables)), strict=True):
+            if self.probe is not None:
+                self.probe.copy(table[-1], page)
+            self.pool.release((table[-1],))
+            table[-1] = page
+        unused = max(0, sequence.capacity - sequence.final_tokens)
+        self.num_held += self.row_slots
+        self.num_tokens += sequence.num_tokens % self.block_size * self.slots_per_token
+        self.num_internal += self.row_pads + unused * self.slots_per_token
+        return 1
+
+    # Pages
+
+    def take(self, holding: Holding, counts: Ordered[int]) -> None:
+        """Blocks from the head of the queue, those of the first group first."""
+        blocks = self.pool.take(sum(counts))
+        begin = 0
+        for table, count in zip(holding.tables, counts, strict=True):
+            table += blocks[begin : begin + count]
+            begin += count
+
+    def lengthen(self, holdings: list[Holding]) -> None:
+        """One more block at the end of every table, in the order of the sequences and then of the groups."""
+        if holdings:
+            groups = self.token_groups
+            blocks = self.pool.take(len(groups) * len(holdings))
+            for number, group in enumerate(groups):
+                for holding, block in zip(holdings, blocks[number :: len(groups)], strict=True):
+                    holding.tables[group].append(block)
+
+    def pass_pages(self, edges: list[Edge]) -> int:
+        """Queue the blocks that windows have passed: they are full, and can be named until they are handed out."""
+        size, caching, pool = self.block_size, self.keeps_freed, self.pool
+        if caching and self.probe is not None:
+            for edge in edges:
+                self.probe.leave(edge.sequence, edge.group, (edge.freed + 1) * size)
+        keys, references, owners = pool.keys, pool.references, self.owners
+        pages = []
+        marked = 0
+        for edge in edges:
+            table, index = edge.table, edge.freed
+            page = table[index]
+            table[index] = NULL
+            edge.freed = index = index + 1
+            edge.turn += size
+            pages.append(page)
+            if caching:
+                edge.given.append(page)
+                references[page] = 0
+                if keys[page] is None:
+                    keys[page] = edge.mark
+                    marked += 1
+                else:
+                    del owners[page]
+                if keys[table[index]] is not None:
+                    owners[table[index]] = edge
+        if not caching:
+            for page in pages:
+                pool.release((page,))
+        else:
+            pool.num_keyed += marked
+            pool.free.put_last(pages)
+            if self.walker is not None:
+                order = self.walker.order
+                self._given += [(order, page) for page in pages]
+        return len(pages) * self.groups[0].page_slots
+
+    def give(self, sequence: Sequence, group: int, pages: list[int]) -> None:
+        """Queue blocks."""
+        if self.walker is not None:
+            self._given += [(self.walker.order, page) for page in pages]
+        self.pool.release(pages)
+
+    def settle(self) -> None:
+        """Queue what windows gave back in this tick in the order of `grow`, in whichever order sequences were asked."""
+        given = self._given
+        if given:
+            in_order = sorted(given, key=_order)
+            if in_order != given:
+                self.pool.requeue([page for _, page in in_order])
+            given.clear()
+
+    def leave(self, edge: Edge, freed: int) -> None:
+        """What a window leaves behind is full, and can be named until it is handed out."""
+        if self.keeps_freed:
+            if self.probe is not None:
+                self.probe.leave(edge.sequence, edge.group, freed * self.block_size)
+            pages = edge.table[edge.freed : freed]
+            edge.given += pages
+            references = self.pool.references
+            self.pool.mark([page for page in pages if references[page] == 1], edge.mark)
+
+    def num_holders(self, group: int, page: int) -> int:
+        """References of a block."""
+        return self.pool.references[page]
+
+    def is_known(self, page: int) -> bool:
+        """Whether it has a key."""
+        return self.pool.keys[page] is not None
+
+    @property
+    def sharing(self) -> bool:
+        """Whether any block has several references."""
+        return self.pool.extra_references > 0
+
+    def num_shared(self, group: int, pages: list[int]) -> int:
+        """How many of these held blocks others hold too."""
+        references = self.pool.references
+        return sum([references[page] > 1 for page in pages])
+
+    @property
+    def blocks_saved(self) -> int:
+        """References beyond the first of every block."""
+        return self.pool.extra_references
+
+    def check_books(self) -> None:
+        """Reference counts against the tables of all groups."""
+        self.pool.check_integrity(
+            [page for page in table if page != NULL]
+            for holding in self.holdings.values()
+            for table in holding.tables
+        )
+
+
+def _order(given: tuple[int, int]) -> int:
+    return given[0]
