@@ -16,8 +16,10 @@ from sim.audit.audit import Audit
 from sim.audit.grouped_ledger import GroupedLedger
 from sim.errors import ProbeError, UserError
 from sim.hardware import Model
+from sim.identity import Ints
 from sim.registry import PositiveFloat, PositiveInt
 from sim.request import Sequence
+from sim.tiers.tier import Journey
 from sim.timing.base import StepTime
 
 if TYPE_CHECKING:
@@ -202,7 +204,7 @@ class AttentionProbe:
         if isinstance(ledger, GroupedLedger):
             blocks, found, wanted, sliding = ledger.piece(sequence, limit, self._random)
             flags = None if ledger.precision is None else (ledger.device.quantized[blocks], len(wanted))
-            return Window(blocks, found, wanted, self._layer, sliding, flags)
+            return Window(blocks, found, wanted, self._layer, sliding, flags, self._journeys(blocks))
         size = ledger.device.block_size
         tokens = sequence.num_tokens
         width = max(1, limit // size)
@@ -218,8 +220,12 @@ class AttentionProbe:
             quantized = ledger.device.quantized[blocks], len(wanted)
         elif ledger.allocator.quantization is not None:
             quantized = ledger.device.quantized[blocks], ledger.live[sequence].quantized - begin
-        journeys = [ledger.journey(block) for block in blocks.tolist()] if ledger.loaded else []
-        return Window(blocks, found, wanted, self._layer, None, quantized, journeys)
+        return Window(blocks, found, wanted, self._layer, None, quantized, self._journeys(blocks))
+
+    def _journeys(self, blocks: Ints) -> list[Journey | None]:
+        """How each of these blocks came from the tiers behind the device, if any did."""
+        ledger = self.audit.ledger
+        return [ledger.journey(block) for block in blocks.tolist()] if ledger.loaded else []
 
     def _errors(self, windows: list[Window]) -> list[float]:
         if self._comparison is None:

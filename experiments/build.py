@@ -148,16 +148,16 @@ def make_tiers(
         return None
     if not (over.can_offload and over.keeps_freed):
         kind = experiment.allocator["kind"]
-        grouped = "each group of layers has a table of its own"
-        without = "it finds no prefixes (prefix_caching)" if over.can_offload else grouped
+        states = any(each.state_bytes for each in getattr(model, "layer_kinds", ()))
+        without = "no checkpoints of states are kept" if states else "it finds no prefixes (prefix_caching)"
         why = getattr(allocator[kind], "reasons", {}).get("can_offload", without)
         raise wrong(
             f"there are no cached prefixes that tiers could go on with: {why}",
             "tiers",
             str(experiment.allocator["kind"]),
-            f"one that does: {those('can_offload')}, with prefix caching and one group of layers",
+            f"one that does: {those('can_offload')}, with prefix caching",
         )
-    block_bytes = model.kv_bytes_per_token * over.block_size if model is not None else 0
+    block_bytes = over.offloaded_bytes(model.kv_bytes_per_token) if model is not None else 0
     tiers = [
         make(tier, settings, ("tiers", index), block_bytes, device)
         for index, settings in enumerate(experiment.tiers)

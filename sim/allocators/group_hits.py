@@ -9,9 +9,13 @@ from sim.allocators.window_edge import NULL
 from sim.pools.prefix_pool import PrefixPool
 from sim.prefixes.keys import prefix_keys
 from sim.request import Request
+from sim.tiers.tiered_store import TieredStore
 
 Hit = tuple[int, Ordered[list[int]]]
 """Tokens of a cached prefix, and its blocks in every group; no lists where nothing was looked for."""
+
+AWAY = -2
+"""Among the blocks of a hit: one that is not on the device, but in a tier behind it."""
 
 
 class GroupHits:
@@ -27,6 +31,8 @@ class GroupHits:
         self.pool = pool
         self.caching = caching
         self.block_size = block_size
+        self.store: TieredStore | None = None  # tiers behind the pool, which are looked into as well
+        self.declined = 0  # tokens of the last hit that tiers have, and are cheaper to compute
         self.num_groups = len(windows)
         kinds = sorted(set(windows), key=lambda window: (window is not None, window))
         self._kinds = [
@@ -56,12 +62,36 @@ class GroupHits:
         """What all groups find; remembered for whom it was asked last, until others can be found."""
         if not request.content and not request.preemptions:
             return 0, []
+        if self.store is not None:
+            return self._find_behind(self.store, request, num_tokens)
         known, tokens, changes, hit = self._hit
         if known is not request or tokens != num_tokens or changes != self.pool.changes:
             keys = self.keys(request, num_tokens)
             hit = self.longest(keys, num_tokens) if keys else (0, [])
             self._hit = request, num_tokens, self.pool.changes, hit
         return hit
+
+    def _find_behind(self, store: TieredStore, request: Request, num_tokens: int) -> Hit:
+        """What is on the device or in tiers; only the former where loading takes longer than computing."""
+        keys = self.keys(request, num_tokens)
+        hit = self.longest(keys, num_tokens)
+        self.declined = 0
+        if store.cost is None or not any(AWAY in blocks for blocks in hit[1]):
+            return hit
+        self.store = None
+        near = self.longest(keys, num_tokens)
+        self.store = store
+        loads = [[key for key, _ in self.loads(keys, blocks, group)] for group, blocks in enumerate(hit[1])]
+        if store.pays(request, loads, near[0], hit[0]):
+            return hit
+        self.declined = hit[0] - near[0]
+        return near
+
+    def loads(
+        self, keys: Ordered[Hashable], blocks: list[int], group: int
+    ) -> list[tuple[tuple[Hashable, int], int]]:
+        """Of the blocks of a hit in one group those that are in tiers, by their keys, and where they stand."""
+        return [((keys[at], group), at) for at, block in enumerate(blocks) if block == AWAY]
 
     def forget(self) -> None:
         """The last request has been served."""
@@ -72,6 +102,8 @@ class GroupHits:
 
         At least one token is left to compute. `keys` names the content of the request's full blocks.
         """
+        if self.store is not None:
+            self.store.settle()
         blocks: list[list[int]] = [[] for _ in range(self.num_groups)]
         length = min(len(keys), (num_tokens - 1) // self.block_size)
         while True:
@@ -95,7 +127,9 @@ class GroupHits:
         for group in groups:
             block = self.pool.find((key, group))
             if block is None:
-                return None
+                if self.store is None or self.store.index.get((key, group)) is None:
+                    return None
+                block = AWAY
             blocks.append(block)
         return blocks
 

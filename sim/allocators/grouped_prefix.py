@@ -6,12 +6,14 @@ from collections.abc import Sequence as Ordered
 
 from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.equal_pages import EqualPagesAllocator
-from sim.allocators.group_hits import GroupHits, Hit
+from sim.allocators.group_hits import AWAY, GroupHits, Hit
 from sim.allocators.window_edge import NULL, Holding
 from sim.errors import UserError
 from sim.layer_groups import unified_pages, windowed_pages
 from sim.prefixes.keys import sequence_keys
 from sim.request import Request, Sequence
+from sim.tiers.offloading_pools import OffloadingQueue
+from sim.tiers.tiered_store import TieredStore
 
 
 class GroupedPrefixAllocator(EqualPagesAllocator):
@@ -25,6 +27,7 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
     A group of branches that is computed again has the full blocks of its prompt in common.
     """
 
+    can_offload = True
     recomputes_groups = True
 
     def __init__(
@@ -52,6 +55,7 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         self._windows = [self.groups[index].window for index in self.token_groups]
         self._cache = GroupHits(self.pool, self.block_size, self._windows, caching=self.keeps_freed)
         self._states = states
+        self._unified = windows is None
         self._number = {group: number for number, group in enumerate(self.token_groups)}
 
     # Room
@@ -98,7 +102,7 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
                 most = min(rows, -(-(window - 1 + chunk) // size) + 1)
             needed += max(0, most - found)
         for blocks in hits:
-            needed += self.pool.unreferenced([block for block in blocks if block != NULL])
+            needed += self.pool.unreferenced([block for block in blocks if block >= 0]) + blocks.count(AWAY)
         return needed
 
     @property
@@ -136,12 +140,14 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         tables: list[list[int]] = [[] for _ in self.groups]
         for group, blocks in zip(self.token_groups, hits, strict=False):
             tables[group] = [*blocks]
-            found = [block for block in blocks if block != NULL]
+            found = [block for block in blocks if block >= 0]
             self.pool.touch(found)
             for block in found:
                 self.share(group, block)
             if found and self.probe is not None:
                 self.probe.touch(self.pool.tier, found)
+        if self.tiers is not None and sequence is first:
+            self._load(self.tiers, sequence, tables, tokens)
         self.begin(sequence, tables, num_tokens, filled, tokens)
         holding = self.holdings[sequence]
         holding.registered = holding.found = tokens // self.block_size
@@ -157,13 +163,14 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
 
     def held(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the full blocks be found in every group."""
-        self._enter_keys(self.holdings[sequence], self._keys(sequence, num_tokens))
+        self._enter_keys(sequence, self._keys(sequence, num_tokens))
         self._cache.forget()
 
     def _find(self, request: Request, num_tokens: int) -> Hit:
         """What all groups of layers find; of a group of branches that gave way the prompt, which all of them share."""
         if len(request.sequences) < 2:
             return self._cache.find(request, num_tokens)
+        self._cache.declined = 0
         keys = self._cache.keys(request, num_tokens)[: self._shared_rows(request)]
         return self._cache.longest(keys, num_tokens)
 
@@ -179,25 +186,28 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         return rows * self.block_size, [holding.tables[group][:rows] for group in self.token_groups]
 
     def _keys(self, sequence: Sequence, num_tokens: int) -> Ordered[int]:
-        """Keys of the full blocks of a branch, as far as anybody may ask for them."""
-        if sequence.lineage is None:
+        """Keys of a branch's full blocks that anybody may ask for; with tiers of all, as in a server."""
+        if sequence.lineage is None and self.tiers is None:
             return self._cache.keys(sequence.request, num_tokens)
-        return (
-            sequence_keys(sequence, num_tokens // self.block_size, self.block_size)
-            if self.keeps_freed
-            else []
-        )
+        if not self.keeps_freed:
+            return []
+        return sequence_keys(sequence, num_tokens // self.block_size, self.block_size)
 
-    def _enter_keys(self, holding: Holding, keys: Ordered[int]) -> None:
+    def _enter_keys(self, sequence: Sequence, keys: Ordered[int]) -> None:
+        holding = self.holdings[sequence]
         first = holding.registered
         if len(keys) <= first:
             return
         for number, group in enumerate(self.token_groups):
             table = holding.tables[group]
+            entered = []
             for index in range(first, len(keys)):
                 block = table[index]
                 if block != NULL and self.pool.keys[block] is None:
                     self.pool.register(block, (keys[index], number))
+                    entered.append(block)
+            if self.tiers is not None:
+                self._tell(self.tiers, sequence, entered)
         holding.registered = len(keys)
         for edge in holding.edges:
             if edge.own:
@@ -226,15 +236,61 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         """Name what was generated, if anybody may ask for it."""
         request = sequence.request
         unfinished = sequence.num_tokens < sequence.final_tokens
-        if unfinished and request.status == "running" and len(request.sequences) > 1:
+        if self.tiers is None and unfinished and request.status == "running" and len(request.sequences) > 1:
             return  # a beam that died
-        if unfinished or request.output_content is not None:
+        if unfinished or request.output_content is not None or self.tiers is not None:
             keys = sequence_keys(sequence, sequence.num_tokens // self.block_size, self.block_size)
             for edge in holding.edges:
                 number = self._number[edge.group]
                 named = [(key, number) for key in keys[edge.first : edge.freed]]
                 self.pool.name(edge.given, edge.mark, named)
-            self._enter_keys(holding, keys)
+                if self.tiers is not None:
+                    known = self.pool.keys
+                    pairs = zip(edge.given, named, strict=False)
+                    self._tell(self.tiers, sequence, [block for block, key in pairs if known[block] == key])
+            self._enter_keys(sequence, keys)
+
+    # Tiers
+
+    def offloaded_bytes(self, token_bytes: float) -> float:
+        """Those of a page, which has the layers of one group."""
+        page = self.groups[0].page_slots
+        return page * (self.slot_bytes if self._unified else token_bytes / len(self.groups))
+
+    def open_tiers(self, tiers: TieredStore) -> None:
+        """Tell the tiers of every full page that can be found, and of what is evicted."""
+        self.tiers = self._cache.store = tiers
+        tiers.block_size = self.block_size
+        self.pool.free = OffloadingQueue(range(self.num_blocks), tiers)
+        tiers.device_keys = self.pool.keys
+
+    def _tell(self, tiers: TieredStore, sequence: Sequence, blocks: list[int]) -> None:
+        known = self.pool.keys
+        tiers.found(sequence, [known[block] for block in blocks], blocks)
+
+    def _load(self, tiers: TieredStore, sequence: Sequence, tables: list[list[int]], tokens: int) -> None:
+        """Pages for what tiers have of the hit, and their copies; hits are counted in the group that sees the most."""
+        request = sequence.request
+        keys = self._cache.keys(request, request.prefill_tokens)
+        counted = min(
+            range(len(self._windows)), key=lambda number: (self._windows[number] is not None, number)
+        )
+        tiers.declined_tokens += self._cache.declined
+        for number, group in enumerate(self.token_groups):
+            table = tables[group]
+            near = [(at, block) for at, block in enumerate(table) if block >= 0]
+            if near and tiers.counts_hits:
+                tiers.hit(sequence, [(keys[at], number) for at, _ in near], [block for _, block in near])
+            loads = self._cache.loads(keys, table, number)
+            if number == counted and not request.preemptions:
+                tiers.device_hit_tokens += tokens - len(loads) * self.block_size
+            if not loads:
+                continue
+            blocks = self.pool.take(len(loads))
+            for (key, at), block in zip(loads, blocks, strict=True):
+                table[at] = block
+                self.pool.register(block, key)
+            tiers.load(request, [key for key, _ in loads], blocks, counted=number == counted)
 
     def release(self, sequence: Sequence, holding: Holding | None = None) -> None:
         """Queue the blocks, in each group the deepest first; full ones that have no name queue up with the others."""

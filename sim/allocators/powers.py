@@ -77,6 +77,10 @@ class Powers:
     link: Link[Transfers] | None = None
     """Where swaps take their time beside the computation; without one they are over at once."""
 
+    def offloaded_bytes(self, token_bytes: float) -> float:
+        """Bytes of a block in a tier, by those that a token takes over all layers."""
+        return token_bytes * self.block_size
+
     def open_tiers(self, tiers: TieredStore) -> None:
         """Keep cached prefixes in these tiers too; to be called before the first request."""
         raise TypeError(f"{type(self).__name__} has no cached prefixes to offload")

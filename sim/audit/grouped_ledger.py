@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.allocators.grouped import GroupedAllocator
+from sim.audit.journeys import Journeys
 from sim.errors import ProbeError
 from sim.identity import UNWRITTEN, History, Ints
 from sim.request import Request, Sequence
@@ -37,7 +38,7 @@ class GroupLayout:
         return f"{sequence}, token {position} of layer group {group}, {tier} slot {self.slots[at]}"
 
 
-class GroupedLedger:
+class GroupedLedger(Journeys):
     """Witness as `Ledger` is, for block tables by layer group: page times block size plus offset is a slot.
 
     The same token is another thing in every group, so that tables of two groups cannot be mixed up unseen. Pages
@@ -48,6 +49,7 @@ class GroupedLedger:
     pooled = True  # nobody else asks whether reservations overlap
 
     def __init__(self, allocator: GroupedAllocator) -> None:
+        super().__init__()
         self.allocator = allocator
         self.when = "before the first sample"
         pool = next(iter(allocator.pools), None)
@@ -117,16 +119,11 @@ class GroupedLedger:
         raise self.error(f"{len(pairs)} pages are moved to {tier}")
 
     def offload(self, sequences: Iterable[Sequence]) -> None:
-        """Nor tiers."""
-        raise self.error("blocks are copied away")
-
-    def lift(self, block: int) -> None:
-        """Nor tiers."""
-        raise self.error(f"block {block} is copied away")
-
-    def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
-        """Nor tiers."""
-        raise self.error(f"{source} block {block} is copied to {tier}")
+        """Enter the sequences; one that is over is entered already."""
+        for sequence in dict.fromkeys(sequences):
+            holding = self.allocator.holdings.get(sequence)
+            if holding is not None and not holding.done:
+                self.write(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Forget the sequence; what it leaves behind may be found."""

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.allocators.base import Allocator
+from sim.audit.journeys import Journeys
 from sim.audit.layout import Layout
 from sim.errors import ProbeError
 from sim.identity import UNWRITTEN, History, Ints, identities, identity
 from sim.request import Request, Sequence
-from sim.tiers.tier import NOWHERE, Journey, Tier
+from sim.tiers.tier import Tier
 
 FEW = 12
 """Tokens that are faster entered one by one than as an array."""
@@ -38,7 +39,7 @@ class Written:
         self.quantized = 0
 
 
-class Ledger:
+class Ledger(Journeys):
     """Witness that knows of every slot which token was written there last.
 
     A token is known by its content identity, which stands for the whole history up to it: equal identity means
@@ -51,6 +52,7 @@ class Ledger:
     """
 
     def __init__(self, allocator: Allocator) -> None:
+        super().__init__()
         self.allocator = allocator
         self.when = "before the first sample"
         size = allocator.block_size
@@ -70,9 +72,6 @@ class Ledger:
         )  # device blocks that were copied or moved to, until somebody clears them
         self.on_event: Callable[[], None] | None = None  # called at the 1st, 4th, 16th ... event of a kind
         self._events = dict.fromkeys(("fork", "copy", "swap", "load"), 0)
-        self.stored: dict[tuple[str, int], Journey] = {}  # in tiers behind the device, by tier and slot
-        self._lifted: dict[int, list[Journey]] = {}
-        self.loaded: dict[int, Journey] = {}  # by the device block where it ended
 
     # What it is told
 
@@ -195,43 +194,10 @@ class Ledger:
             if sequence in self.allocator.sequences:
                 self._enter_one(sequence)
 
-    def lift(self, block: int) -> None:
-        """Keep what the block holds."""
-        if self.device.fresh[block]:
-            self.device.reset()
-        device = self.device
-        journey = Journey(device.rows[block].copy(), device.quantized[block].copy(), (("device", block),))
-        self._lifted.setdefault(block, []).append(journey)
-
-    def transfer(self, source: str, block: int, tier: str, slot: int) -> None:
-        """The slot of the one tier holds what the block of the other holds; of what was lifted the last first."""
-        device = self.device
-        if source == "device":
-            self.lift(block)
-        if source in ("device", "lifted"):
-            journey = self._lifted[block].pop()
-        else:
-            journey = self.stored.get((source, block), NOWHERE)
-            if journey is NOWHERE:
-                raise self.error(f"{source} slot {block} is copied to {tier}, and nothing was written there")
-        journey = Journey(journey.row, journey.quantized, (*journey.places, (tier, slot)))
-        if tier != "device":
-            self.stored[tier, slot] = journey
-            return
-        device.fresh[slot] = 0
-        device.rows[slot] = journey.row
-        device.quantized[slot] = journey.quantized
-        self.changed.add(slot)
-        self._touched.add(slot)
-        self.loaded[slot] = journey
+    def arrived(self, block: int) -> None:
+        """A block came back from a tier: others may find what it holds."""
+        self._touched.add(block)
         self._note("load")
-
-    def journey(self, block: int) -> Journey | None:
-        """How what a device block holds came there, if that was through other tiers."""
-        journey = self.loaded.get(block)
-        if journey is None or not np.array_equal(journey.row, self.device.rows[block]):
-            return None  # it was handed out again since
-        return journey
 
     def lose(self, sequence: Sequence) -> None:
         """What the sequence lost is not entered any more."""

@@ -54,6 +54,27 @@ class LoadCost:
                 best, worth = seconds, loaded
         return worth
 
+    def pays(
+        self,
+        request: Request,
+        pieces: Iterable[tuple[Run, int, int]],
+        before: int,
+        behind: int,
+        store: TieredStore,
+    ) -> bool:
+        """Whether the step is shorter with these pieces loaded, and the prompt computed from the token `behind` on."""
+        reads = {tier: sum([count for _, count in tier.reads]) for tier in self._tiers}
+        ready = dict.fromkeys(self._tiers, store.now)
+        copies = {tier: tier.back.copy() for tier in self._tiers}
+        computed = self._seconds(request, before, reads, ready, copies, store)
+        for run, first, count in pieces:
+            tier = run.tier
+            assert tier is not None
+            copies[tier].add(run.slots[first : first + count])
+            reads[tier] += count
+            ready[tier] = max(ready[tier], run.ready)
+        return self._seconds(request, behind, reads, ready, copies, store) < computed
+
     def _seconds(
         self,
         request: Request,

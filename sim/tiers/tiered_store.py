@@ -7,6 +7,7 @@ from collections.abc import Sequence as Ordered
 from typing import Any, Literal
 
 from sim.errors import UserError
+from sim.pools.prefix_pool import UNASKED, Unnamed
 from sim.prefixes.keys import stretch
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
@@ -163,6 +164,7 @@ class TieredStore(TierPlaces):
     def _lift(self, keys: list[Hashable], blocks: Ordered[int]) -> None:
         """Write what the device evicts, unless it is in a tier or about to be."""
         leaving, index = self._leaving, self.index
+        keys = [None if key == UNASKED or isinstance(key, Unnamed) else key for key in keys]
         fresh = dict(zip(keys, blocks, strict=True))
         fresh.pop(None, None)
         named = [*fresh]
@@ -187,7 +189,19 @@ class TieredStore(TierPlaces):
         self._declined = found - worth
         return worth
 
-    def load(self, request: Request, keys: Ordered[Hashable], blocks: Ordered[int]) -> None:
+    def settle(self) -> None:
+        """Write what the device has evicted; what tiers have can be looked up then."""
+        self._drain()
+
+    def pays(self, request: Request, loads: Iterable[Ordered[Hashable]], before: int, behind: int) -> bool:
+        """Whether to load these blocks is faster than to compute the tokens `before` to `behind` of the prompt."""
+        assert self.cost is not None
+        pieces = [piece for keys in loads for piece in self._pieces(keys)]
+        return self.cost.pays(request, pieces, before, behind, self)
+
+    def load(
+        self, request: Request, keys: Ordered[Hashable], blocks: Ordered[int], *, counted: bool = True
+    ) -> None:
         """Copy what was looked up last into fresh blocks of the device; what was far moves to the nearest tier."""
         self.declined_tokens += self._declined * self.block_size
         runs, at = [], len(keys)
@@ -197,7 +211,7 @@ class TieredStore(TierPlaces):
             self._clock += 1
             tier.use(run, self._clock, -request.priority)
             self.traffic.read(tier, run)
-            if not request.preemptions:
+            if counted and not request.preemptions:
                 tier.hit_tokens += count * self.block_size
             at -= count
             self._tell(tier.name, run.slots, "device", blocks[at : at + count])

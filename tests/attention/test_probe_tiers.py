@@ -29,7 +29,7 @@ def run_all():
         run(AttentionProbe(every=1), seed)
 
 
-@pytest.mark.parametrize("kind", ["prefix 4", "radix 4 lfu", "radix 1"])
+@pytest.mark.parametrize("kind", ["prefix 4", "prefix 4 full and windows", "radix 4 lfu", "radix 1"])
 @pytest.mark.parametrize("policy", ["write_through", "write_back", "selective"])
 def test_attention_runs_over_blocks_that_went_through_every_tier(kind, policy, monkeypatch):
     gone_through = set()
@@ -100,14 +100,15 @@ _EQUAL = _Equal()
 MUTANTS = {"NextSlot": NextSlot, "NeverMoved": NeverMoved, "WrongKey": WrongKey, "TooLate": TooLate}
 
 
+@pytest.mark.parametrize("kind", ["prefix 4", "prefix 4 full and windows"])
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("probe", [lambda: Audit(every=1), lambda: AttentionProbe(every=1)])
-def test_a_store_that_mixes_blocks_up_is_found_out(mutant, probe, monkeypatch):
+def test_a_store_that_mixes_blocks_up_is_found_out(mutant, probe, kind, monkeypatch):
     monkeypatch.setattr("tests.sim.tiers.TieredStore", MUTANTS[mutant])
     found = []
     for seed in range(4):
         try:
-            run(probe(), seed)
+            run(probe(), seed, kind)
         except ProbeError as error:
             found.append(str(error))
     assert found

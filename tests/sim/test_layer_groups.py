@@ -20,6 +20,7 @@ from sim import (
     scheduler,
     timing,
 )
+from sim.allocators.window_edge import NULL
 from sim.audit.audit import Audit
 from sim.beams import fork
 from sim.errors import UserError
@@ -27,6 +28,7 @@ from sim.layer_groups import LayerKind, own_pages, unified_pages
 from sim.pools.block_pool import OutOfBlocks
 from sim.pools.large_pages import LargePages
 from tests.sim.probing import requests, run
+from tests.sim.tiers import store
 
 KINDS = (LayerKind(1, 2), LayerKind(3, 2, 7), LayerKind(2, 2, 20), LayerKind(1, state_bytes=7))
 SETTINGS = {
@@ -272,6 +274,40 @@ def test_branches_share_the_pages_of_every_group_until_they_write():
     assert (memory.pool.num_used, memory.blocks_saved) == (6, 0)
     memory.free(request.sequences[1])
     assert memory.usage().token_states == memory.usage().reserved == memory.usage().internal == 0
+
+
+def test_tiers_are_asked_for_what_a_window_sees():
+    """Full attention and window 8, blocks of 4: behind 9 blocks of a prompt the window needs the last two."""
+    memory = allocator["prefix"](Capacity(num_slots=48, max_model_len=64), block_size=4, windows=[None, 8])
+    tiers = store("large host")
+    memory.open_tiers(tiers)
+
+    def serve(number: int, name: int) -> Sequence:
+        request = Request(number, 0, 40, 1, content=(name,), content_ends=(40,))
+        assert memory.admission(request, 40) is Admission.OK
+        sequence = Sequence(request, 0, 0, 40)
+        request.sequences.append(sequence)
+        memory.admit(sequence, 40)
+        tiers.begin(number)
+        memory.check_integrity()
+        return sequence
+
+    for number, name in enumerate((1, 2)):  # the second takes the pages of the first
+        memory.free(serve(number, name))
+    again = Request(2, 0, 40, 1, content=(1,), content_ends=(40,))
+    assert memory.cached_tokens(again, 40) == 36
+    sequence = serve(2, 1)
+    assert tiers.tiers[0].read_blocks == 9 + 2
+    assert tiers.tiers[0].hit_tokens == 36
+    assert memory.holdings[sequence].tables[1][:7] == [NULL] * 7
+    memory.free(sequence)
+
+
+def test_a_page_in_a_tier_has_the_layers_of_one_group():
+    memory = allocator["prefix"](Capacity(num_slots=48, max_model_len=64), block_size=4, windows=[None, 8])
+    assert memory.offloaded_bytes(1000.0) == 4 * 1000.0 / 2
+    unified = build("unified pages", 400)
+    assert unified.offloaded_bytes(0.0) == unified.groups[0].page_slots * unified.slot_bytes
 
 
 def test_a_model_with_states_does_not_fork():
