@@ -73,7 +73,6 @@ class Rehearsal:
             owner = attempt(build.make_allocator, capacity, key=memory)
             attempt(build.make_workload, capacity, 0, key=[experiment.workload, capacity.max_model_len])
             if owner is not None:
-                found += _without_branches(experiment, owner)
                 attempt(build.make_scheduler, owner, key=[memory, experiment.scheduler])
                 attempt(build.make_transfers, model, device, owner, key=[memory, experiment.transfers])
                 offloading = [memory, experiment.tiers, experiment.offload]
@@ -114,24 +113,6 @@ def at(settings: Any, path: Path) -> Any:
     for part in path:
         settings = settings[part]
     return settings
-
-
-def _without_branches(experiment: Experiment, owner: Allocator) -> Iterator[Mistake]:
-    """Branches of requests where the allocator's kind has them, but not for this model or these windows."""
-    name = experiment.allocator["kind"]
-    sampling = experiment.workload.get("sampling") or {}
-    for field in ("n", "best_of", "beam_width"):
-        if (
-            (sampling.get(field) or 1) > 1
-            and getattr(allocator[name], "can_fork", False)
-            and not owner.can_fork
-        ):
-            yield Mistake(
-                f"allocator {name} cannot fork the states of this model's layers: each branch needs one of its own",
-                ("workload", "sampling", field),
-                str(sampling[field]),
-                "1, or a model without states",
-            )
 
 
 def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:

@@ -18,8 +18,11 @@ class EqualPagesAllocator(GroupedAllocator):
     """Every page of every group is a block of one pool, as in vLLM V1.
 
     Branches of one request share the pages of all groups, the last ones until they write on; a window gives a page
-    back for its own branch only. States are not forked: each branch would need one of its own at once.
+    back for its own branch only. Each branch has states of its own from its fork on, and as a fork may not fail, the
+    pages for those of the first ones are taken with the prompt.
     """
+
+    can_fork = True
 
     pool: PrefixPool
 
@@ -32,7 +35,7 @@ class EqualPagesAllocator(GroupedAllocator):
             raise UserError(f"a page of all layer groups has {page:,} slots, and there are {slots:,}")
         self._remainder = self.num_slots - self.num_blocks * page  # too short for a page
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
-        self.can_fork = len(self.token_groups) == len(self.groups)
+        self.state_groups = [index for index, group in enumerate(self.groups) if group.state_slots]
         self._given: list[tuple[int, int]] = []  # order of a sequence, and a block of it, in one tick
 
     # Room
@@ -60,14 +63,14 @@ class EqualPagesAllocator(GroupedAllocator):
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Share the pages of every group; their windows begin at the same place, and move each for itself."""
-        if not self.can_fork:
-            super().fork(parent, child)
         held = self.holdings[parent]
         tables = [table.copy() for table in held.tables]
+        for group in self.state_groups:
+            tables[group] = [self._page_of_state(held, group)]
         holding = self.holdings[child] = Holding(tables, tables[self.token_groups[0]])
         holding.registered = held.registered
-        for table in tables:
-            self.pool.share([page for page in table if page != NULL])
+        for group in self.token_groups:
+            self.pool.share([page for page in tables[group] if page != NULL])
         child.block_table = holding.rows_of
         child.capacity = parent.capacity
         child.origin = parent.num_tokens
@@ -78,6 +81,30 @@ class EqualPagesAllocator(GroupedAllocator):
             other.moving, other.turn = edge.moving, edge.turn
             holding.edges.append(other)
         self.sequences.add(child)
+
+    def _page_of_state(self, parent: Holding, group: int) -> int:
+        """A page for the state of a new branch, in the end that of one that just died."""
+        if parent.spare:
+            page = parent.spare.pop()
+        else:
+            (page,) = self.pool.take()
+            self.num_held += self.groups[group].page_slots
+        self.num_tokens += self.groups[group].state_slots
+        self.num_internal += self.pads[group]
+        return page
+
+    def keep_spare(self, sequence: Sequence, count: int) -> None:
+        """So many pages for branches to come, which are reserved until then."""
+        self.holdings[sequence].spare = self.pool.take(count)
+        self.num_held += count * self.groups[0].page_slots
+
+    def free(self, sequence: Sequence) -> None:
+        """Take everything back, pages for branches that never came as well."""
+        spare = self.holdings[sequence].spare
+        if spare:
+            self.pool.release(spare)
+            self.num_held -= len(spare) * self.groups[0].page_slots
+        super().free(sequence)
 
     def shares_tail(self, sequence: Sequence) -> bool:
         """Whether another branch has the pages that its next token goes to."""
@@ -213,7 +240,7 @@ class EqualPagesAllocator(GroupedAllocator):
         self.pool.check_integrity(
             [page for page in table if page != NULL]
             for holding in self.holdings.values()
-            for table in holding.tables
+            for table in (*holding.tables, holding.spare)
         )
 
 

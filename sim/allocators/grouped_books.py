@@ -245,6 +245,7 @@ class GroupedBooks(Allocator):
         for sequence, holding in self.holdings.items():
             if sequence.num_tokens > sequence.capacity and not holding.done:
                 raise IntegrityError(f"{sequence}: tokens({sequence.num_tokens}) > held({sequence.capacity})")
+            held += len(holding.spare) * self.groups[0].page_slots
             if sequence.capacity != holding.rows * size:
                 raise IntegrityError(
                     f"{sequence}: held({sequence.capacity}) != slots of {holding.rows} pages"

@@ -11,7 +11,7 @@ from sim.allocators.window_edge import NULL, Holding
 from sim.errors import UserError
 from sim.layer_groups import unified_pages, windowed_pages
 from sim.prefixes.keys import sequence_keys
-from sim.request import Request, Sequence
+from sim.request import NEVER, Request, Sequence
 from sim.tiers.offloading_pools import OffloadingQueue
 from sim.tiers.tiered_store import TieredStore
 
@@ -76,19 +76,24 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         tokens, hits = self._find(request, num_tokens)
         if len(request.sequences) > 1:
             rows = -(-num_tokens // self.block_size) - self._shared_rows(request)
-            others = (len(request.sequences) - 1) * rows * len(self.token_groups)
+            others = (len(request.sequences) - 1) * (rows * len(self.token_groups) + self._states)
             needed = self._needed(num_tokens, hits) + others
             if needed > self.num_blocks:
                 return Admission.NEVER
             return Admission.OK if needed <= self.pool.num_free - self.kept_free else Admission.LATER
-        needed = self._needed(num_tokens, hits, chunk)
+        spare = self._spare(request)
+        needed = self._needed(num_tokens, hits, chunk) + spare
         if chunk < num_tokens:
             now = chunk if first is None else first
-            needed = max(needed, self._needed(min(num_tokens, tokens + now), hits))
+            needed = max(needed, self._needed(min(num_tokens, tokens + now), hits) + spare)
         if needed > self.num_blocks:  # windows need less behind a hit
             return Admission.NEVER
-        spare = self.pool.num_free - self.kept_free
-        return Admission.OK if needed <= spare else Admission.LATER
+        return Admission.OK if needed <= self.pool.num_free - self.kept_free else Admission.LATER
+
+    def _spare(self, request: Request) -> int:
+        """Pages for the states of branches that a request is yet to fork."""
+        unforked = len(request.sequences) < 2 and request.first_token_time == NEVER
+        return (request.width - 1) * self._states if unforked else 0
 
     def _needed(self, num_tokens: int, hits: Ordered[list[int]] = (), chunk: int | None = None) -> int:
         """Blocks that a newcomer takes out of the queue for so many tokens, its hits among them."""
@@ -151,6 +156,9 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         self.begin(sequence, tables, num_tokens, filled, tokens)
         holding = self.holdings[sequence]
         holding.registered = holding.found = tokens // self.block_size
+        spare = self._spare(sequence.request)
+        if spare:
+            self.keep_spare(sequence, spare)
         self.held(sequence, filled)
         if self.keeps_freed and self.probe is not None:
             self.probe.begin(sequence)

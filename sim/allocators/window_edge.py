@@ -44,7 +44,7 @@ class Edge:
 class Holding:
     """What one sequence holds: a table of pages per group, and in one of them all its tokens' rows."""
 
-    __slots__ = ("done", "edges", "found", "packed", "registered", "rows_of", "tables")
+    __slots__ = ("done", "edges", "found", "packed", "registered", "rows_of", "spare", "tables")
 
     def __init__(self, tables: list[list[int]], rows_of: list[int]) -> None:
         self.tables = tables
@@ -55,6 +55,7 @@ class Holding:
         self.packed: list[
             dict[int, int]
         ] = []  # by group: large pages, and how many pages of each are its own
+        self.spare: list[int] = []  # pages for the states of branches that are to come
         self.done = False
 
     @property

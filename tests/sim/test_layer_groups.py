@@ -310,13 +310,40 @@ def test_a_page_in_a_tier_has_the_layers_of_one_group():
     assert unified.offloaded_bytes(0.0) == unified.groups[0].page_slots * unified.slot_bytes
 
 
-def test_a_model_with_states_does_not_fork():
-    assert build("full and windows", 400).can_fork
+def test_each_branch_has_a_state_of_its_own():
+    """Pages for the states of three branches are taken with the prompt; a fork only says whose they are."""
     memory = build("unified pages and states", 400)
-    assert not memory.can_fork
-    sequence = Sequence(Request(0, 0, 5, 5, n=2), 0, 0, 9)
-    with pytest.raises(TypeError, match="cannot share"):
-        memory.fork(sequence, sequence)
+    request = Request(0, 0, 6, 10, n=3)
+    assert memory.admission(request, 6) is Admission.OK
+    parent = Sequence(request, 0, 0, 15)
+    request.sequences.append(parent)
+    memory.admit(parent, 6)
+    memory.check_integrity()
+    used, usage = memory.pool.num_used, memory.usage()
+    for _ in range(2):
+        request.sequences.append(fork(memory, parent))
+        memory.check_integrity()
+    assert memory.pool.num_used == used
+    assert memory.usage().reserved < usage.reserved
+    states = [
+        memory.holdings[each].tables[group] for each in request.sequences for group in memory.state_groups
+    ]
+    assert len({page for (page,) in states}) == len(states)
+    for each in request.sequences:
+        memory.free(each)
+        memory.check_integrity()
+    assert memory.pool.num_used == 0
+
+
+def test_branches_that_never_came_leave_nothing_behind():
+    memory = build("unified pages and states", 400)
+    request = Request(0, 0, 6, 10, n=3)
+    parent = Sequence(request, 0, 0, 15)
+    request.sequences.append(parent)
+    memory.admit(parent, 6)
+    memory.free(parent)
+    memory.check_integrity()
+    assert memory.pool.num_used == memory.num_held == 0
 
 
 def test_a_window_asks_for_what_it_may_hold_with_a_step_in_flight():

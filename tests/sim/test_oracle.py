@@ -274,6 +274,7 @@ def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_n
         "prefix 4 full and windows",
         "prefix 2 windows of 0.10.0",
         "prefix 8 windows without caching",
+        "prefix 4 of four kinds of layers",
         "radix 1",
         "radix 4 lfu",
     ],
