@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Ordered
+from itertools import accumulate
 
 from sim.allocators.capacity import Capacity
-from sim.allocators.grouped import GroupedAllocator
+from sim.allocators.grouped_branches import BranchedAllocator
 from sim.allocators.window_edge import NULL, Edge, Holding
 from sim.errors import UserError
 from sim.layer_groups import Pages
@@ -14,15 +14,8 @@ from sim.pools.prefix_pool import PrefixPool
 from sim.request import Sequence
 
 
-class EqualPagesAllocator(GroupedAllocator):
-    """Every page of every group is a block of one pool, as in vLLM V1.
-
-    Branches of one request share the pages of all groups, the last ones until they write on; a window gives a page
-    back for its own branch only. Each branch has states of its own from its fork on, and as a fork may not fail, the
-    pages for those of the first ones are taken with the prompt.
-    """
-
-    can_fork = True
+class EqualPagesAllocator(BranchedAllocator):
+    """Every page of every group is a block of one pool, as in vLLM V1."""
 
     pool: PrefixPool
 
@@ -35,7 +28,6 @@ class EqualPagesAllocator(GroupedAllocator):
             raise UserError(f"a page of all layer groups has {page:,} slots, and there are {slots:,}")
         self._remainder = self.num_slots - self.num_blocks * page  # too short for a page
         self.pool = PrefixPool(self.num_blocks, keyless_first=keyless_first)
-        self.state_groups = [index for index, group in enumerate(self.groups) if group.state_slots]
         self._given: list[tuple[int, int]] = []  # order of a sequence, and a block of it, in one tick
 
     # Room
@@ -59,87 +51,22 @@ class EqualPagesAllocator(GroupedAllocator):
         rows = max(0, -(-needed // len(self.token_groups)))
         return min(rows, self.headroom) if needed <= self.pool.num_free else rows
 
-    # Branches
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Share the pages of every group; their windows begin at the same place, and move each for itself."""
-        held = self.holdings[parent]
-        tables = [table.copy() for table in held.tables]
-        for group in self.state_groups:
-            tables[group] = [self._page_of_state(held, group)]
-        holding = self.holdings[child] = Holding(tables, tables[self.token_groups[0]])
-        holding.registered = held.registered
-        for group in self.token_groups:
-            self.pool.share([page for page in tables[group] if page != NULL])
-        child.block_table = holding.rows_of
-        child.capacity = parent.capacity
-        child.origin = parent.num_tokens
-        child.edges = holding.edges
-        for edge in held.edges:
-            self._disclaim(edge)
-            other = Edge(edge.group, edge.window, child, tables[edge.group], edge.freed, edge.left)
-            other.moving, other.turn = edge.moving, edge.turn
-            holding.edges.append(other)
-        self.sequences.add(child)
-
-    def _page_of_state(self, parent: Holding, group: int) -> int:
-        """A page for the state of a new branch, in the end that of one that just died."""
-        if parent.spare:
-            page = parent.spare.pop()
-        else:
-            (page,) = self.pool.take()
-            self.num_held += self.groups[group].page_slots
-        self.num_tokens += self.groups[group].state_slots
-        self.num_internal += self.pads[group]
-        return page
-
-    def keep_spare(self, sequence: Sequence, count: int) -> None:
-        """So many pages for branches to come, which are reserved until then."""
-        self.holdings[sequence].spare = self.pool.take(count)
-        self.num_held += count * self.groups[0].page_slots
-
-    def free(self, sequence: Sequence) -> None:
-        """Take everything back, pages for branches that never came as well."""
-        spare = self.holdings[sequence].spare
-        if spare:
-            self.pool.release(spare)
-            self.num_held -= len(spare) * self.groups[0].page_slots
-        super().free(sequence)
-
-    def shares_tail(self, sequence: Sequence) -> bool:
-        """Whether another branch has the pages that its next token goes to."""
-        if not self.sharing or not sequence.num_tokens % self.block_size:
-            return False
-        return self.pool.references[sequence.block_table[-1]] > 1
-
-    def copies(self, branches: list[Sequence]) -> int:
-        """Rows of pages; the last who has one keeps it."""
-        held = Counter([each.block_table[-1] for each in branches])
-        return len(branches) - sum([self.pool.references[page] == count for page, count in held.items()])
-
-    def copy_tail(self, sequence: Sequence) -> int:
-        """Copy the last page of every group."""
-        tables = [self.holdings[sequence].tables[group] for group in self.token_groups]
-        for table, page in zip(tables, self.pool.take(len(tables)), strict=True):
-            if self.probe is not None:
-                self.probe.copy(table[-1], page)
-            self.pool.release((table[-1],))
-            table[-1] = page
-        unused = max(0, sequence.capacity - sequence.final_tokens)
-        self.num_held += self.row_slots
-        self.num_tokens += sequence.num_tokens % self.block_size * self.slots_per_token
-        self.num_internal += self.row_pads + unused * self.slots_per_token
-        return 1
-
     # Pages
 
     def take(self, holding: Holding, counts: Ordered[int]) -> None:
         """Blocks from the head of the queue, those of the first group first."""
+        for table, pages in zip(holding.tables, self.fresh(holding, counts), strict=True):
+            table += pages
+
+    def fresh(self, holding: Holding, counts: Ordered[int]) -> list[list[int]]:
+        """Blocks from the head of the queue, those of the first group first."""
         blocks = self.pool.take(sum(counts))
-        begin = 0
-        for table, count in zip(holding.tables, counts, strict=True):
-            table += blocks[begin : begin + count]
-            begin += count
+        ends = [*accumulate(counts)]
+        return [blocks[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+    def hold(self, group: int, pages: list[int]) -> None:
+        """One more reference to each."""
+        self.pool.share(pages)
 
     def lengthen(self, holdings: list[Holding]) -> None:
         """One more block at the end of every table, in the order of the sequences and then of the groups."""
@@ -240,7 +167,7 @@ class EqualPagesAllocator(GroupedAllocator):
         self.pool.check_integrity(
             [page for page in table if page != NULL]
             for holding in self.holdings.values()
-            for table in (*holding.tables, holding.spare)
+            for table in (*holding.tables, *holding.spare)
         )
 
 

@@ -63,6 +63,11 @@ class GroupedBooks(Allocator):
         """How many of these held pages others hold too."""
         return 0
 
+    def spare_slots(self, holding: Holding) -> int:
+        """Slots of pages that are kept for the states of branches to come."""
+        pairs = zip(holding.spare, self.groups, strict=False)
+        return sum([len(pages) * group.page_slots for pages, group in pairs])
+
     def is_known(self, page: int) -> bool:
         """Whether others may find a page that is held."""
         return False
@@ -125,7 +130,9 @@ class GroupedBooks(Allocator):
             for edge in holding.edges:
                 self._disclaim(edge)
             self._book(sequence, holding, -1)
-            tail = self._in_tail(sequence, holding)
+            filled = self._in_tail(sequence, holding)
+            unused = max(0, sequence.capacity - sequence.final_tokens)
+            tail = filled, self.block_size - filled - unused
             holding.done = True
             sequence.origin = sequence.final_tokens = sequence.sliding = 0
             for index, page in holding.pages():
@@ -135,8 +142,8 @@ class GroupedBooks(Allocator):
                     self.num_held += self.groups[index].page_slots
                     self.num_internal += self.groups[index].page_slots
                 else:
-                    filled = tail if page == holding.tables[index][-1] else None
-                    self._bury(index, page, self.num_holders(index, page), filled)
+                    last = page == holding.tables[index][-1]
+                    self._bury(index, page, self.num_holders(index, page), tail if last else None)
 
     def _in_tail(self, sequence: Sequence, holding: Holding) -> int:
         """Tokens of a sequence in its last row of pages."""
@@ -148,12 +155,13 @@ class GroupedBooks(Allocator):
         if holders:
             self._bury(group, page, holders)
 
-    def _bury(self, group: int, page: int, holders: int, filled: int | None = None) -> None:
-        """Count a page as waste if all that hold it are done; it is full, unless it says how far."""
+    def _bury(self, group: int, page: int, holders: int, tail: tuple[int, int] | None = None) -> None:
+        """Count a page as waste if all that hold it are done; it is full, or has the tokens and room of a tail."""
         if self.done[group, page] == holders:
             self.buried.add((group, page))
-            slots = self.block_size if filled is None else filled
-            self.slide(slots * self.groups[group].token_slots)
+            tokens, room = tail or (self.block_size, 0)
+            self.slide(tokens * self.groups[group].token_slots)
+            self.num_internal += room * self.groups[group].token_slots
 
     def _exhume(self, holding: Holding) -> None:
         """A sequence that is done leaves: what it holds alone is free."""
@@ -245,7 +253,7 @@ class GroupedBooks(Allocator):
         for sequence, holding in self.holdings.items():
             if sequence.num_tokens > sequence.capacity and not holding.done:
                 raise IntegrityError(f"{sequence}: tokens({sequence.num_tokens}) > held({sequence.capacity})")
-            held += len(holding.spare) * self.groups[0].page_slots
+            held += self.spare_slots(holding)
             if sequence.capacity != holding.rows * size:
                 raise IntegrityError(
                     f"{sequence}: held({sequence.capacity}) != slots of {holding.rows} pages"

@@ -11,7 +11,7 @@ from sim.allocators.window_edge import NULL, Holding
 from sim.errors import UserError
 from sim.layer_groups import unified_pages, windowed_pages
 from sim.prefixes.keys import sequence_keys
-from sim.request import NEVER, Request, Sequence
+from sim.request import Request, Sequence
 from sim.tiers.offloading_pools import OffloadingQueue
 from sim.tiers.tiered_store import TieredStore
 
@@ -23,12 +23,9 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
     group, a window's from its right end; a request is refused on the sum over the groups; a window gives its blocks
     back before it takes others. What is generated can be found once its request leaves, in a window also by then
     given back. No checkpoints of states are kept, so that with states nothing is cached.
-
-    A group of branches that is computed again has the full blocks of its prompt in common.
     """
 
     can_offload = True
-    recomputes_groups = True
 
     def __init__(
         self,
@@ -75,13 +72,13 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         """
         tokens, hits = self._find(request, num_tokens)
         if len(request.sequences) > 1:
-            rows = -(-num_tokens // self.block_size) - self._shared_rows(request)
+            rows = -(-num_tokens // self.block_size) - self.shared_rows(request)
             others = (len(request.sequences) - 1) * (rows * len(self.token_groups) + self._states)
             needed = self._needed(num_tokens, hits) + others
             if needed > self.num_blocks:
                 return Admission.NEVER
             return Admission.OK if needed <= self.pool.num_free - self.kept_free else Admission.LATER
-        spare = self._spare(request)
+        spare = self.to_fork(request) * self._states
         needed = self._needed(num_tokens, hits, chunk) + spare
         if chunk < num_tokens:
             now = chunk if first is None else first
@@ -89,11 +86,6 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         if needed > self.num_blocks:  # windows need less behind a hit
             return Admission.NEVER
         return Admission.OK if needed <= self.pool.num_free - self.kept_free else Admission.LATER
-
-    def _spare(self, request: Request) -> int:
-        """Pages for the states of branches that a request is yet to fork."""
-        unforked = len(request.sequences) < 2 and request.first_token_time == NEVER
-        return (request.width - 1) * self._states if unforked else 0
 
     def _needed(self, num_tokens: int, hits: Ordered[list[int]] = (), chunk: int | None = None) -> int:
         """Blocks that a newcomer takes out of the queue for so many tokens, its hits among them."""
@@ -128,12 +120,6 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         """Those in the leading blocks that every group finds."""
         return self._find(request, num_tokens)[0]
 
-    def in_common(self, request: Request) -> list[tuple[Sequence, int] | None]:
-        """The full blocks of the prompt, where they are found again."""
-        shared = self._shared_rows(request)
-        others = len(request.sequences) - 1
-        return [None, *[(request.sequences[0], shared) if shared else None] * others]
-
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
         """Give a sequence what is cached and new pages behind it; the tokens that it need not compute."""
         filled = num_tokens if filled is None else filled
@@ -141,7 +127,7 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         if sequence is first:
             tokens, hits = self._find(sequence.request, num_tokens)
         else:
-            tokens, hits = self._share_prompt(first)
+            tokens, hits = self.shared_rows(first.request) * self.block_size, self.share_prompt(first)
         tables: list[list[int]] = [[] for _ in self.groups]
         for group, blocks in zip(self.token_groups, hits, strict=False):
             tables[group] = [*blocks]
@@ -156,9 +142,7 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         self.begin(sequence, tables, num_tokens, filled, tokens)
         holding = self.holdings[sequence]
         holding.registered = holding.found = tokens // self.block_size
-        spare = self._spare(sequence.request)
-        if spare:
-            self.keep_spare(sequence, spare)
+        self.keep_spare(sequence)
         self.held(sequence, filled)
         if self.keeps_freed and self.probe is not None:
             self.probe.begin(sequence)
@@ -179,19 +163,8 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         if len(request.sequences) < 2:
             return self._cache.find(request, num_tokens)
         self._cache.declined = 0
-        keys = self._cache.keys(request, num_tokens)[: self._shared_rows(request)]
+        keys = self._cache.keys(request, num_tokens)[: self.shared_rows(request)]
         return self._cache.longest(keys, num_tokens)
-
-    def _shared_rows(self, request: Request) -> int:
-        """Rows of blocks that branches have in common which are computed again: full ones of the prompt."""
-        return request.prompt_tokens // self.block_size
-
-    def _share_prompt(self, first: Sequence) -> Hit:
-        """What another branch of a group that is computed again has from the first one."""
-        holding, rows = self.holdings[first], self._shared_rows(first.request)
-        for edge in holding.edges:
-            self._disclaim(edge)
-        return rows * self.block_size, [holding.tables[group][:rows] for group in self.token_groups]
 
     def _keys(self, sequence: Sequence, num_tokens: int) -> Ordered[int]:
         """Keys of a branch's full blocks that anybody may ask for; with tiers of all, as in a server."""

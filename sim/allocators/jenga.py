@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Ordered
 from typing import Annotated, ClassVar
 
@@ -10,9 +11,9 @@ from numpy.typing import NDArray
 
 from sim.allocators.base import allocator
 from sim.allocators.capacity import Admission, Capacity
-from sim.allocators.grouped import GroupedAllocator
+from sim.allocators.grouped_branches import BranchedAllocator
 from sim.allocators.window_edge import NULL, Edge, Holding
-from sim.errors import UserError
+from sim.errors import IntegrityError, UserError
 from sim.layer_groups import LayerKind, own_pages
 from sim.pools.large_pages import LargePages
 from sim.registry import Bounds, PositiveInt
@@ -20,14 +21,14 @@ from sim.request import Request, Sequence
 
 
 @allocator("jenga")
-class JengaAllocator(GroupedAllocator):
+class JengaAllocator(BranchedAllocator):
     """A page size for each kind of layers, in large pages of their least common multiple, as in Jenga (SOSP 2025).
 
     All layers of a kind share a block table whose pages hold exactly a block of their tokens, or their states;
     large pages are split into pages of one kind, a request's packed together (`sim/pools/large_pages.py`). So nothing
     is padded; what is wasted beside tails and window edges are small pages that are free in a large page, and
-    these are internal waste until somebody takes them. Prefixes are not cached. A model of equal layers has one
-    kind, and is paged as usual.
+    these are internal waste until somebody takes them. Prefixes are not cached. Branches of a request share its pages,
+    and those that it is packed into. A model of equal layers has one kind, and is paged as usual.
 
     Fields:
         block_size: Tokens of a page.
@@ -38,7 +39,6 @@ class JengaAllocator(GroupedAllocator):
         "prefix_caching": "pages of a kind are not found by their content; prefix does so over groups of layers"
     }
     reasons: ClassVar = {
-        "can_fork": "a small page has one holder, and none is counted by references",
         "can_swap": "Jenga stands on vLLM V1, which computes what gave way again",
         "can_stop": "states and windows are of the last token, and nobody goes on from a part of them: take recompute",
         "can_offload": "pages of a kind are not found by their content",
@@ -69,6 +69,8 @@ class JengaAllocator(GroupedAllocator):
         self._whole = all(split == 1 for split in self.pages.splits)  # a large page is a page of any kind
         self.by_tick = not self._whole
         self._given: list[tuple[int, Sequence, int, int]] = []  # order, who gave in this tick, kind, and page
+        self._extra: dict[tuple[int, int], int] = {}  # references beyond the first, by kind and page
+        self._packed: list[dict[int, int]] = []  # what the next branch is packed into
 
     def _needs(self, num_tokens: int, chunk: int) -> list[int]:
         """Pages of each kind for so many tokens, `chunk` of them computed in a step."""
@@ -89,6 +91,8 @@ class JengaAllocator(GroupedAllocator):
         self, request: Request, num_tokens: int, chunk: int, first: int | None = None
     ) -> Admission:
         """Large pages for the prompt, or small ones that others left over."""
+        if request.width > 1:
+            return self._branched_admission(request, num_tokens, chunk)
         needs = self._needs(num_tokens, chunk)
         pages = self.pages
         most = sum([-(-need // split) for need, split in zip(needs, pages.splits, strict=True)])
@@ -96,6 +100,25 @@ class JengaAllocator(GroupedAllocator):
             return Admission.NEVER
         spare = self.watermark_pages if self.sequences else 0
         return Admission.OK if pages.fits(needs, spare=spare) else Admission.LATER
+
+    def _branched_admission(self, request: Request, num_tokens: int, chunk: int) -> Admission:
+        """Large pages for all branches that come with the prompt, the states of those to come among them."""
+        others = len(request.sequences) - 1
+        rows = -(-num_tokens // self.block_size)
+        if others > 0:
+            again = others * (rows - self.shared_rows(request))
+            needs = [others + 1 if group.state_slots else rows + again for group in self.groups]
+        else:
+            coming = self.to_fork(request)
+            needs = [
+                need + coming * (group.state_slots > 0)
+                for need, group in zip(self._needs(num_tokens, chunk), self.groups, strict=True)
+            ]
+        large = sum([-(-need // split) for need, split in zip(needs, self.pages.splits, strict=True)])
+        if large > self.pages.num_large:
+            return Admission.NEVER
+        spare = self.watermark_pages if self.sequences else 0
+        return Admission.OK if large <= len(self.pages.free) - spare else Admission.LATER
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Pages needed against pages there."""
@@ -113,6 +136,12 @@ class JengaAllocator(GroupedAllocator):
 
     def lacks(self, holding: Holding, rows: int) -> bool:
         """Neither in large pages of the sequence's own, nor in free ones, nor in those of others."""
+        if rows > 1:
+            lasts = self.pages.lasts(rows, self.token_groups, holding.packed)
+            if not lasts and self._given:
+                self.settle()
+                lasts = self.pages.lasts(rows, self.token_groups, holding.packed)
+            return not lasts
         return not self._fits([0 if group.state_slots else rows for group in self.groups], holding)
 
     def _fits(self, needs: list[int], holding: Holding) -> bool:
@@ -138,19 +167,59 @@ class JengaAllocator(GroupedAllocator):
     def admit(self, sequence: Sequence, num_tokens: int, filled: int | None = None) -> int:
         """Give a sequence pages of every kind."""
         filled = num_tokens if filled is None else filled
-        self.begin(sequence, [[] for _ in self.groups], num_tokens, filled, 0)
-        return 0
+        tables: list[list[int]] = [[] for _ in self.groups]
+        first, start = sequence.request.sequences[0], 0
+        if sequence is not first:
+            start = self.shared_rows(sequence.request) * self.block_size
+            self._packed = self.holdings[first].packed
+            for group, pages in zip(self.token_groups, self.share_prompt(first), strict=True):
+                tables[group] = pages
+                self.hold(group, [page for page in pages if page != NULL])
+        self.begin(sequence, tables, num_tokens, filled, start)
+        self.keep_spare(sequence)
+        return start
 
     def take(self, holding: Holding, counts: Ordered[int]) -> None:
         """Pages of every kind, near those that the sequence has."""
-        pages = self.pages
+        for table, pages in zip(holding.tables, self.fresh(holding, counts), strict=True):
+            table += pages
+
+    def fresh(self, holding: Holding, counts: Ordered[int]) -> list[list[int]]:
+        """Pages of every kind, near those that the request has."""
         if not holding.packed:
-            holding.packed = [{} for _ in self.groups]
-        loose = pages.loose
-        for kind, (table, count) in enumerate(zip(holding.tables, counts, strict=True)):
-            if count > 0:
-                table += pages.take(kind, count, holding.packed[kind])
+            holding.packed, self._packed = self._packed or [{} for _ in self.groups], []
+        loose = self.pages.loose
+        taken = [
+            self.pages.take(kind, count, holding.packed[kind]) if count > 0 else []
+            for kind, count in enumerate(counts)
+        ]
         self._note_loose(loose)
+        return taken
+
+    def hold(self, group: int, pages: list[int]) -> None:
+        """One more reference to each."""
+        extra = self._extra
+        for page in pages:
+            extra[group, page] = extra.get((group, page), 0) + 1
+
+    def num_holders(self, group: int, page: int) -> int:
+        """References of a page."""
+        return 1 + self._extra.get((group, page), 0)
+
+    @property
+    def sharing(self) -> bool:
+        """Whether any page has several references."""
+        return bool(self._extra)
+
+    def num_shared(self, group: int, pages: list[int]) -> int:
+        """How many of these held pages others hold too."""
+        extra = self._extra
+        return sum([(group, page) in extra for page in pages]) if extra else 0
+
+    @property
+    def blocks_saved(self) -> int:
+        """References beyond the first of every page."""
+        return sum(self._extra.values())
 
     def lengthen(self, holdings: list[Holding]) -> None:
         """One more page of every kind."""
@@ -187,12 +256,23 @@ class JengaAllocator(GroupedAllocator):
 
     def give(self, sequence: Sequence, group: int, pages: list[int]) -> None:
         """Take pages back; of a sequence that is looked at alone only when all have theirs, or need them."""
+        if self._extra:
+            pages = [page for page in pages if not self._is_shared(group, page)]
         if self.walker is not None:
             self._given += [(sequence.order, sequence, group, page) for page in pages]
             return
         loose = self.pages.loose
         self.pages.give(group, pages, self.holdings[sequence].packed[group])
         self._note_loose(loose)
+
+    def _is_shared(self, group: int, page: int) -> bool:
+        """Whether somebody else has a page, to which a reference is dropped then."""
+        count = self._extra.get((group, page), 0)
+        if count > 1:
+            self._extra[group, page] = count - 1
+        elif count:
+            del self._extra[group, page]
+        return count > 0
 
     def settle(self) -> None:
         """Take back what windows gave back in this tick, in the order of `turn`."""
@@ -226,6 +306,11 @@ class JengaAllocator(GroupedAllocator):
         split = self.pages.splits[group]
         return pages // split * self.pages.size + pages % split * self.groups[group].page_slots
 
+    def numbered(self, group: int, pages: Ordered[int]) -> Ordered[int]:
+        """As `held_pages` does."""
+        before = self.pages.num_large * sum(self.pages.splits[:group])
+        return [page + before for page in pages]
+
     def num_external(self, head_refused: bool) -> int:
         """The slots behind the last whole large page."""
         return self.num_slots - self.pages.num_large * self.pages.size
@@ -237,13 +322,21 @@ class JengaAllocator(GroupedAllocator):
 
     def check_books(self) -> None:
         """Small and large pages against the tables."""
-        holdings = self.holdings.values()
-        self.pages.check_integrity(
-            [
-                [page for holding in holdings for page in holding.tables[group] if page != NULL]
-                for group in range(len(self.groups))
-            ]
-        )
+        used: list[Counter[int]] = [Counter() for _ in self.groups]
+        for holding in self.holdings.values():
+            for counts, table in zip(used, holding.tables, strict=True):
+                counts.update([page for page in table if page != NULL])
+            for counts, pages in zip(used, holding.spare, strict=False):
+                counts.update(pages)
+        self.pages.check_integrity(used)
+        extra = {
+            (group, page): count - 1
+            for group, counts in enumerate(used)
+            for page, count in counts.items()
+            if count > 1
+        }
+        if extra != self._extra:
+            raise IntegrityError(f"shared pages({len(self._extra)}) != shared by the tables({len(extra)})")
 
 
 def _order(given: tuple[int, Sequence, int, int]) -> int:

@@ -55,7 +55,7 @@ class Holding:
         self.packed: list[
             dict[int, int]
         ] = []  # by group: large pages, and how many pages of each are its own
-        self.spare: list[int] = []  # pages for the states of branches that are to come
+        self.spare: list[list[int]] = []  # by group: pages for the states of branches that are to come
         self.done = False
 
     @property

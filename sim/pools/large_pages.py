@@ -54,6 +54,24 @@ class LargePages:
                     return False
         return large >= 0
 
+    def lasts(self, rows: int, kinds: Sequence[int], own: Sequence[Iterable[int]]) -> bool:
+        """Whether a request can have so many rows of a small page of each of these kinds, one row after the other."""
+        large = len(self.free)
+        near = [sum([len(self.vacant[kind].get(page, ())) for page in own[kind]]) for kind in kinds]
+        far = [sum(map(len, self.vacant[kind].values())) - near[at] for at, kind in enumerate(kinds)]
+        for _ in range(rows):
+            for at, kind in enumerate(kinds):
+                if near[at]:
+                    near[at] -= 1
+                elif large:
+                    large -= 1
+                    near[at] = self.splits[kind] - 1
+                elif far[at]:
+                    far[at] -= 1
+                else:
+                    return False
+        return True
+
     def take(self, kind: int, count: int, own: dict[int, int]) -> list[int]:
         """So many small pages for a request, counted in `own` by the large pages that it opens. Raises OutOfBlocks."""
         vacant, split = self.vacant[kind], self.splits[kind]

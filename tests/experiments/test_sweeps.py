@@ -269,8 +269,10 @@ def test_an_interrupted_sweep_says_so_and_nothing_else(after_s: float, times: in
     text = SMALL.replace("{kind: fixed, prefill_ms: 20, decode_ms: 10}", "{kind: slow}")
     write("x.yaml", text + "plugins: [slow.py]\nsweep:\n  workload.arrivals.rate: [1, 2, 3, 4]\n")
     root = Path(__file__).parents[2]
+    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # or ignored, as after nohup
+    run = "from experiments.cli import main; main(sys.argv[1:])"
     sweep = subprocess.Popen(
-        [sys.executable, "-m", "experiments", "run", "x.yaml", "--jobs", "2"], text=True,
+        [sys.executable, "-c", f"{heard}; {run}", "run", "x.yaml", "--jobs", "2"], text=True,
         env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip

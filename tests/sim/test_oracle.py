@@ -275,11 +275,12 @@ def test_orders(scheduler_kind, first, rows, allocator_name, slots, clock, max_n
         "prefix 2 windows of 0.10.0",
         "prefix 8 windows without caching",
         "prefix 4 of four kinds of layers",
+        "jenga 4 of four kinds of layers",
         "radix 1",
         "radix 4 lfu",
     ],
 )
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     rows=st.lists(st.one_of(single, group), min_size=1, max_size=8),
     slots=st.sampled_from([96, 150, 400]),
