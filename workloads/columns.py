@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -113,6 +113,13 @@ class Column:
 def named(what: str, name: str, cell: Cell) -> Column:
     """A column that has one name only."""
     return Column(what, (name,), lambda _: cell)
+
+
+def chosen(column: Column, name: str | None, option: str) -> Column:
+    """The column that a user names by an option of the format, else the one of the usual names."""
+    if not name:
+        return replace(column, option=option)
+    return named(column.what, name, column.cell(name))
 
 
 def time_column(*stems: str) -> Column:

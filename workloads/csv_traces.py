@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from sim.registry import NonNegativeFloat
 from sim.units import SECOND, to_ns
-from workloads.columns import ARRIVAL, OUTPUT, PROMPT, TOKENS, Clock, Column, UtcStamp, named, unit_of
+from workloads.columns import ARRIVAL, OUTPUT, PROMPT, TOKENS, Clock, Column, UtcStamp, chosen, named
 from workloads.csv_table import read_csv
 from workloads.files import Block
 from workloads.traces import TraceFormat, TraceRows, checked, spread, trace_format
@@ -36,15 +35,9 @@ class Csv(TraceFormat):
         output_column: str | None = None,
     ) -> None:
         self.columns = (
-            named(ARRIVAL.what, time_column, Clock(unit_of(time_column)))
-            if time_column
-            else replace(ARRIVAL, option="time_column"),
-            named(PROMPT.what, prompt_column, TOKENS)
-            if prompt_column
-            else replace(PROMPT, option="prompt_column"),
-            named(OUTPUT.what, output_column, TOKENS)
-            if output_column
-            else replace(OUTPUT, option="output_column"),
+            chosen(ARRIVAL, time_column, "time_column"),
+            chosen(PROMPT, prompt_column, "prompt_column"),
+            chosen(OUTPUT, output_column, "output_column"),
         )
 
     def read(self, path: Path) -> Iterator[TraceRows]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from sim.errors import UserError
 from sim.registry import PositiveInt
-from workloads.columns import OUTPUT, PROMPT, TOKENS, named
+from workloads.columns import OUTPUT, PROMPT, chosen
 from workloads.csv_table import read_csv
 from workloads.lengths import LONGEST, LengthSampler, Pairs, lengths, lognormal, whole
 
@@ -46,12 +45,8 @@ class Empirical(LengthSampler):
         max_output: PositiveInt | None = None,
     ) -> None:
         columns = (
-            named(PROMPT.what, prompt_column, TOKENS)
-            if prompt_column
-            else replace(PROMPT, option="prompt_column"),
-            named(OUTPUT.what, output_column, TOKENS)
-            if output_column
-            else replace(OUTPUT, option="output_column"),
+            chosen(PROMPT, prompt_column, "prompt_column"),
+            chosen(OUTPUT, output_column, "output_column"),
         )
         prompts, outputs = [], []
         for block, (prompt, output) in read_csv(path, columns):
