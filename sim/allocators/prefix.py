@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from typing import Annotated, Any
@@ -125,11 +126,8 @@ class PrefixAllocator(CachingAllocator):
         table = sequence.block_table[first:] if first else sequence.block_table
         if self.tiers is not None:
             keys = stretch(keys) if len(sequence.request.sequences) == 1 else [*keys]
-            known, named = self.pool.keys, 0
-            for block in table:
-                if known[block] is None:
-                    break
-                named += 1
+            known = self.pool.keys
+            named = bisect_left(table, True, key=lambda block: known[block] is None)
             if named < len(keys):
                 self.tiers.found(sequence, keys[named:], table[named : len(keys)])
         self.pool.register_table(table, keys)

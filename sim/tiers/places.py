@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
 
 from sim.errors import IntegrityError
@@ -22,23 +22,10 @@ class TierPlaces:
         self.probe: Witness | None = None
         self.dropped_blocks = 0
 
-    def _pieces(self, keys: Ordered[Hashable]) -> Iterator[tuple[Run, int, int]]:
-        """The runs that hold these keys one after the other: (run, first key in it, number of keys)."""
-        at = 0
-        while at < len(keys):
-            run = self.index.get(keys[at])
-            assert run is not None
-            first = run.keys.index(keys[at])
-            count = min(len(run.keys) - first, len(keys) - at)
-            while [*run.keys[first : first + count]] != keys[at : at + count]:
-                count -= 1
-            yield run, first, count
-            at += count
-
     def _parted(self, keys: Ordered[Hashable]) -> list[Run]:
         """The runs that hold these keys, parted from what else was with them."""
         runs = []
-        for run, first, count in self._pieces(keys):  # which looks at the next ones as they are then
+        for run, first, count in self.index.pieces(keys):  # which looks at the next ones as they are then
             tier = run.tier
             assert tier is not None
             if first + count < len(run.keys):

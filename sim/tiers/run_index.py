@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Ordered
+from operator import eq
 
 from sim.prefixes.keys import owner
 from sim.tiers.storage_tier import Run
@@ -40,13 +41,23 @@ class RunIndex:
                     return each
         return run
 
+    def pieces(self, keys: Ordered[Hashable]) -> Iterator[tuple[Run, int, int]]:
+        """The runs that hold these keys up to the first that is not there: (run, first key in it, number of keys)."""
+        at = 0
+        while at < len(keys):
+            run = self.get(keys[at])
+            if run is None:
+                return
+            first = run.keys.index(keys[at])
+            there = [*run.keys[first : first + len(keys) - at]]
+            asked = [*keys[at : at + len(there)]]
+            count = len(there) if there == asked else [*map(eq, there, asked)].index(False)
+            yield run, first, count
+            at += count
+
     def leading(self, keys: Ordered[Hashable]) -> int:
         """How many of the keys are there, up to the first that is not."""
-        shared = self._shared
-        for at, key in enumerate(keys):
-            if key not in shared and self.get(key) is None:
-                return at
-        return len(keys)
+        return sum([count for _, _, count in self.pieces(keys)])
 
     def has_any(self, keys: Ordered[Hashable]) -> bool:
         """Whether any of the keys is there."""

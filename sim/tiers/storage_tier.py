@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
+from operator import sub
 from typing import ClassVar
 
 from sim.errors import IntegrityError, UserError
@@ -59,13 +60,9 @@ class Copies:
 
     def add(self, slots: Ordered[int]) -> None:
         """These slots are moved behind the others."""
-        last, found = self._last, 0
-        for slot in slots:
-            if slot != last + 1:
-                found += 1
-            last = slot
-        self._last = last
-        self.stretches += found
+        steps = [*map(sub, slots, [self._last, *slots])]
+        self.stretches += len(steps) - steps.count(1)
+        self._last = slots[-1]
 
     @property
     def seconds(self) -> float:

@@ -78,6 +78,9 @@ class TieredStore(TierPlaces):
             self.probe.offload([sequence for sequence, _, _ in pending])
         index, held = self.index, self.device_keys.__getitem__
         for sequence, keys, blocks in pending:
+            there = 0 if isinstance(keys, range) else index.leading(keys)
+            if there:  # what it loaded
+                keys, blocks = keys[there:], blocks[there:]
             if index.has_any(keys) or list(map(held, blocks)) != [*keys]:
                 pairs = [
                     (key, block)
@@ -185,7 +188,7 @@ class TieredStore(TierPlaces):
         self._drain()
         worth = found = self.index.leading(keys)
         if found and self.cost is not None:
-            worth = self.cost.worth(request, self._pieces(keys[:found]), before, self)
+            worth = self.cost.worth(request, self.index.pieces(keys), before, self)
         self._declined = found - worth
         return worth
 
@@ -196,7 +199,7 @@ class TieredStore(TierPlaces):
     def pays(self, request: Request, loads: Iterable[Ordered[Hashable]], before: int, behind: int) -> bool:
         """Whether to load these blocks is faster than to compute the tokens `before` to `behind` of the prompt."""
         assert self.cost is not None
-        pieces = [piece for keys in loads for piece in self._pieces(keys)]
+        pieces = [piece for keys in loads for piece in self.index.pieces(keys)]
         return self.cost.pays(request, pieces, before, behind, self)
 
     def load(

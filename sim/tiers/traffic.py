@@ -21,9 +21,6 @@ class TierTraffic:
         self.now = 0
         self.wait_time = 0
         self._sources: dict[int, list[int]] = {}  # device blocks that are copied out, until when
-        self._latest: list[
-            tuple[Ordered[int], list[int]]
-        ] = []  # of them, those that are not entered there yet
         self._awaited = 0
         self._reused: list[int] = []  # device blocks whose copies the step waits for
         self._lifted: list[tuple[Ordered[int], list[int]]] = []  # those that it writes and reuses, likewise
@@ -69,9 +66,7 @@ class TierTraffic:
         if lifted and sources is not None:
             self._lifted.append((sources, until))
         elif sources is not None:
-            copied = self._sources
-            for block in sources:
-                copied[block] = until
+            self._sources.update(dict.fromkeys(sources, until))
         tier.writes.append((run, count, until))
         tier.written_blocks += count
         tier.out.add(run.slots)
