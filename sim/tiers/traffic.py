@@ -23,7 +23,7 @@ class TierTraffic:
         self._sources: dict[int, list[int]] = {}  # device blocks that are copied out, until when
         self._awaited = 0
         self._reused: list[int] = []  # device blocks whose copies the step waits for
-        self._lifted: list[tuple[Ordered[int], list[int]]] = []  # those that it writes and reuses, likewise
+        self._waited: list[tuple[Ordered[int], list[int]]] = []  # those whose copies it waits for in any case, likewise
         self._copied_by = 0  # all sources
         self._step_end = 0  # of the last step that was planned
         self._copying = False  # whether the step that is planned has transfers
@@ -32,9 +32,9 @@ class TierTraffic:
         """A plan begins; if the one before led to no step, what it told is submitted."""
         if self.planned:
             self.submit()
-            for blocks, until in self._lifted:
+            for blocks, until in self._waited:
                 self._sources.update(dict.fromkeys(blocks, until))
-            self._lifted.clear()
+            self._waited.clear()
         self.now, self._awaited = now, 0
         for tier in self.tiers:
             tier.link.now = now
@@ -59,12 +59,13 @@ class TierTraffic:
     def write(self, tier: StorageTier, run: Run, sources: Ordered[int] | None, *, lifted: bool) -> None:
         """A run is written to a tier, from these blocks of the device if it comes from there.
 
-        Those that are lifted are handed out again by the same plan, and so the step waits for them.
+        The step waits for those that are lifted, which are handed out again by the same plan, and where transfers
+        are synchronous.
         """
         count = len(run.keys)
         until = [0]
-        if lifted and sources is not None:
-            self._lifted.append((sources, until))
+        if sources is not None and (lifted or not self.asynchronous):
+            self._waited.append((sources, until))
         elif sources is not None:
             self._sources.update(dict.fromkeys(sources, until))
         tier.writes.append((run, count, until))
@@ -108,7 +109,7 @@ class TierTraffic:
                 self._copied_by = after
             if after > self._awaited and not self.asynchronous:
                 self._awaited = after
-        for _, until in self._lifted:
+        for _, until in self._waited:
             if until[0] > self._awaited:
                 self._awaited = until[0]
         for tier in self.tiers:
@@ -132,7 +133,7 @@ class TierTraffic:
             self._step_end = start + duration
             return 0
         self.submit()
-        self._lifted.clear()  # they are there when it is over
+        self._waited.clear()  # they are there when it is over
         wait = max(0, self._awaited - start - duration * (self.layers - 1) // self.layers)
         self.wait_time += wait
         self._step_end = start + duration + wait
