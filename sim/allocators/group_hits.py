@@ -46,6 +46,7 @@ class GroupHits:
             0,
             (0, []),
         )  # and what was found of it, and when
+        self._near: Hit | None = None  # on the device alone
 
     def keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
@@ -62,30 +63,33 @@ class GroupHits:
         """What all groups find; remembered for whom it was asked last, until others can be found."""
         if not request.content and not request.preemptions:
             return 0, []
-        if self.store is not None:
-            return self._find_behind(self.store, request, num_tokens)
         known, tokens, changes, hit = self._hit
-        if known is not request or tokens != num_tokens or changes != self.pool.changes:
+        store, now = self.store, self.pool.changes
+        if store is not None:
+            store.settle()
+            now += store.index.changes
+        if known is not request or tokens != num_tokens or changes != now:
             keys = self.keys(request, num_tokens)
             hit = self.longest(keys, num_tokens) if keys else (0, [])
-            self._hit = request, num_tokens, self.pool.changes, hit
-        return hit
+            self._hit = request, num_tokens, now, hit
+            self._near = None
+        if store is None or store.cost is None or not any(AWAY in blocks for blocks in hit[1]):
+            self.declined = 0
+            return hit
+        return self._worth(store, request, num_tokens, hit)
 
-    def _find_behind(self, store: TieredStore, request: Request, num_tokens: int) -> Hit:
-        """What is on the device or in tiers; only the former where loading takes longer than computing."""
+    def _worth(self, store: TieredStore, request: Request, num_tokens: int, hit: Hit) -> Hit:
+        """This hit, or only what is on the device where loading takes longer than computing."""
         keys = self.keys(request, num_tokens)
-        hit = self.longest(keys, num_tokens)
-        self.declined = 0
-        if store.cost is None or not any(AWAY in blocks for blocks in hit[1]):
-            return hit
-        self.store = None
-        near = self.longest(keys, num_tokens)
-        self.store = store
+        if self._near is None:
+            self.store = None
+            self._near = self.longest(keys, num_tokens)
+            self.store = store
+        near = self._near
         loads = [[key for key, _ in self.loads(keys, blocks, group)] for group, blocks in enumerate(hit[1])]
-        if store.pays(request, loads, near[0], hit[0]):
-            return hit
-        self.declined = hit[0] - near[0]
-        return near
+        pays = store.pays(request, loads, near[0], hit[0])
+        self.declined = 0 if pays else hit[0] - near[0]
+        return hit if pays else near
 
     def loads(
         self, keys: Ordered[Hashable], blocks: list[int], group: int
@@ -102,8 +106,6 @@ class GroupHits:
 
         At least one token is left to compute. `keys` names the content of the request's full blocks.
         """
-        if self.store is not None:
-            self.store.settle()
         blocks: list[list[int]] = [[] for _ in range(self.num_groups)]
         length = min(len(keys), (num_tokens - 1) // self.block_size)
         while True:

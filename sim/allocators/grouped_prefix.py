@@ -163,6 +163,8 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         if len(request.sequences) < 2:
             return self._cache.find(request, num_tokens)
         self._cache.declined = 0
+        if self.tiers is not None:
+            self.tiers.settle()
         keys = self._cache.keys(request, num_tokens)[: self.shared_rows(request)]
         return self._cache.longest(keys, num_tokens)
 

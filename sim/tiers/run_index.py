@@ -17,9 +17,10 @@ class RunIndex:
     nothing is named anew when its end is parted from it.
     """
 
-    __slots__ = ("_own", "_shared")
+    __slots__ = ("_own", "_shared", "changes")
 
     def __init__(self) -> None:
+        self.changes = 0  # goes up whenever something else may be found than before
         self._shared: dict[Hashable, Run] = {}
         self._own: dict[int, list[Run]] = {}
 
@@ -73,6 +74,7 @@ class RunIndex:
     def name(self, run: Run) -> Run:
         """Let a run be found by its keys; the run."""
         keys = run.keys
+        self.changes += 1
         if isinstance(keys, range):
             runs = self._own.setdefault(owner(keys[0]), [])
             runs.append(run)
@@ -84,6 +86,7 @@ class RunIndex:
 
     def drop(self, run: Run, keys: Ordered[Hashable]) -> None:
         """These keys at the end of a run are not found any more; a run that is in no tier is not found at all."""
+        self.changes += 1
         if isinstance(keys, range):
             if run.tier is None:
                 runs = self._own[owner(keys[0])]
