@@ -23,7 +23,9 @@ class TierTraffic:
         self._sources: dict[int, list[int]] = {}  # device blocks that are copied out, until when
         self._awaited = 0
         self._reused: list[int] = []  # device blocks whose copies the step waits for
-        self._waited: list[tuple[Ordered[int], list[int]]] = []  # those whose copies it waits for in any case, likewise
+        self._waited: list[
+            tuple[Ordered[int], list[int]]
+        ] = []  # those whose copies it waits for in any case, likewise
         self._copied_by = 0  # all sources
         self._step_end = 0  # of the last step that was planned
         self._copying = False  # whether the step that is planned has transfers
