@@ -162,6 +162,8 @@ class DecodeSet:
         turning = self.turns.get(tick)
         if turning is None:
             self.turns[tick] = [edge]
+        elif turning[-1].sequence.order < edge.sequence.order:
+            turning.append(edge)
         else:
             insort(turning, edge, key=_turn_order)
 
@@ -182,8 +184,10 @@ class DecodeSet:
         if allocator.slides:
             turning = self.turns.pop(tick, [])
             allocator.turn([(tick, growing, turning)])
-            self.note_grown(tick, growing, allocator.stride)
-            self.note_turned(tick, turning, allocator.stride)
+            if growing:
+                self.note_grown(tick, growing, allocator.stride)
+            if turning:
+                self.note_turned(tick, turning, allocator.stride)
         else:
             if self.steady:
                 allocator.grow_steadily(self.steady, tick, 1)
@@ -304,8 +308,10 @@ class DecodeSet:
             later = self.turns.get(tick + step)
             self.turns[tick + step] = turned
             if later:
+                in_order = turned[-1].sequence.order < later[0].sequence.order
                 turned += later
-                turned.sort(key=_turn_order)
+                if not in_order:
+                    turned.sort(key=_turn_order)
 
     def advance(self, steps: int = 1) -> None:
         """Give every member `steps` more tokens."""

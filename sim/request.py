@@ -40,7 +40,7 @@ class Sequence:
 
     __slots__ = (
         "block_table", "branch", "capacity", "decodes", "edges", "final_tokens", "finish_tick", "lineage",
-        "order", "origin", "request", "sibling", "sliding",
+        "order", "origin", "request", "sibling", "sliding", "tables",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int, num_tokens: int, final_tokens: int) -> None:
@@ -53,6 +53,7 @@ class Sequence:
         self.final_tokens = final_tokens
         self.capacity = 0  # slots held; kept by the allocator
         self.block_table: list[int] = []  # kept by allocators that hand out blocks
+        self.tables: Ordered[list[int]] = ()  # one for each group of layers that keep tokens, likewise
         # Kept by the decode set: while a sequence decodes, its length is its origin plus the set's clock.
         self.decodes: DecodeSet | None = None
         self.origin = num_tokens

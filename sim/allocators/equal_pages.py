@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from itertools import accumulate
 
 from sim.allocators.capacity import Capacity
 from sim.allocators.grouped_branches import BranchedAllocator
@@ -61,21 +60,19 @@ class EqualPagesAllocator(BranchedAllocator):
     def fresh(self, holding: Holding, counts: Ordered[int]) -> list[list[int]]:
         """Blocks from the head of the queue, those of the first group first."""
         blocks = self.pool.take(sum(counts))
-        ends = [*accumulate(counts)]
-        return [blocks[end - count : end] for end, count in zip(ends, counts, strict=True)]
+        pages, end = [], 0
+        for count in counts:
+            pages.append(blocks[end : end + count])
+            end += count
+        return pages
 
     def hold(self, group: int, pages: list[int]) -> None:
         """One more reference to each."""
         self.pool.share(pages)
 
-    def lengthen(self, holdings: list[Holding]) -> None:
-        """One more block at the end of every table, in the order of the sequences and then of the groups."""
-        if holdings:
-            groups = self.token_groups
-            blocks = self.pool.take(len(groups) * len(holdings))
-            for number, group in enumerate(groups):
-                for holding, block in zip(holdings, blocks[number :: len(groups)], strict=True):
-                    holding.tables[group].append(block)
+    def take_rows(self, growing: list[Sequence]) -> list[int]:
+        """Blocks from the head of the queue."""
+        return self.pool.take(len(self.token_groups) * len(growing))
 
     def pass_pages(self, edges: list[Edge]) -> int:
         """Queue the blocks that windows have passed: they are full, and can be named until they are handed out."""
@@ -85,29 +82,24 @@ class EqualPagesAllocator(BranchedAllocator):
                 self.probe.leave(edge.sequence, edge.group, (edge.freed + 1) * size)
         keys, references, owners = pool.keys, pool.references, self.owners
         pages = []
-        marked = 0
         for edge in edges:
             table, index = edge.table, edge.freed
             page = table[index]
             table[index] = NULL
-            edge.freed = index = index + 1
+            edge.freed = index + 1
             edge.turn += size
             pages.append(page)
-            if caching:
-                edge.given.append(page)
-                references[page] = 0
-                if keys[page] is None:
-                    keys[page] = edge.mark
-                    marked += 1
-                else:
-                    del owners[page]
-                if keys[table[index]] is not None:
-                    owners[table[index]] = edge
-        if not caching:
-            for page in pages:
+            if not caching:
                 pool.release((page,))
-        else:
-            pool.num_keyed += marked
+                continue
+            edge.given.append(page)
+            references[page] = edge.mark
+            if owners and keys[page] is not None:
+                del owners[page]
+                following = table[index + 1]
+                if keys[following] is not None:
+                    owners[following] = edge
+        if caching:
             pool.free.put_last(pages)
             if self.walker is not None:
                 order = self.walker.order
@@ -130,14 +122,19 @@ class EqualPagesAllocator(BranchedAllocator):
             given.clear()
 
     def leave(self, edge: Edge, freed: int) -> None:
+        """A probe is told of what may be found again."""
+        if self.keeps_freed and self.probe is not None:
+            self.probe.leave(edge.sequence, edge.group, freed * self.block_size)
+
+    def give_back(self, edge: Edge, pages: list[int]) -> None:
         """What a window leaves behind is full, and can be named until it is handed out."""
-        if self.keeps_freed:
-            if self.probe is not None:
-                self.probe.leave(edge.sequence, edge.group, freed * self.block_size)
-            pages = edge.table[edge.freed : freed]
-            edge.given += pages
-            references = self.pool.references
-            self.pool.mark([page for page in pages if references[page] == 1], edge.mark)
+        if not self.keeps_freed:
+            super().give_back(edge, pages)
+            return
+        edge.given += pages[::-1]
+        if self.walker is not None:
+            self._given += [(self.walker.order, page) for page in pages]
+        self.pool.leave(pages, edge.mark)
 
     def num_holders(self, group: int, page: int) -> int:
         """References of a block."""
@@ -155,7 +152,7 @@ class EqualPagesAllocator(BranchedAllocator):
     def num_shared(self, group: int, pages: list[int]) -> int:
         """How many of these held blocks others hold too."""
         references = self.pool.references
-        return sum([references[page] > 1 for page in pages])
+        return sum([references[page] > 1 for page in pages]) if self.sharing else 0
 
     @property
     def blocks_saved(self) -> int:

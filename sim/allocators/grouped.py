@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 
 from sim.allocators.grouped_books import GroupedBooks
@@ -41,8 +41,8 @@ class GroupedAllocator(GroupedBooks):
         """So many pages more for each group of a sequence, at the ends of its tables."""
 
     @abstractmethod
-    def lengthen(self, holdings: list[Holding]) -> None:
-        """One more page for every group of tokens of these sequences."""
+    def take_rows(self, growing: list[Sequence]) -> list[int]:
+        """One more page for every group of tokens of each of these sequences, one sequence after the other."""
 
     @abstractmethod
     def give(self, sequence: Sequence, group: int, pages: list[int]) -> None:
@@ -58,6 +58,10 @@ class GroupedAllocator(GroupedBooks):
 
     def leave(self, edge: Edge, freed: int) -> None:
         """The pages before index `freed` are about to be given back, as the window has passed them."""
+
+    def give_back(self, edge: Edge, pages: list[int]) -> None:
+        """Take back pages that a window has passed, the deepest first."""
+        self.give(edge.sequence, edge.group, pages)
 
     # The life of a sequence
 
@@ -79,6 +83,7 @@ class GroupedAllocator(GroupedBooks):
                 for group, table in zip(groups, tables, strict=True)
             ],
         )
+        sequence.tables = [tables[group] for group in self.token_groups]
         sequence.edges = edges = holding.edges
         for index in self.windowed:
             window = groups[index].window
@@ -152,7 +157,7 @@ class GroupedAllocator(GroupedBooks):
         self.release(sequence, holding)
         del self.holdings[sequence]
         sequence.block_table = []
-        sequence.edges = ()
+        sequence.tables = sequence.edges = ()
         sequence.capacity = sequence.sliding = 0
 
     def release(self, sequence: Sequence, holding: Holding | None = None) -> None:
@@ -169,19 +174,22 @@ class GroupedAllocator(GroupedBooks):
 
     def turn(self, batches: Collection[Batch]) -> list[tuple[int, int, int]]:
         """Let windows give back, and tables grow, for one more token of each sequence."""
-        holdings = self.holdings
+        pages: Iterator[int] = iter(())
         if not self.by_tick:  # what is given back stands behind all that is taken
-            self.lengthen([holdings[sequence] for _, growing, _ in batches for sequence in growing])
+            if len(batches) == 1:
+                [(_, all_growing, _)] = batches
+            else:
+                all_growing = [sequence for _, growing, _ in batches for sequence in growing]
+            if all_growing:
+                pages = iter(self.take_rows(all_growing))
         books = []
         for tick, growing, turning in batches:
             decodes = turning[0].sequence.decodes if turning else growing[0].decodes if growing else None
             slid = 0 if decodes is None else decodes.sliding
-            if self.by_tick:
-                self.lengthen([holdings[sequence] for sequence in growing])
+            if growing:
+                self._lengthen(growing, iter(self.take_rows(growing)) if self.by_tick else pages)
             if turning:
                 self._turn(turning, decodes)
-            if growing:
-                self._note_rows(growing)
             internal = self.num_internal
             if decodes is not None:
                 internal += (tick - decodes.clock) * decodes.sliding
@@ -192,9 +200,15 @@ class GroupedAllocator(GroupedBooks):
 
     def _turn(self, turning: list[Edge], decodes: DecodeSet | None) -> None:
         """Let windows turn; those that were not steady are put back on the calendar, and taken off the list."""
+        sharing = self.sharing
+        for edge in turning:
+            if not edge.steady or (sharing and not self._is_steady(edge)):
+                break
+        else:
+            self._pass(turning)
+            return
         steady: list[Edge] = []
         passed = 0
-        sharing = self.sharing
         for edge in turning:
             if edge.steady and (not sharing or self._is_steady(edge)):
                 steady.append(edge)
@@ -206,32 +220,31 @@ class GroupedAllocator(GroupedBooks):
             if decodes is not None:
                 decodes.await_turn(edge)
         if passed < len(steady):
-            self._pass(steady[passed:] if passed else steady)
-        if len(steady) < len(turning):
-            turning[:] = steady
+            self._pass(steady[passed:])
+        turning[:] = steady
 
-    def _note_rows(self, growing: list[Sequence]) -> None:
-        """These sequences have a page more in every group; those that need no more are taken off the list."""
+    def _lengthen(self, growing: list[Sequence], pages: Iterator[int]) -> None:
+        """A page more in every group of these sequences; those that need no more are taken off the list."""
         size = self.block_size
-        unused = 0
-        finishing = False
+        self.num_held += len(growing) * self.row_slots
+        self.num_internal += len(growing) * self.row_pads
+        done = []
         for sequence in growing:
+            for table in sequence.tables:
+                table.append(next(pages))
             sequence.capacity = capacity = sequence.capacity + size
             if capacity >= sequence.final_tokens:
-                unused += capacity - sequence.final_tokens
-                finishing = True
-        self.num_held += len(growing) * self.row_slots
-        self.num_internal += len(growing) * self.row_pads + unused * self.slots_per_token
-        if finishing:
-            growing[:] = [each for each in growing if each.capacity < each.final_tokens]
+                self.num_internal += (capacity - sequence.final_tokens) * self.slots_per_token
+                done.append(sequence)
+        for sequence in done:
+            growing.remove(sequence)
 
     def append(self, sequence: Sequence) -> int:
         """Make sure that the next token has its slots."""
         tokens = sequence.num_tokens + 1
         self._move_windows(sequence, tokens)
         if tokens > sequence.capacity:
-            self.lengthen([self.holdings[sequence]])
-            self._note_rows([sequence])
+            self._lengthen([sequence], iter(self.take_rows([sequence])))
             return 0
         return self.copy_tail(sequence) if self.shares_tail(sequence) else 0
 
@@ -270,7 +283,12 @@ class GroupedAllocator(GroupedBooks):
         if awaited:
             return True
         sharing = self.sharing
-        return any(not edge.steady or (sharing and not self._is_steady(edge)) for edge in turning)
+        for edge in turning:
+            if sharing and not self._is_steady(edge):
+                return True
+            if not edge.steady and (edge.window == 1 or self._passed(edge, edge.turn) > edge.freed):
+                return True
+        return False
 
     def look_at_windows(self) -> None:
         """All who leave and come with a step have: look at who is alone with the pages that windows entered."""
@@ -288,6 +306,10 @@ class GroupedAllocator(GroupedBooks):
         following = edge.table[edge.freed + 1 : edge.freed + 2]
         return not following or self.num_holders(edge.group, following[0]) == 1
 
+    def _passed(self, edge: Edge, tokens: int) -> int:
+        """Pages that a window leaves behind with token number `tokens`."""
+        return (tokens - edge.window) // self.block_size
+
     def _move_windows(self, sequence: Sequence, tokens: int) -> None:
         """Let one sequence's windows give back, maybe before others whose turn it is in order of arrival."""
         for edge in sequence.edges:
@@ -303,9 +325,12 @@ class GroupedAllocator(GroupedBooks):
             return
         self._disclaim(edge)
         edge.moving = True
-        self._give_back(edge, (tokens - edge.window) // self.block_size)
+        self._give_back(edge, self._passed(edge, tokens))
         edge.turn = edge.window + (edge.freed + 1) * self.block_size
-        self.moved.append(edge)
+        if self.sharing or edge.window == 1:
+            self.moved.append(edge)
+        else:
+            self._claim(edge)
 
     def _pass(self, edges: list[Edge]) -> None:
         """Steady windows leave a page of waste each; as many tokens go on to die."""
@@ -330,4 +355,4 @@ class GroupedAllocator(GroupedBooks):
         table[edge.freed : freed] = [NULL] * (freed - edge.freed)
         edge.freed = freed
         self.gave_back = True
-        self.give(edge.sequence, edge.group, pages)
+        self.give_back(edge, pages)

@@ -51,6 +51,7 @@ class BranchedAllocator(GroupedAllocator):
         holding = self.holdings[child] = Holding(tables, tables[self.token_groups[0]])
         holding.registered, holding.packed = held.registered, held.packed
         child.block_table = holding.rows_of
+        child.tables = [tables[group] for group in self.token_groups]
         child.capacity = parent.capacity
         child.origin = parent.num_tokens
         child.edges = holding.edges

@@ -221,20 +221,19 @@ class JengaAllocator(BranchedAllocator):
         """References beyond the first of every page."""
         return sum(self._extra.values())
 
-    def lengthen(self, holdings: list[Holding]) -> None:
-        """One more page of every kind."""
+    def take_rows(self, growing: list[Sequence]) -> list[int]:
+        """Pages of every kind, near those that each sequence has."""
         kinds = self.token_groups
         if self._whole:
-            taken = iter(self.pages.take_whole(len(kinds) * len(holdings)))
-            for holding in holdings:
-                for kind in kinds:
-                    holding.tables[kind].append(next(taken))
-            return
+            return self.pages.take_whole(len(kinds) * len(growing))
         loose = self.pages.loose
-        for holding in holdings:
+        taken = []
+        for sequence in growing:
+            packed = self.holdings[sequence].packed
             for kind in kinds:
-                holding.tables[kind] += self.pages.take(kind, 1, holding.packed[kind])
+                taken += self.pages.take(kind, 1, packed[kind])
         self._note_loose(loose)
+        return taken
 
     def pass_pages(self, edges: list[Edge]) -> int:
         """Take back the pages that windows have passed."""

@@ -177,28 +177,31 @@ class PrefixAllocator(CachingAllocator):
 
     def finished(self, sequence: Sequence) -> None:
         """What was generated is found by those who know its name; else its blocks only queue up with the others."""
+        request = sequence.request
+        if self.prefix_caching and (request.output_content is not None or self.tiers is not None):
+            known = request.prefill_tokens // self.block_size
+            self._register(sequence, self._own_keys(sequence, sequence.num_tokens, known), known)
+
+    def retire(self, request: Request) -> None:
+        """The branches are done and keep their blocks: full ones will queue up with the others."""
+        full = [sequence.num_tokens // self.block_size for sequence in request.sequences]
+        super().retire(request)
         if self.prefix_caching:
-            full = sequence.num_tokens // self.block_size
-            request = sequence.request
-            if request.output_content is None and self.tiers is None:
-                self.pool.mark_full(sequence.block_table[:full])
-            else:
-                known = request.prefill_tokens // self.block_size
-                self._register(sequence, self._own_keys(sequence, sequence.num_tokens, known), known)
+            for sequence, count in zip(request.sequences, full, strict=True):
+                self.pool.mark_full(sequence.block_table[:count])
 
     def release(self, sequence: Sequence) -> None:
         """Queue the blocks, the last one first; one that will be back finds what it generated."""
-        if not self.prefix_caching or sequence.num_tokens >= sequence.final_tokens:
-            pass
-        elif self.tiers is None and sequence.request.status == "running":  # a beam that died
-            self.pool.leave_table(sequence.block_table, sequence.num_tokens // self.block_size)
+        if not self.prefix_caching:
+            self.pool.release(sequence.block_table[::-1])
             return
-        else:
+        done = sequence.num_tokens >= sequence.final_tokens
+        if not done and (self.tiers is not None or sequence.request.status != "running"):  # no beam that died
             keys = self._own_keys(sequence, sequence.num_tokens)
             self._register(sequence, keys)
             if isinstance(self.pool, OffloadingPool):
                 self.pool.reveal(sequence.block_table, keys)
-        self.pool.release(sequence.block_table[::-1])
+        self.pool.leave_table(sequence.block_table, sequence.num_tokens // self.block_size)
 
     # Beams that are counted
 

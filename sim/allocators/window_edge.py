@@ -38,7 +38,7 @@ class Edge:
         self.given: list[
             int
         ] = []  # pages that it gave back without a name, and others, from index `first` on
-        self.mark = Unnamed()  # what they are known by until then
+        self.mark = Unnamed()  # what they are known by until they are handed out
 
 
 class Holding:

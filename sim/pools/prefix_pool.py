@@ -13,8 +13,8 @@ UNASKED = -1
 """Key of content that nobody will ever ask for: it keeps the block's place in the queue, and is not found."""
 
 
-class Unnamed:
-    """Key of full blocks whose content nobody can ask for yet: they keep their place, and are not found.
+class Unnamed(int):
+    """No references, of full blocks whose content nobody can ask for yet: they stand at the tail, and are not found.
 
     Who left them may name them later, as long as they have not been handed out again (`PrefixPool.name`).
     """
@@ -89,10 +89,20 @@ class PrefixPool(BlockPool):
         if count > free.size:
             raise OutOfBlocks(f"asked for {count} blocks, {free.size} of {self.num_blocks} are free")
         blocks = free.take(count)
-        references, keys, found = self.references, self.keys, self._found
-        forgotten = 0
+        references = self.references
         for block in blocks:
             references[block] = 1
+        if self.num_keyed:
+            self._forget_keys(blocks)
+        if self.fresh is not None:
+            for block in blocks:
+                self.fresh[block] = 1
+        return blocks
+
+    def _forget_keys(self, blocks: Iterable[int]) -> None:
+        keys, found = self.keys, self._found
+        forgotten = 0
+        for block in blocks:
             key = keys[block]
             if key is not None:
                 keys[block] = None
@@ -107,10 +117,6 @@ class PrefixPool(BlockPool):
                     self._forget(block, key)
         self.num_keyed -= forgotten
         self.changes += forgotten
-        if self.fresh is not None:
-            for block in blocks:
-                self.fresh[block] = 1
-        return blocks
 
     def touch(self, blocks: Sequence[int]) -> None:
         """Add a reference to each of these blocks, with what they hold; free ones leave the queue."""
@@ -128,12 +134,14 @@ class PrefixPool(BlockPool):
         head, tail = [], []
         for block in blocks:
             count = references[block]
-            if count == 0:
-                raise ValueError(f"double free of block {block}")
-            references[block] = count - 1
-            if count > 1:
+            if count != 1:
+                if count == 0:
+                    raise ValueError(f"double free of block {block}")
+                references[block] = count - 1
                 self.extra_references -= 1
-            elif keyless_first and keys[block] is None:
+                continue
+            references[block] = 0
+            if keyless_first and keys[block] is None:
                 head.append(block)
             else:
                 tail.append(block)
@@ -145,23 +153,16 @@ class PrefixPool(BlockPool):
     def requeue(self, blocks: Iterable[int]) -> None:
         """Move those of the blocks that queue up at the tail behind all others, in this order."""
         for block in blocks:
-            if not self.references[block] and not (self.keyless_first and self.keys[block] is None):
+            references = self.references[block]
+            keyless = self.keys[block] is None and not isinstance(references, Unnamed)
+            if not references and not (self.keyless_first and keyless):
                 self.free.remove(block)
                 self.free.put_last((block,))
-
-    def mark(self, blocks: Iterable[int], mark: Unnamed) -> None:
-        """Give those of these full blocks that have no key this one."""
-        for block in blocks:
-            if self.keys[block] is None:
-                self.keys[block] = mark
-                self.num_keyed += 1
 
     def name(self, blocks: Iterable[int], mark: Unnamed, keys: Iterable[Hashable]) -> None:
         """Let those of the blocks be found that still have this mark; of a block given twice the later key counts."""
         for block, key in reversed([*zip(blocks, keys, strict=False)]):
-            if self.keys[block] is mark:
-                self.keys[block] = None
-                self.num_keyed -= 1
+            if self.references[block] is mark and self.keys[block] is None:
                 self.register(block, key)
 
     def register(self, block: int, key: Hashable) -> None:
@@ -227,19 +228,23 @@ class PrefixPool(BlockPool):
         filled = blocks[full - 1 :: -1] if full > 0 else []
         if full < len(blocks):
             self.release(blocks[: max(0, full) - len(blocks) - 1 : -1])
+        self.leave(filled)
+
+    def leave(self, blocks: list[int], mark: int = 0) -> None:
+        """Drop a reference to each of these full blocks, which queue up at the tail in this order, with that mark.
+
+        Raises ValueError on a double free.
+        """
         references = self.references
-        counts = [references[block] for block in filled]
-        if counts.count(1) < len(counts):
-            if 0 in counts:
-                raise ValueError(f"double free of block {filled[counts.index(0)]}")
-            for block, count in zip(filled, counts, strict=True):
-                if count > 1:
-                    references[block] = count - 1
-                    self.extra_references -= 1
-            filled = [block for block, count in zip(filled, counts, strict=True) if count == 1]
-        for block in filled:
-            references[block] = 0
-        self.free.put_last(filled)
+        if self.extra_references:
+            shared = [block for block in blocks if references[block] > 1]
+            blocks = [block for block in blocks if references[block] <= 1]
+            self.unshare(shared, 1)
+        for block in blocks:
+            if references[block] == 0:
+                raise ValueError(f"double free of block {block}")
+            references[block] = mark
+        self.free.put_last(blocks)
 
     def _forget(self, block: int, key: Hashable) -> None:
         found = self._found.get(key)
@@ -259,8 +264,8 @@ class PrefixPool(BlockPool):
         return True
 
     def _num_hidden(self) -> int:
-        """Blocks with a key that cannot be found by it; a recount."""
-        return sum([isinstance(key, Unnamed) for key in self.keys])
+        """Blocks with a key that cannot be found by it, but for those whose content nobody will ask for; a recount."""
+        return 0
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """The counts against the tables, and the keys against what is found. Raises IntegrityError."""

@@ -53,11 +53,12 @@ class Scheduler(Queues, ABC):
 
     def next_step(self, now: int) -> Step:
         """The order's turn, if it has one, and then the plan."""
-        before = Step()
-        if self.ranking is not None:
+        if self.ranking is None:
+            step = self.plan(now)
+        else:
+            before = Step()
             self.ranking.begin(self, now, before)
-        step = self.plan(now)
-        if before.preempted:
+            step = self.plan(now)
             step.preempted[:0] = before.preempted
         if self.allocator.slides:
             self.allocator.look_at_windows()

@@ -126,8 +126,10 @@ class ChunkedScheduler(Scheduler):
 
     def _decodes_first(self, left: int) -> bool:
         """Whether the chunks leave every decode its token in order of admission."""
+        if left > 0 or not self.partial:
+            return True
         behind = zip(reversed(self.running), self.partial, strict=False)
-        return left > 0 or all(request in self.partial for request, _ in behind)
+        return all(request in self.partial for request, _ in behind)
 
     @property
     def _last_gives_way(self) -> bool:

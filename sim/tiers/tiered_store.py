@@ -7,7 +7,7 @@ from collections.abc import Sequence as Ordered
 from typing import Any, Literal
 
 from sim.errors import UserError
-from sim.pools.prefix_pool import UNASKED, Unnamed
+from sim.pools.prefix_pool import UNASKED
 from sim.prefixes.keys import stretch
 from sim.registry import PositiveInt
 from sim.request import Request, Sequence
@@ -167,7 +167,7 @@ class TieredStore(TierPlaces):
     def _lift(self, keys: list[Hashable], blocks: Ordered[int]) -> None:
         """Write what the device evicts, unless it is in a tier or about to be."""
         leaving, index = self._leaving, self.index
-        keys = [None if key == UNASKED or isinstance(key, Unnamed) else key for key in keys]
+        keys = [None if key == UNASKED else key for key in keys]
         fresh = dict(zip(keys, blocks, strict=True))
         fresh.pop(None, None)
         named = [*fresh]
