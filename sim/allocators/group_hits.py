@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
+from itertools import cycle, takewhile
 
 from sim.allocators.window_edge import NULL
 from sim.pools.prefix_pool import PrefixPool
@@ -108,42 +109,40 @@ class GroupHits:
         """
         blocks: list[list[int]] = [[] for _ in range(self.num_groups)]
         length = min(len(keys), (num_tokens - 1) // self.block_size)
-        while True:
-            before = length
-            for window, groups in self._kinds:
-                if window is not None:
-                    found = self._hit_window(keys, length, groups, window)
-                elif blocks[groups[0]]:  # once is enough: every shorter prefix is there too
-                    found = [blocks[group][:length] for group in groups]
-                else:
-                    found = self._hit_whole(keys, length, groups)
-                for group, each in zip(groups, found, strict=True):
-                    blocks[group] = each
-                length = len(found[0])
-            if length == before or len(self._kinds) == 1:
-                return length * self.block_size, [each[:length] for each in blocks]
+        agreed = 0  # kinds that have as much, one after the other
+        for window, groups in cycle(self._kinds):
+            if window is not None:
+                found = self._hit_window(keys, length, groups, window)
+            elif blocks[groups[0]]:  # once is enough: every shorter prefix is there too
+                found = [blocks[group][:length] for group in groups]
+            else:
+                found = self._hit_whole(keys, length, groups)
+            for group, each in zip(groups, found, strict=True):
+                blocks[group] = each
+            agreed = agreed + 1 if len(found[0]) == length else 1
+            length = len(found[0])
+            if agreed == len(self._kinds):
+                break
+        return length * self.block_size, [each[:length] for each in blocks]
 
-    def _found(self, key: Hashable, groups: list[int]) -> list[int] | None:
-        """The block with this content in each of the groups; None unless it is in all of them."""
-        blocks = []
-        for group in groups:
-            block = self.pool.find((key, group))
-            if block is None:
-                if self.store is None or self.store.index.get((key, group)) is None:
-                    return None
-                block = AWAY
-            blocks.append(block)
-        return blocks
+    def _find(self, key: tuple[Hashable, int]) -> int | None:
+        """The block with this content in this group, None if it is nowhere."""
+        block = self.pool.find(key)
+        if block is None and self.store is not None and self.store.index.get(key) is not None:
+            return AWAY
+        return block
 
     def _hit_whole(self, keys: Ordered[Hashable], length: int, groups: list[int]) -> list[list[int]]:
-        hits: list[list[int]] = [[] for _ in groups]
-        for key in keys[:length]:
-            found = self._found(key, groups)
-            if found is None:
-                break
-            for hit, block in zip(hits, found, strict=True):
-                hit.append(block)
-        return hits
+        hits: list[list[int]] = []
+        for group in groups:
+            asked = [(key, group) for key in keys[:length]]
+            blocks = self.pool.find_leading(asked)
+            if self.store is not None:
+                behind = map(self._find, asked[len(blocks) :])
+                blocks += takewhile(lambda block: block is not None, behind)  # type: ignore[arg-type]
+            hits.append(blocks)
+            length = len(blocks)
+        return [blocks[:length] for blocks in hits]
 
     def _hit_window(
         self, keys: Ordered[Hashable], length: int, groups: list[int], window: int
@@ -151,15 +150,19 @@ class GroupHits:
         """From the right: the last run of blocks that fills a window, else the run at the very start."""
         wanted = -(-(window - 1) // self.block_size)
         hits = [[NULL] * length for _ in groups]
+        rows = [*zip(groups, hits, strict=True)]
+        find = self.pool.find if self.store is None else self._find
         run = 0
         for index in range(length - 1, -1, -1):
-            found = self._found(keys[index], groups)
-            if found is None:
-                run = 0
-                continue
-            for hit, block in zip(hits, found, strict=True):
+            key = keys[index]
+            for group, hit in rows:
+                block = find((key, group))
+                if block is None:
+                    run = 0
+                    break
                 hit[index] = block
-            run += 1
-            if run >= wanted:
-                return [hit[: index + run] for hit in hits]
+            else:
+                run += 1
+                if run >= wanted:
+                    return [hit[: index + run] for hit in hits]
         return [hit[:run] for hit in hits]
