@@ -10,6 +10,7 @@ from sim.allocators.window_edge import NULL
 from sim.pools.prefix_pool import PrefixPool
 from sim.prefixes.keys import prefix_keys
 from sim.request import Request
+from sim.tiers.run_index import Piece
 from sim.tiers.tiered_store import TieredStore
 
 Hit = tuple[int, Ordered[list[int]]]
@@ -41,13 +42,8 @@ class GroupHits:
         ]
 
         self._head: tuple[Request | None, Ordered[int]] = None, []  # the last request asked for, and its keys
-        self._hit: tuple[Request | None, int, int, Hit] = (
-            None,
-            0,
-            0,
-            (0, []),
-        )  # and what was found of it, and when
-        self._near: Hit | None = None  # on the device alone
+        self._hit: tuple[Request | None, int, int, Hit] = None, 0, 0, (0, [])  # and when what was found of it
+        self._near: tuple[Hit, list[Piece]] | None = None  # of that on the device, and what is to be loaded
 
     def keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
@@ -81,14 +77,17 @@ class GroupHits:
 
     def _worth(self, store: TieredStore, request: Request, num_tokens: int, hit: Hit) -> Hit:
         """This hit, or only what is on the device where loading takes longer than computing."""
-        keys = self.keys(request, num_tokens)
         if self._near is None:
+            keys = self.keys(request, num_tokens)
             self.store = None
-            self._near = self.longest(keys, num_tokens)
+            near: Hit = self.longest(keys, num_tokens)
             self.store = store
-        near = self._near
-        loads = [[key for key, _ in self.loads(keys, blocks, group)] for group, blocks in enumerate(hit[1])]
-        pays = store.pays(request, loads, near[0], hit[0])
+            loads = [
+                [key for key, _ in self.loads(keys, blocks, group)] for group, blocks in enumerate(hit[1])
+            ]
+            self._near = near, [piece for keys in loads for piece in store.index.pieces(keys)]
+        near, pieces = self._near
+        pays = store.pays(request, pieces, near[0], hit[0])
         self.declined = 0 if pays else hit[0] - near[0]
         return hit if pays else near
 

@@ -11,7 +11,8 @@ from sim.request import Request
 if TYPE_CHECKING:
     from collections.abc import Sequence as Ordered
 
-    from sim.tiers.storage_tier import Copies, Run, StorageTier
+    from sim.tiers.run_index import Piece
+    from sim.tiers.storage_tier import Copies, StorageTier
     from sim.tiers.tiered_store import TieredStore
 
 
@@ -28,13 +29,10 @@ class LoadCost:
         self.price: Callable[[Request, int], float] | None = None
         """Seconds that computing a request's prompt adds to a step, behind so many tokens."""
 
-    def worth(
-        self, request: Request, pieces: Iterable[tuple[Run, int, int]], before: int, store: TieredStore
-    ) -> int:
+    def worth(self, request: Request, pieces: Iterable[Piece], before: int, store: TieredStore) -> int:
         """How many blocks to load: all that tiers have up to the one where the step is shortest, the least on a tie.
 
-        `pieces` are runs with the first of their blocks that are found, behind `before` tokens on the device, and the
-        number of these.
+        `pieces` are what is found behind `before` tokens on the device.
         """
         reads = {tier: sum([count for _, count in tier.reads]) for tier in self._tiers}
         ready = dict.fromkeys(self._tiers, store.now)
@@ -57,7 +55,7 @@ class LoadCost:
     def pays(
         self,
         request: Request,
-        pieces: Iterable[tuple[Run, int, int]],
+        pieces: Iterable[Piece],
         before: int,
         behind: int,
         store: TieredStore,

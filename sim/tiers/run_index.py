@@ -9,6 +9,9 @@ from operator import eq
 from sim.prefixes.keys import owner
 from sim.tiers.storage_tier import Run
 
+Piece = tuple[Run, int, int]
+"""A run, the first of its blocks that is meant, and their number."""
+
 
 class RunIndex:
     """Runs by keys: by each of them, or at once where the keys of a run are a stretch that one request alone has.
@@ -42,8 +45,8 @@ class RunIndex:
                     return each
         return run
 
-    def pieces(self, keys: Ordered[Hashable]) -> Iterator[tuple[Run, int, int]]:
-        """The runs that hold these keys up to the first that is not there: (run, first key in it, number of keys)."""
+    def pieces(self, keys: Ordered[Hashable]) -> Iterator[Piece]:
+        """The runs that hold these keys, up to the first that is not there."""
         at = 0
         while at < len(keys):
             run = self.get(keys[at])

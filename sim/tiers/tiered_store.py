@@ -13,6 +13,7 @@ from sim.registry import PositiveInt
 from sim.request import Request, Sequence
 from sim.tiers.load_cost import LoadCost
 from sim.tiers.places import TierPlaces
+from sim.tiers.run_index import Piece
 from sim.tiers.storage_tier import Run, StorageTier
 
 TAKEN = ("device", "prefix")
@@ -196,10 +197,9 @@ class TieredStore(TierPlaces):
         """Write what the device has evicted; what tiers have can be looked up then."""
         self._drain()
 
-    def pays(self, request: Request, loads: Iterable[Ordered[Hashable]], before: int, behind: int) -> bool:
-        """Whether to load these blocks is faster than to compute the tokens `before` to `behind` of the prompt."""
+    def pays(self, request: Request, pieces: Iterable[Piece], before: int, behind: int) -> bool:
+        """Whether to load these pieces is faster than to compute the tokens `before` to `behind` of the prompt."""
         assert self.cost is not None
-        pieces = [piece for keys in loads for piece in self.index.pieces(keys)]
         return self.cost.pays(request, pieces, before, behind, self)
 
     def load(
