@@ -36,6 +36,7 @@ class GroupHits:
         self.store: TieredStore | None = None  # tiers behind the pool, which are looked into as well
         self.declined = 0  # tokens of the last hit that tiers have, and are cheaper to compute
         self.num_groups = len(windows)
+        self.counted = windows.index(None) if None in windows else 0  # the group whose hits are counted
         kinds = sorted(set(windows), key=lambda window: (window is not None, window))
         self._kinds = [
             (window, [group for group, each in enumerate(windows) if each == window]) for window in kinds
@@ -43,7 +44,7 @@ class GroupHits:
 
         self._head: tuple[Request | None, Ordered[int]] = None, []  # the last request asked for, and its keys
         self._hit: tuple[Request | None, int, int, Hit] = None, 0, 0, (0, [])  # and when what was found of it
-        self._near: tuple[Hit, list[Piece]] | None = None  # of that on the device, and what is to be loaded
+        self._choices: list[tuple[Hit, list[Piece]]] = []  # how much of that to load, and what
 
     def keys(self, request: Request, num_tokens: int) -> Ordered[int]:
         """Keys of the full blocks; none for a request whose content nobody can have."""
@@ -69,27 +70,37 @@ class GroupHits:
             keys = self.keys(request, num_tokens)
             hit = self.longest(keys, num_tokens) if keys else (0, [])
             self._hit = request, num_tokens, now, hit
-            self._near = None
+            self._choices = []
         if store is None or store.cost is None or not any(AWAY in blocks for blocks in hit[1]):
             self.declined = 0
             return hit
-        return self._worth(store, request, num_tokens, hit)
+        if not self._choices:
+            self._choices = self._find_choices(store, self.keys(request, num_tokens), num_tokens, hit)
+        costs = [(each[0], pieces) for each, pieces in self._choices]
+        chosen, _ = self._choices[store.cheapest(request, costs)]
+        self.declined = hit[0] - chosen[0]
+        return chosen
 
-    def _worth(self, store: TieredStore, request: Request, num_tokens: int, hit: Hit) -> Hit:
-        """This hit, or only what is on the device where loading takes longer than computing."""
-        if self._near is None:
-            keys = self.keys(request, num_tokens)
-            self.store = None
-            near: Hit = self.longest(keys, num_tokens)
-            self.store = store
-            loads = [
-                [key for key, _ in self.loads(keys, blocks, group)] for group, blocks in enumerate(hit[1])
-            ]
-            self._near = near, [piece for keys in loads for piece in store.index.pieces(keys)]
-        near, pieces = self._near
-        pays = store.pays(request, pieces, near[0], hit[0])
-        self.declined = 0 if pays else hit[0] - near[0]
-        return hit if pays else near
+    def _find_choices(
+        self, store: TieredStore, keys: Ordered[int], num_tokens: int, hit: Hit
+    ) -> list[tuple[Hit, list[Piece]]]:
+        """What to load of a hit: nothing, up to where the next block that is counted is in another tier, all of it."""
+        self.store = None
+        hits: list[Hit] = [self.longest(keys, num_tokens)]
+        self.store = store
+        if len(store.tiers) > 1:
+            loads = self.loads(keys, hit[1][self.counted], self.counted)
+            tiers = {at: store.index.tier(key) for key, at in loads}
+            cuts = [at + 1 for at, tier in tiers.items() if tiers.get(at + 1) is not tier]
+            hits += [self.longest(keys[:cut], num_tokens) for cut in cuts]
+        choices: list[tuple[Hit, list[Piece]]] = []
+        for each in [*hits, hit]:
+            if not choices or each[0] > choices[-1][0][0]:
+                pieces: list[Piece] = []
+                for group, blocks in enumerate(each[1]):
+                    pieces += store.index.pieces([key for key, _ in self.loads(keys, blocks, group)])
+                choices.append((each, pieces))
+        return choices
 
     def loads(
         self, keys: Ordered[Hashable], blocks: list[int], group: int

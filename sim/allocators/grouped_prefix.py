@@ -255,9 +255,7 @@ class GroupedPrefixAllocator(EqualPagesAllocator):
         """Pages for what tiers have of the hit, and their copies; hits are counted in the group that sees the most."""
         request = sequence.request
         keys = self._cache.keys(request, request.prefill_tokens)
-        counted = min(
-            range(len(self._windows)), key=lambda number: (self._windows[number] is not None, number)
-        )
+        counted = self._cache.counted
         tiers.declined_tokens += self._cache.declined
         for number, group in enumerate(self.token_groups):
             table = tables[group]

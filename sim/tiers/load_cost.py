@@ -52,26 +52,26 @@ class LoadCost:
                 best, worth = seconds, loaded
         return worth
 
-    def pays(
-        self,
-        request: Request,
-        pieces: Iterable[Piece],
-        before: int,
-        behind: int,
-        store: TieredStore,
-    ) -> bool:
-        """Whether the step is shorter with these pieces loaded, and the prompt computed from the token `behind` on."""
-        reads = {tier: sum([count for _, count in tier.reads]) for tier in self._tiers}
-        ready = dict.fromkeys(self._tiers, store.now)
-        copies = {tier: tier.back.copy() for tier in self._tiers}
-        computed = self._seconds(request, before, reads, ready, copies, store)
-        for run, first, count in pieces:
-            tier = run.tier
-            assert tier is not None
-            copies[tier].add(run.slots[first : first + count])
-            reads[tier] += count
-            ready[tier] = max(ready[tier], run.ready)
-        return self._seconds(request, behind, reads, ready, copies, store) < computed
+    def cheapest(
+        self, request: Request, choices: Ordered[tuple[int, Ordered[Piece]]], store: TieredStore
+    ) -> int:
+        """Which choice makes the step shortest, the first on a tie.
+
+        Each has the tokens behind which the prompt is computed, and what is loaded of them.
+        """
+        seconds = []
+        for before, pieces in choices:
+            reads = {tier: sum([count for _, count in tier.reads]) for tier in self._tiers}
+            ready = dict.fromkeys(self._tiers, store.now)
+            copies = {tier: tier.back.copy() for tier in self._tiers}
+            for run, first, count in pieces:
+                tier = run.tier
+                assert tier is not None
+                copies[tier].add(run.slots[first : first + count])
+                reads[tier] += count
+                ready[tier] = max(ready[tier], run.ready)
+            seconds.append(self._seconds(request, before, reads, ready, copies, store))
+        return seconds.index(min(seconds))
 
     def _seconds(
         self,

@@ -44,6 +44,7 @@ class TierPlaces:
             self._drop(run, run.keys)
             return
         tier = self.tiers[place]
+        self.index.changes += 1
         count = len(run.keys)
         rest = None
         if count > tier.num_blocks:

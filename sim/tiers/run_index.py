@@ -7,7 +7,7 @@ from collections.abc import Sequence as Ordered
 from operator import eq
 
 from sim.prefixes.keys import owner
-from sim.tiers.storage_tier import Run
+from sim.tiers.storage_tier import Run, StorageTier
 
 Piece = tuple[Run, int, int]
 """A run, the first of its blocks that is meant, and their number."""
@@ -23,7 +23,7 @@ class RunIndex:
     __slots__ = ("_own", "_shared", "changes")
 
     def __init__(self) -> None:
-        self.changes = 0  # goes up whenever something else may be found than before
+        self.changes = 0  # goes up whenever something else may be found than before, or elsewhere
         self._shared: dict[Hashable, Run] = {}
         self._own: dict[int, list[Run]] = {}
 
@@ -44,6 +44,11 @@ class RunIndex:
                 if key in each.keys:
                     return each
         return run
+
+    def tier(self, key: Hashable) -> StorageTier | None:
+        """Where the block of this key is."""
+        run = self.get(key)
+        return None if run is None else run.tier
 
     def pieces(self, keys: Ordered[Hashable]) -> Iterator[Piece]:
         """The runs that hold these keys, up to the first that is not there."""

@@ -197,10 +197,10 @@ class TieredStore(TierPlaces):
         """Write what the device has evicted; what tiers have can be looked up then."""
         self._drain()
 
-    def pays(self, request: Request, pieces: Iterable[Piece], before: int, behind: int) -> bool:
-        """Whether to load these pieces is faster than to compute the tokens `before` to `behind` of the prompt."""
+    def cheapest(self, request: Request, choices: Ordered[tuple[int, Ordered[Piece]]]) -> int:
+        """Which of these loads makes the step shortest; each with the tokens of the prompt that it saves."""
         assert self.cost is not None
-        return self.cost.pays(request, pieces, before, behind, self)
+        return self.cost.cheapest(request, choices, self)
 
     def load(
         self, request: Request, keys: Ordered[Hashable], blocks: Ordered[int], *, counted: bool = True

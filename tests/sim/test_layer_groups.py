@@ -303,6 +303,34 @@ def test_tiers_are_asked_for_what_a_window_sees():
     memory.free(sequence)
 
 
+def test_what_is_near_is_loaded_where_the_rest_is_cheaper_to_compute():
+    """Of 10 pages of full attention the last are in a slow store; up to there the window is on the host too."""
+    memory = allocator["prefix"](Capacity(num_slots=48, max_model_len=64), block_size=4, windows=[None, 8])
+    slow = made("remote", 100, bandwidth_gb_per_s=0.001)  # a second for a page
+    tiers = TieredStore([made("host", 16), slow], load="by_cost")
+    memory.open_tiers(tiers)
+    tiers.cost.price = lambda request, behind: 0.05 * (40 - behind)
+    tables = [[*range(10)], [*range(10, 20)]]
+    names = GroupHits(memory.pool, 4, [None, 8])
+    request = Request(0, 0, 40, 1, content=(1,), content_ends=(40,))
+    keys = names.keys(request, 40)
+    for group, table in enumerate(tables):
+        tiers.device_keys[table[0] : table[-1] + 1] = [(key, group) for key in keys]
+        tiers.found(Sequence(request, 0, 0, 40), [(key, group) for key in keys], table)
+    tiers.begin(0)
+    tiers.stall(0, 0)
+    tiers.device_keys[:] = [None] * len(tiers.device_keys)
+    assert [tier.num_used for tier in tiers.tiers] == [16, 4]
+    tiers.begin(10**10)
+    assert memory.cached_tokens(request, 40) == 24
+    sequence = Sequence(request, 0, 0, 40)
+    request.sequences.append(sequence)
+    memory.admit(sequence, 40)
+    assert [tier.read_blocks for tier in tiers.tiers] == [6 + 2, 0]
+    assert tiers.declined_tokens == 36 - 24
+    memory.check_integrity()
+
+
 def test_a_page_in_a_tier_has_the_layers_of_one_group():
     memory = allocator["prefix"](Capacity(num_slots=48, max_model_len=64), block_size=4, windows=[None, 8])
     assert memory.offloaded_bytes(1000.0) == 4 * 1000.0 / 2
