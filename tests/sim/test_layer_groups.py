@@ -20,6 +20,7 @@ from sim import (
     scheduler,
     timing,
 )
+from sim.allocators.group_hits import GroupHits
 from sim.allocators.window_edge import NULL
 from sim.audit.audit import Audit
 from sim.beams import fork
@@ -27,8 +28,9 @@ from sim.errors import UserError
 from sim.layer_groups import LayerKind, own_pages, unified_pages
 from sim.pools.block_pool import OutOfBlocks
 from sim.pools.large_pages import LargePages
+from sim.tiers.tiered_store import TieredStore
 from tests.sim.probing import requests, run
-from tests.sim.tiers import store
+from tests.sim.tiers import made, store
 
 KINDS = (LayerKind(1, 2), LayerKind(3, 2, 7), LayerKind(2, 2, 20), LayerKind(1, state_bytes=7))
 SETTINGS = {
