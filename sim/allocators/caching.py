@@ -277,8 +277,11 @@ class CachingAllocator(CountableAllocator):
         self.pool.share(parent.block_table)
 
     def free(self, sequence: Sequence) -> None:
-        """Take back the sequence's references; only blocks that nobody else holds leave the books."""
-        if self._retired:
+        """Take back the sequence's references; only blocks that nobody else holds leave the books.
+
+        Beams have tables in the end only if what they generated is found again.
+        """
+        if self._retired or sequence.request.output_content is not None:
             self.list_beams(sequence.request)
         if sequence.request.counted is not None:
             sequence.request.counted.free(sequence)

@@ -13,6 +13,7 @@ from sim.pools.block_pool import BlockPool
 from sim.request import Request, Sequence
 
 if TYPE_CHECKING:
+    from sim.allocators.counted_group import CountedGroup
     from sim.beams import BeamSearch
     from sim.decode_set import DecodeSet
 
@@ -59,6 +60,12 @@ class CountableAllocator(Allocator):
     def forget(self, blocks: list[int]) -> bool:
         """Let nobody find these blocks of one group any more; false where it stays to be told which are whose."""
         return True
+
+    def leave_group(self, group: CountedGroup, blocks: list[int]) -> None:
+        """A counted group is done: take its blocks back, and its references to the full blocks of its prompt."""
+        beams = len(group.done)
+        self.give_back(blocks, beams if group.final % self.block_size else 0)
+        self.give_back_prompt(group.prefix, beams)
 
     def give_back_prompt(self, blocks: list[int], beams: int) -> None:
         """Take the full blocks of a prompt back, which so many beams have shared."""

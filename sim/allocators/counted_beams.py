@@ -173,24 +173,22 @@ class CountedBeams:
         owner = self._owner
         owner.sequences.discard(sequence)
         sequence.capacity = 0
-        group.unfreed -= 1
-        if group.unfreed:
-            return
+        group.done.append(sequence)
         size, width = owner.block_size, group.parents.shape[1]
+        if len(group.done) < width:
+            return
         _, taken, written, wasted, left, lost, spared, _ = group.changes.sum(axis=0).tolist()
-        ticks = len(group.changes) - 1
-        blocks = (group.prompt % size > 0) + taken - left
-        final = group.prompt + ticks
-        unused = -final % size * (group.prompt > final + -final % size - size)
+        prompt, final = group.prompt, group.final
+        blocks = (prompt % size > 0) + taken - left
+        unused = -final % size * (prompt > final + -final % size - size)
         self._forget(group)
-        pool, prefix = owner.pool, group.prefix
-        pool.extra_references -= width * (-(-final // size) - len(prefix)) - blocks
-        owner.give_back(self._off_heap(blocks), width if final % size else 0)
-        held = pool.num_used
-        owner.give_back_prompt(prefix, width)
-        held -= pool.num_used  # others may hold the rest of it
-        owner.num_held -= (held + blocks) * size
-        owner.num_tokens -= held * size + group.prompt % size + written + width * ticks - lost
+        pool = owner.pool
+        pool.extra_references -= width * (-(-final // size) - len(group.prefix)) - blocks
+        used = pool.num_used
+        owner.leave_group(group, self._off_heap(blocks))
+        held = used - pool.num_used  # others may hold blocks of the prompt
+        owner.num_held -= held * size
+        owner.num_tokens -= (held - blocks) * size + prompt % size + written + width * (final - prompt) - lost
         owner.num_internal -= unused + wasted - spared
 
     def num_shared(self, group: CountedGroup) -> int:

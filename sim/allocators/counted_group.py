@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CountedGroup:
     """A beam group while its blocks are counted: its genealogy, and the changes that follow from it."""
 
-    __slots__ = ("_owner", "changes", "parents", "prefix", "prompt", "request", "start", "unfreed")
+    __slots__ = ("_owner", "changes", "done", "parents", "prefix", "prompt", "request", "start")
 
     def __init__(
         self, owner: CountedBeams, request: Request, parents: Ints, prefix: list[int], found: Ints, start: int
@@ -28,12 +28,17 @@ class CountedGroup:
         self.prompt = request.sequences[0].origin
         self.changes = found
         self.start = start  # the tick at which the prompt was computed
-        self.unfreed = len(request.sequences)
+        self.done: list[Sequence] = []  # beams that have their last token
 
     @property
     def num_shared(self) -> int:
         """Blocks in tables of the beams, each but for its first holder."""
         return self._owner.num_shared(self)
+
+    @property
+    def final(self) -> int:
+        """Tokens of each beam in the end."""
+        return self.prompt + len(self.changes) - 1
 
     @property
     def demand(self) -> int:
@@ -107,3 +112,22 @@ class CountedGroup:
         if row:
             found.append((line, row))
         return found[::-1]
+
+    def in_common(self) -> list[list[int]]:
+        """Tokens that each two beams have in common in the end, shape [beams, beams]."""
+        width = self.parents.shape[1]
+        common = [[self.prompt] * width for _ in range(width)]
+        heirs = {beam: [beam] for beam in range(width)}  # by their last ancestor that was looked at
+        for tokens in range(self.final - 1, self.prompt, -1):
+            parents = self.parents[tokens - self.prompt - 1].tolist()
+            before: dict[int, list[int]] = {}
+            for beam, mine in heirs.items():
+                others = before.setdefault(parents[beam], [])
+                for other in others:
+                    for each in mine:
+                        common[other][each] = common[each][other] = tokens
+                others += mine
+            heirs = before
+            if len(heirs) == 1:
+                break
+        return common

@@ -205,12 +205,6 @@ class PrefixAllocator(CachingAllocator):
 
     # Beams that are counted
 
-    def free(self, sequence: Sequence) -> None:
-        """Beams have tables in the end only if what they generated is found again."""
-        if sequence.request.output_content is not None:
-            self.list_beams(sequence.request)
-        super().free(sequence)
-
     def give_back(self, blocks: list[int], partial: int) -> None:
         """Full blocks queue up at the tail, as those of a beam that died or is done."""
         self.pool.leave_table(blocks, (len(blocks) - partial) * self.prefix_caching)

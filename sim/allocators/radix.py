@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Ordered
 from itertools import chain, islice, repeat
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,15 @@ from sim.pools.page_pool import PagePool
 from sim.prefixes.eviction import Eviction, belady, lru
 from sim.prefixes.eviction import eviction as evictions
 from sim.prefixes.foresight import Foresight
-from sim.prefixes.keys import prefix_keys, sequence_keys
+from sim.prefixes.keys import own_keys, prefix_keys, sequence_keys
 from sim.prefixes.radix_tree import Node, RadixTree
 from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence, one_priority
 from sim.tiers.offloading_pools import OffloadingPagePool
 from sim.tiers.tiered_store import TieredStore
+
+if TYPE_CHECKING:
+    from sim.allocators.counted_group import CountedGroup
 
 _MANY = 1024
 
@@ -150,13 +153,12 @@ class RadixAllocator(CachingAllocator):
         shared, table, pool = self._shared[sequence], sequence.block_table, self.pool
         full = sequence.num_tokens // self.block_size
         alone = len(sequence.request.sequences) == 1
-        whole: Ordered[int] = ()
         if alone:
             keys = sequence_keys(sequence, full, self.block_size, shared)  # those before stand in the tree
         else:
-            whole = sequence_keys(sequence, full, self.block_size)
-            full = self._enterable(sequence, whole)
-            keys = whole[shared:full]
+            keys = sequence_keys(sequence, full, self.block_size)
+            full = self._enterable(sequence, keys)
+            keys = keys[shared:full]
         free = pool.num_free
         found, node = self.tree.insert(
             keys, table, -sequence.request.priority, self._nodes[sequence], begin=shared, lock=True
@@ -181,7 +183,7 @@ class RadixAllocator(CachingAllocator):
             self.num_tokens -= spared
         for branch in () if alone else sequence.request.sequences:
             if branch is not sequence and branch in self._nodes:
-                self._lock_common(sequence, branch, whole)
+                self._lock_common(sequence, branch)
 
     def _enterable(self, sequence: Sequence, keys: Ordered[int]) -> int:
         """How many pages of a branch, which have these keys, may be in the tree.
@@ -194,7 +196,7 @@ class RadixAllocator(CachingAllocator):
             return known
         return len(keys)
 
-    def _lock_common(self, entered: Sequence, branch: Sequence, keys: Ordered[int]) -> None:
+    def _lock_common(self, entered: Sequence, branch: Sequence) -> None:
         """Let a branch hold what is in the tree now of the pages that it shares with one that was entered."""
         table, full, common = entered.block_table, self._shared[entered], self._shared[branch]
         for own, other in zip(branch.block_table[common:], table[common:full], strict=False):
@@ -202,7 +204,7 @@ class RadixAllocator(CachingAllocator):
                 break
             common += 1
         if common > self._shared[branch]:
-            _, node = self.tree.match(keys[:common])
+            node = self.tree.match_above(self._nodes[entered], full - common)
             self.tree.lock(node)
             self.tree.unlock(self._nodes[branch])
             self._nodes[branch], self._shared[branch] = node, common
@@ -276,10 +278,30 @@ class RadixAllocator(CachingAllocator):
         """A group that is computed again is in the tree with more than its prompt."""
         return False
 
-    def free(self, sequence: Sequence) -> None:
-        """What beams have computed is entered into the tree, so they have tables in the end."""
-        self.list_blocks(sequence)
-        super().free(sequence)
+    def leave_group(self, group: CountedGroup, blocks: list[int]) -> None:
+        """Enter what the beams have generated as `finished` would, one after the other.
+
+        Nobody asks for any of it, so keys will do that only no other page has.
+        """
+        tree, size, request = self.tree, self.block_size, group.request
+        full, common = group.final // size, group.in_common()
+        ends = [self._nodes.pop(each) for each in group.done]
+        shared = [self._shared.pop(each) for each in group.done]
+        self._branches.difference_update(group.done)
+        for beam, node in enumerate(ends):
+            keys = own_keys(request, shared[beam], full, beam + 1)
+            _, end = tree.insert(keys, blocks, -request.priority, node, lock=True)
+            del blocks[: len(keys)]
+            tree.unlock(node)
+            for other in range(beam + 1, len(ends)):
+                pages = common[beam][other] // size
+                if pages > shared[other]:
+                    above = tree.match_above(end, full - pages)
+                    tree.lock(above)
+                    tree.unlock(ends[other])
+                    ends[other], shared[other] = above, pages
+            tree.unlock(end)
+        self.pool.release(blocks)
 
     # Books
 

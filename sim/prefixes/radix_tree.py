@@ -68,6 +68,13 @@ class RadixTree:
         assert len(pages) == length
         return pages, node
 
+    def match_above(self, node: Node, pages: int) -> Node:
+        """What `match` would give for the prefix that ends so many pages above the end of a node."""
+        while pages >= len(node.pages) and node.parent is not None:
+            pages -= len(node.pages)
+            node = node.parent
+        return self._walk(node.content[: len(node.pages) - pages], 0, node.parent)[0]
+
     def peek(self, content: Sequence[Hashable]) -> tuple[int, int]:
         """Length of the longest cached prefix, and how much of it is not locked; changes nothing, is no use."""
         node, length, unlocked = self.root, 0, 0
