@@ -55,7 +55,7 @@ class Engine:
         self.timing = timing
         self.link = self.allocator.link
         self.tiers = self.allocator.tiers
-        self.clock = StepClock(timing, transfers, self.link, self.tiers)
+        self.clock = StepClock(timing, transfers, scheduler.recovery, self.link, self.tiers)
         self.recorder = recorder
         self.max_model_len = max_model_len
         self.beams = beams

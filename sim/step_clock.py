@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sim.link import Link
+from sim.schedulers.recovery import Recovery
 from sim.step import Step
 from sim.tiers.tiered_store import TieredStore
 from sim.timing.base import StepTime
@@ -20,11 +21,13 @@ class StepClock:
         self,
         timing: StepTime,
         transfers: Transfers,
+        recovery: Recovery,
         link: Link[Transfers] | None,
         tiers: TieredStore | None = None,
     ) -> None:
         self.timing = timing
         self.transfers = transfers
+        self.recovery = recovery
         self.link = link
         self.tiers = tiers
         self.preemptions = 0
@@ -49,9 +52,7 @@ class StepClock:
         """Time (ns) of a step that could begin at `start`."""
         seconds = self.timing.seconds(step)
         if step.recomputed:
-            rest = step.without_recomputed()
-            added = seconds if rest.empty else seconds - self.timing.seconds(rest)
-            self.recompute_time += round(added * 1e9)
+            self.recompute_time += round(self.recovery.note_recomputed(step, seconds) * 1e9)
         if step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks:
             seconds += self.transfers.seconds(step)
             self.copied_blocks += step.copied_blocks

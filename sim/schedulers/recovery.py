@@ -30,14 +30,18 @@ class Recovery:
 
     Moving costs both directions, and the queue on the link where copies wait for others. Computing again costs
     what the prefill of the lost tokens, cached ones aside, adds to a step of the sequences that decode now; where
-    the scheduler gives prompts steps of their own, it is such a step. Both come from the run's own timing model
-    and link. A group goes one way as a whole; what its branches share is moved once, and computed once.
+    the scheduler gives prompts steps of their own, it is such a step. Several prompts in one step cost less than one by
+    one, so that is multiplied by the share of it that recomputing has really added so far in the run. All of it comes
+    from the run's own timing model and link. A group goes one way as a whole; what its branches share is moved once,
+    and computed once.
     """
 
     def __init__(self, queues: Queues) -> None:
         self._queues = queues
         self._timing: StepTime | None = None
         self._transfers: Transfers | None = None
+        self._alone = 0.0  # seconds that what was computed again would have added one by one
+        self._added = 0.0  # seconds that it has added
 
     def price(self, timing: StepTime, transfers: Transfers) -> None:
         """Take the costs of a run, and open its link; to be called before its first step."""
@@ -114,7 +118,22 @@ class Recovery:
         if len(sequences) > 1:
             size, shared = allocator.block_size, allocator.in_common(request)[1:]
             cached += [min(found[1] * size, known - 1) if found else 0 for found in shared]
-        return self._prefill_seconds(sequences, cached, known)
+        seconds = self._prefill_seconds(sequences, cached, known)
+        return seconds * self._added / self._alone if self._alone else seconds
+
+    def note_recomputed(self, step: Step, seconds: float) -> float:
+        """What computing lost tokens again adds to a step of so many seconds, which estimates go by from now on."""
+        assert self._timing is not None, "recovery has no price before a run"
+        rest = step.without_recomputed()
+        added = seconds if rest.empty else seconds - self._timing.seconds(rest)
+        again: dict[Request, list[tuple[Sequence, int, int]]] = {}
+        for index, behind in step.recomputed:
+            sequence, start, tokens = step.chunks[index]
+            again.setdefault(sequence.request, []).append((sequence, start, tokens - behind))
+        for chunks in again.values():
+            self._alone += self._chunk_seconds(chunks, step.num_decodes, step.decode_context)
+        self._added += added
+        return added
 
     def prefill_seconds(self, request: Request, cached: int) -> float:
         """Seconds to compute a request's prompt behind so many cached tokens."""
@@ -122,14 +141,21 @@ class Recovery:
         return self._prefill_seconds([sequence], [cached], request.prefill_tokens)
 
     def _prefill_seconds(self, sequences: list[Sequence], cached: list[int], known: int) -> float:
-        timing, queues = self._timing, self._queues
+        """Seconds to compute these sequences' tokens behind the cached ones, in one step."""
+        chunks = [(sequence, found, known - found) for sequence, found in zip(sequences, cached, strict=True)]
+        decodes = self._queues.decodes
+        if not self._queues.mixes_prompts:
+            return self._chunk_seconds(chunks, 0, 0)
+        return self._chunk_seconds(chunks, decodes.size, decodes.context)
+
+    def _chunk_seconds(self, chunks: list[tuple[Sequence, int, int]], decodes: int, context: int) -> float:
+        """Seconds that chunks add to a step of so many decodes, which attend over so many tokens."""
+        timing = self._timing
         assert timing is not None, "recovery has no price before a run"
         step = Step()
-        for sequence, found in zip(sequences, cached, strict=True):
-            step.chunks.append((sequence, found, known - found))
-            step.num_prefill_tokens += known - found
-        decodes = queues.decodes
-        if not decodes.size or not queues.mixes_prompts:
+        step.chunks = chunks
+        step.num_prefill_tokens = sum([tokens for _, _, tokens in chunks])
+        if not decodes:
             return timing.seconds(step)
-        step.num_decodes, step.decode_context = decodes.size, decodes.context
-        return timing.seconds(step) - timing.decode_seconds(decodes.size, decodes.context)
+        step.num_decodes, step.decode_context = decodes, context
+        return timing.seconds(step) - timing.decode_seconds(decodes, context)

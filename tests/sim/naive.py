@@ -234,6 +234,8 @@ def run_naively(
             continue
         timing.num_entries = allocator.num_entries
         seconds = timing.seconds(step)
+        if step.recomputed:
+            scheduler.recovery.note_recomputed(step, seconds)
         if link is None and (step.copied_blocks or step.swapped_in_blocks or step.swapped_out_blocks):
             seconds += transfers.seconds(step)
             swaps = transfers.swap_seconds(step.swapped_out_blocks, step.swapped_in_blocks)

@@ -62,6 +62,24 @@ def test_where_prompts_share_steps_with_decodes_computing_again_costs_what_it_ad
         assert way in told.log[1], (block_ms, kind)
 
 
+def test_what_is_computed_again_in_one_step_makes_the_next_estimate_lower():
+    """A prompt of its own takes 8 + 12 ms, two in one step 8 + 24: that is 0.8 of what they cost one by one."""
+    owner = memory(slots=400)
+    recovery = scheduled("vllm_v0", owner, preemption="hybrid").recovery
+    recovery.price(clock(prefill_base_ms=8), Transfers(None, None, 1, copy_latency_us=3e3))
+    requests = [Request(number, 0, 12, 9) for number in range(3)]
+    for request in requests:
+        _held(owner, request)
+    assert recovery.swaps(requests[0])  # 3 blocks out and in, 18 ms
+    assert recovery.recompute_seconds(requests[0]) == pytest.approx(20e-3)
+    step = Step()
+    step.chunks = [(request.sequences[0], 0, 12) for request in requests[:2]]
+    step.num_prefill_tokens, step.recomputed = 24, [(0, 0), (1, 0)]
+    assert recovery.note_recomputed(step, 32e-3) == 32e-3
+    assert recovery.recompute_seconds(requests[2]) == pytest.approx(16e-3)
+    assert not recovery.swaps(requests[2])
+
+
 def test_the_queue_on_the_link_counts():
     """Three blocks out and in take 6 ms, 12 tokens 12 ms; behind ten others the blocks take 16."""
     owner = memory(slots=400)
@@ -333,7 +351,9 @@ def test_a_step_that_nothing_else_needed_was_lost_as_a_whole():
     request = Request(0, 0, 12, 4)
     step.chunks, step.num_prefill_tokens = [(Sequence(request, 0, 0, 15), 0, 12)], 12
     model = timing["roofline"](MODEL, DEVICE, step_overhead_ms=20)
-    over = StepClock(model, Transfers(None, None, 4), None)
+    recovery = scheduled("vllm_v0", memory(slots=24)).recovery
+    recovery.price(model, Transfers(None, None, 4))
+    over = StepClock(model, Transfers(None, None, 4), recovery, None)
     whole = over.duration(step, 0)
     assert over.recompute_time == 0
     step.recomputed = [(0, 0)]
