@@ -10,7 +10,7 @@ from pathlib import Path as File
 from typing import Any
 
 from attention.probe import AttentionProbe
-from experiments import hardware, profiles
+from experiments import hardware
 from experiments.annotations import alternatives, fields_of, file_in, registry_in, section_in
 from experiments.capacity import BLOCK_SIZE, make_capacity, wrong
 from experiments.experiment import Experiment
@@ -211,12 +211,30 @@ def construct(policy: Callable[..., Any], settings: Mapping[str, Any], path: Pat
         raise Mistakes([Mistake(what, path)]) from error
 
 
+def read_profile(file: File, section: type[Any]) -> Any:
+    """The section that a file holds. Raises Mistakes with everything that is wrong in it, and where."""
+    from experiments import document  # most runs need neither YAML nor the schema
+    from experiments.schema import Schema
+    from experiments.sections import Section
+
+    root, mistakes = document.read(file)
+    settings, wrong = Schema(Section(section)).resolve(root.plain())
+    try:
+        if mistakes or wrong:
+            raise Mistakes([*mistakes, *wrong])
+        return construct(section, settings, ())
+    except Mistakes as error:
+        raise Mistakes(
+            [mistake.placed(root.position(mistake.path, mistake.on_key)) for mistake in error.mistakes]
+        ) from None
+
+
 def _value(annotation: Any, value: Any, path: Path) -> Any:
     for base, marks in alternatives(annotation):
         if isinstance(value, str) and base is File:
             return File(value)
         if isinstance(value, str) and file_in(base, marks) is not None:
-            return profiles.read(File(value), base)
+            return read_profile(File(value), base)
         if isinstance(value, dict):
             registry, section = registry_in(base, marks), section_in(base, marks)
             if registry is not None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sim.allocators.base import Allocator
+from sim.allocators.countable import CountableAllocator
+from sim.allocators.counted_beams import CountedBeams
+from sim.allocators.counted_group import CountedGroup
 from sim.decode_set import DecodeSet
 from sim.genealogy import Ints, draw_parents
 from sim.request import Lineage, Request, Sequence
+from sim.schedulers.base import Scheduler
 from sim.units import FOREVER
-
-if TYPE_CHECKING:
-    from sim.allocators.counted_beams import CountedBeams
-    from sim.allocators.counted_group import CountedGroup
-    from sim.schedulers.base import Scheduler
 
 
 def fork(allocator: Allocator, parent: Sequence) -> Sequence:
@@ -70,7 +68,8 @@ class BeamSearch:
         if allocator.probe is not None and allocator.probe.follows(parent.request):
             return False
         if self._counted is None:
-            self._counted = allocator.count_beams(scheduler.decodes, self)
+            assert isinstance(allocator, CountableAllocator)
+            self._counted = allocator.counted = CountedBeams(allocator, scheduler.decodes, self.follow)
         parents = self._draw(parent.request, parent.origin, parent.final_tokens)
         self._counted.start(parent, parents)
         return True

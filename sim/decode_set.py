@@ -10,21 +10,44 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections.abc import Collection, Iterable
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from sim.request import NEVER, Sequence, TokenwiseSequence
+from sim.request import NEVER, Sequence, TokenwiseSequence, Window
 from sim.units import FOREVER
-
-if TYPE_CHECKING:
-    from sim.allocators.base import Allocator
-    from sim.allocators.window_edge import Edge
 
 arrival_order = attrgetter("order")
 
 
-def _turn_order(edge: Edge) -> tuple[int, int]:
-    return edge.sequence.order, edge.group
+def _turn_order(window: Window) -> tuple[int, int]:
+    return window.sequence.order, window.group
+
+
+class Growing(Protocol):
+    """What members ask for slots: an allocator, as far as a decode set knows it."""
+
+    slides: bool
+    stride: int | None
+    growth: int | None
+
+    @property
+    def headroom(self) -> int:
+        """Members that can each outgrow their slots once more without a refusal."""
+
+    def grow(self, batches: Collection[tuple[int, list[Sequence]]]) -> list[tuple[int, int, int]]:
+        """Give members their slots, tick by tick."""
+
+    def grow_steadily(self, count: int, first: int, ticks: int) -> list[tuple[int, int, int]]:
+        """Give so many members a slot at each of so many ticks."""
+
+    def turn(
+        self, batches: Collection[tuple[int, list[Sequence], list[Window]]]
+    ) -> list[tuple[int, int, int]]:
+        """`grow` where windows slide."""
+
+    def gives_back(self, turning: Iterable[Window], awaited: bool) -> bool:
+        """Whether these windows give slots back, or change more than a growth may."""
 
 
 class DecodeSet:
@@ -59,7 +82,7 @@ class DecodeSet:
         self.grown = 0
         self.finishes: dict[int, list[Sequence]] = {}
         self.growths: dict[int, list[Sequence]] = {}  # each in order of arrival
-        self.turns: dict[int, list[Edge]] = {}  # likewise, and in order of the groups
+        self.turns: dict[int, list[Window]] = {}  # likewise, and in order of the groups
         self.copy_pending: list[Sequence] = []  # forked: the last block may be shared
         self._finish_ticks: list[int] = []  # heap of the keys of `finishes`
 
@@ -84,8 +107,8 @@ class DecodeSet:
                 self._join_steady(sequence)
             else:
                 self.await_growth(sequence)
-        for edge in sequence.edges:
-            self.await_turn(edge)
+        for window in sequence.edges:
+            self.await_turn(window)
 
     def leave(self, sequence: Sequence) -> None:
         """Take a member out before it is done."""
@@ -102,8 +125,8 @@ class DecodeSet:
             self._count_out(sequence)
         if self.copy_pending and sequence in self.copy_pending:
             self.copy_pending.remove(sequence)
-        for edge in sequence.edges:
-            self._forget_turn(edge)
+        for window in sequence.edges:
+            self._forget_turn(window)
         self.size -= 1
         self.sliding -= sequence.sliding
         self.context -= tokens
@@ -156,28 +179,28 @@ class DecodeSet:
         """A member needs no further slot."""
         self.growths[sequence.capacity + 1 - sequence.origin].remove(sequence)
 
-    def await_turn(self, edge: Edge) -> None:
+    def await_turn(self, window: Window) -> None:
         """Note the tick at which a window of a member turns next."""
-        tick = edge.turn - edge.sequence.origin
+        tick = window.turn - window.sequence.origin
         turning = self.turns.get(tick)
         if turning is None:
-            self.turns[tick] = [edge]
-        elif turning[-1].sequence.order < edge.sequence.order:
-            turning.append(edge)
+            self.turns[tick] = [window]
+        elif turning[-1].sequence.order < window.sequence.order:
+            turning.append(window)
         else:
-            insort(turning, edge, key=_turn_order)
+            insort(turning, window, key=_turn_order)
 
-    def _forget_turn(self, edge: Edge) -> None:
+    def _forget_turn(self, window: Window) -> None:
         """Take the window of a member that leaves off the calendar; it may have turned with the coming tick already."""
         turns = self.turns
-        tick = edge.turn - edge.sequence.origin
-        if edge not in turns.get(tick, ()):
+        tick = window.turn - window.sequence.origin
+        if window not in turns.get(tick, ()):
             tick = self.clock + 1
-        turns[tick].remove(edge)
+        turns[tick].remove(window)
         if not turns[tick]:
             del turns[tick]
 
-    def grow_next(self, allocator: Allocator) -> None:
+    def grow_next(self, allocator: Growing) -> None:
         """Give the members that need a slot at the next tick theirs, in order of arrival; let their windows turn."""
         tick = self.clock + 1
         growing = self.growths.pop(tick, [])
@@ -197,7 +220,7 @@ class DecodeSet:
                 self.note_grown(tick, growing, allocator.growth or allocator.stride)
 
     def grow(
-        self, allocator: Allocator, ticks: int, spare: int, awaited: bool = False
+        self, allocator: Growing, ticks: int, spare: int, awaited: bool = False
     ) -> tuple[int, list[tuple[int, int, int]]]:
         """Give members the slots that they need in the next ticks, in order of arrival within a tick.
 
@@ -240,7 +263,7 @@ class DecodeSet:
         return stop - first, books
 
     def _slide(
-        self, allocator: Allocator, ticks: int, spare: int, awaited: bool
+        self, allocator: Growing, ticks: int, spare: int, awaited: bool
     ) -> tuple[int, list[tuple[int, int, int]]]:
         """`grow` with windows that turn."""
         growths, turns = self.growths, self.turns
@@ -250,7 +273,7 @@ class DecodeSet:
         books: list[tuple[int, int, int]] = []
         stride = allocator.stride or 1
         while tick < stop:
-            batches: list[tuple[int, list[Sequence], list[Edge]]] = []
+            batches: list[tuple[int, list[Sequence], list[Window]]] = []
             for tick in range(tick, min(stop, tick + stride)):  # noqa: B020
                 growing, turning = growths.get(tick), turns.get(tick)
                 if growing:
@@ -299,11 +322,11 @@ class DecodeSet:
                 if not in_order:
                     grown.sort(key=arrival_order)
 
-    def note_turned(self, tick: int, turned: list[Edge], step: int | None) -> None:
+    def note_turned(self, tick: int, turned: list[Window], step: int | None) -> None:
         """Put windows that turned at this tick back on the calendar, all a `step` later; None if that differs."""
         if step is None:
-            for edge in turned:
-                self.await_turn(edge)
+            for window in turned:
+                self.await_turn(window)
         elif turned:
             later = self.turns.get(tick + step)
             self.turns[tick + step] = turned

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from sim.timing.transfers import Transfers
+from sim.timing.transfers import Transfers
 
 
 class Copies(Protocol):

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence as Ordered
-
-    from sim.allocators.counted_group import CountedGroup
-    from sim.allocators.window_edge import Edge
-    from sim.decode_set import DecodeSet
-    from sim.source import Session
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
+from typing import Any, Literal, Protocol
 
 Status = Literal["waiting", "running", "swapped", "finished", "rejected"]
 
@@ -27,6 +21,26 @@ class Lineage:
         self.start = start
         self.branch = branch
         self.parent: Lineage | None = parent
+
+
+class Window(Protocol):
+    """Where a window of a sequence begins, in one group of layers (`sim/allocators/window_edge.py`)."""
+
+    sequence: Sequence
+    group: int
+    turn: int
+
+
+class Decoding(Protocol):
+    """What a sequence decodes in: its clock, and what it counts of all who do (`sim/decode_set.py`)."""
+
+    clock: int
+    grown: int
+    sliding: int
+    copy_pending: list[Sequence]
+
+    def await_turn(self, window: Window) -> None:
+        """Note when a window gives back next."""
 
 
 class Sequence:
@@ -55,13 +69,11 @@ class Sequence:
         self.block_table: list[int] = []  # kept by allocators that hand out blocks
         self.tables: Ordered[list[int]] = ()  # one for each group of layers that keep tokens, likewise
         # Kept by the decode set: while a sequence decodes, its length is its origin plus the set's clock.
-        self.decodes: DecodeSet | None = None
+        self.decodes: Decoding | None = None
         self.origin = num_tokens
         self.finish_tick = NEVER
         self.sliding = 0  # slots whose tokens leave a window with every further token; kept by the allocator
-        self.edges: Ordered[
-            Edge
-        ] = ()  # where its windows begin, in order of the groups; kept by the allocator
+        self.edges: Ordered[Window] = ()  # in order of the groups; kept by the allocator
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +105,38 @@ class TokenwiseSequence(Sequence):
     def capacity(self, slots: int) -> None:
         assert not self.steady, "its slots are counted"
         self._slots = slots
+
+
+class Counted(Protocol):
+    """A beam group while its blocks are counted and its beams have no tables (`sim/allocators/counted_group.py`)."""
+
+    @property
+    def num_shared(self) -> int:
+        """Blocks that the beams share, each but for its first holder."""
+
+    @property
+    def demand(self) -> int:
+        """Blocks that the growth of the next tick takes."""
+
+    def grow(self) -> int:
+        """Give the beams of this group alone the slot of their next token; the number of blocks copied."""
+
+    def list_blocks(self) -> None:
+        """Give every beam a block table of its own."""
+
+    def free(self, sequence: Sequence) -> None:
+        """A beam has its last token."""
+
+
+class Session(Protocol):
+    """Requests of which some are sent only when others are answered: a conversation, a search."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it is on its way and nothing will follow."""
+
+    def answered(self, request: Request) -> Iterable[tuple[int, Request]]:
+        """What the end of a request, finished or rejected, leads to: requests, each with its delay in ns."""
 
 
 class Request:
@@ -155,7 +199,7 @@ class Request:
         self.reason = ""
         self.sequences: list[Sequence] = []
         self.next_branch = 1
-        self.counted: CountedGroup | None = None  # a beam group without block tables; kept by the allocator
+        self.counted: Counted | None = None  # kept by the allocator
         self.first_scheduled_time = NEVER
         self.first_token_time = NEVER
         self.finish_time = NEVER

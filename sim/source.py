@@ -5,26 +5,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Generator, Iterable
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import simpy
 
+from sim.engine import Engine
 from sim.request import Request
 from sim.units import FOREVER
-
-if TYPE_CHECKING:
-    from sim.engine import Engine
-
-
-class Session(Protocol):
-    """Requests of which some are sent only when others are answered: a conversation, a search."""
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing of it is on its way and nothing will follow."""
-
-    def answered(self, request: Request) -> Iterable[tuple[int, Request]]:
-        """What the end of a request, finished or rejected, leads to: requests, each with its delay in ns."""
 
 
 class Source:

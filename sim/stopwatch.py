@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sim.probe import Witness
+from sim.witness import Witness
 
 EVENTS = [name for name in vars(Witness) if not name.startswith("_")]
 

@@ -1,7 +1,7 @@
 """Configurations of the attention kernels: tile, warps and pipeline stages, looked up in a shipped table.
 
-The table, `configurations.json`, is filled by `python -m attention.kernels.tuning`. Nothing is timed while attention
-runs: an autotuner in the hot path would break captured graphs and make timings differ from run to run.
+The table, `configurations.json`, is filled by `python -m attention.calibration.tuning`. Nothing is timed while
+attention runs: an autotuner in the hot path would break captured graphs and make timings differ from run to run.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from experiments.parity.replay import Row, canonical, histogram
+from experiments.parity.rows import Row, canonical, histogram
 from experiments.parity.tokens import TokenManager, Told, tokens_of
 from sim import Admission, Capacity, Request, Sequence, Step
 from sim.allocators.nano_vllm import NanoAllocator

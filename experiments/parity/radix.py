@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from experiments.parity.replay import Row, histogram
+from experiments.parity.rows import Row, histogram
 from experiments.parity.tokens import TokenManager, Told
 from sim import Capacity, Request
 from sim.allocators import RadixAllocator

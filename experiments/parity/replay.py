@@ -7,10 +7,8 @@ returned (`out`) and what could be observed afterwards (`state`). Every field of
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from experiments.mistakes import near_file
 from experiments.parity.format import (
@@ -23,31 +21,12 @@ from experiments.parity.format import (
     V1_SCHEDULER,
     Format,
 )  # fmt: skip
+from experiments.parity.rows import Driver, Misuse, Row
 from sim.errors import IntegrityError, UserError
-
-Row = dict[str, Any]
-
-
-class Driver(Protocol):
-    """Performs the operations of one recorded scenario on ours."""
-
-    def perform(self, op: Row) -> tuple[Row, Row]:
-        """One operation: what it returns, and the state afterwards."""
-
-    def check_integrity(self) -> None:
-        """Recount our own books."""
-
-    @property
-    def gave_up(self) -> bool:
-        """Whether ours gave a group up where the engine died; nothing can be compared after that."""
 
 
 class Difference(AssertionError):
     """The first place where our answer is not the recorded one."""
-
-
-class Misuse(Exception):
-    """An operation that nobody can have asked for: it names what is not there, or what is there already."""
 
 
 def _v0_manager(header: Row) -> Driver:
@@ -232,20 +211,3 @@ def run_parity(paths: Sequence[Path]) -> int:
     if wrong:
         raise UserError("\n".join(wrong))
     return int(differ)
-
-
-# What drivers share
-
-
-def canonical(tables: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Tables with blocks renumbered in order of appearance, as the files have them."""
-    labels: dict[int, int] = {}
-    return {
-        name: [labels.setdefault(block, len(labels)) for block in tables[name]]
-        for name in sorted(tables, key=lambda name: (len(name), name))
-    }
-
-
-def histogram(counts: Iterable[int]) -> dict[str, int]:
-    """Each number but 0 to how often it occurs."""
-    return {str(count): number for count, number in sorted(Counter(counts).items()) if count}

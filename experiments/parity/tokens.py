@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 
-from experiments.parity.replay import Misuse, Row
+from experiments.parity.rows import Misuse, Row
 from sim import Request, Sequence
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator

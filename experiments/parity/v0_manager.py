@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from experiments.parity.replay import Misuse, Row, canonical, histogram
+from experiments.parity.rows import Misuse, Row, canonical, histogram
 from experiments.parity.tokens import ENDLESS
 from sim import Admission, Capacity, Request, Sequence
 from sim.allocators import PagedAllocator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from experiments.parity.replay import Row, canonical, histogram
+from experiments.parity.rows import Row, canonical, histogram
 from experiments.parity.tokens import ENDLESS, TokenManager, Told, tokens_of
 from sim import Admission, Capacity, Request, Step
 from sim.allocators.grouped_prefix import GroupedPrefixAllocator

@@ -2,6 +2,7 @@
 
 from sim.allocators.adaptive import AdaptiveAllocator
 from sim.allocators.base import Allocator, allocator
+from sim.allocators.cached_paged import CachedPagedAllocator
 from sim.allocators.capacity import Admission, Capacity, MemoryUsage
 from sim.allocators.contiguous import ContiguousAllocator
 from sim.allocators.jenga import JengaAllocator
@@ -14,7 +15,8 @@ from sim.allocators.token import TokenAllocator
 from sim.allocators.vattention import VAttentionAllocator
 
 __all__ = [
-    "AdaptiveAllocator", "Admission", "Allocator", "Capacity", "ContiguousAllocator", "JengaAllocator",
-    "MemoryUsage", "MultiSizeAllocator", "NanoAllocator", "PagedAllocator", "PrefixAllocator",
-    "RadixAllocator", "TokenAllocator", "VAttentionAllocator", "allocator",
+    "AdaptiveAllocator", "Admission", "Allocator", "CachedPagedAllocator", "Capacity",
+    "ContiguousAllocator", "JengaAllocator", "MemoryUsage", "MultiSizeAllocator", "NanoAllocator",
+    "PagedAllocator", "PrefixAllocator", "RadixAllocator", "TokenAllocator", "VAttentionAllocator",
+    "allocator",
 ]  # fmt: skip

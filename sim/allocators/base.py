@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 import gc
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.capacity import Admission, Capacity, MemoryUsage
-from sim.allocators.integrity import recount
-from sim.allocators.powers import Powers
-from sim.allocators.window_edge import Edge
+from sim.allocators.books import Books
+from sim.allocators.capacity import Admission
 from sim.pools.block_pool import BlockPool
-from sim.probe import Witness
 from sim.registry import Registry
-from sim.request import Request, Sequence
+from sim.request import Request, Sequence, Window
 from sim.units import FOREVER
+from sim.witness import Witness
 
 allocator: Registry[type[Allocator]] = Registry("allocator")
 
 
-class Allocator(Powers, ABC):
+class Allocator(Books):
     """Owner of the KV slots of one device.
 
     A policy says whether a request fits (`admission`), gives slots (`reserve`), takes them back (`release`)
-    and tells where a sequence's tokens live (`slots`). Accounting is done here, in a handful of counters that
-    change only when a sequence comes, grows or leaves; `num_tokens` is moved by the engine with every step,
-    `num_ticks` with every step that decodes.
+    and tells where a sequence's tokens live (`slots`). The accounting is done for it, in a handful of counters that
+    change only when a sequence comes, grows or leaves (`Books`).
     Its first parameter is the `Capacity`; the keyword-only ones are its YAML fields.
     """
-
-    def __init__(self, capacity: Capacity) -> None:
-        self.entry_log: list[tuple[int, int]] = []
-        self.num_slots = capacity.num_slots
-        self.kv_cache_dtype = capacity.kv_cache_dtype
-        self.max_model_len = capacity.max_model_len
-        self.num_tokens = 0
-        self.num_ticks = 0
-        self.num_held = 0
-        self.num_internal = 0
-        self.sequences: set[Sequence] = set()
-        self.turns: list[tuple[int, int]] = []
-        """Of the last growths, ticks from which on so many slots slide out of windows with every tick."""
 
     # What a policy decides
 
@@ -60,10 +44,6 @@ class Allocator(Powers, ABC):
     def release(self, sequence: Sequence) -> None:
         """Take back all slots of the sequence."""
 
-    @abstractmethod
-    def slots(self, sequence: Sequence) -> NDArray[np.int64]:
-        """Slot of every token of the sequence, shape [num_tokens], in order of position."""
-
     def admission_in_chunks(
         self, request: Request, num_tokens: int, chunk: int, first: int | None = None
     ) -> Admission:
@@ -76,13 +56,6 @@ class Allocator(Powers, ABC):
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Why the request can never be admitted, in numbers."""
         return f"{num_tokens} tokens do not fit into {self.num_slots} slots"
-
-    def num_external(self, head_refused: bool) -> int:
-        """Slots that no request can get: rounding of chunks, and free chunks that are too small.
-
-        `head_refused` is true while the head of the queue waits for memory.
-        """
-        return 0
 
     @property
     def headroom(self) -> int:
@@ -172,14 +145,16 @@ class Allocator(Powers, ABC):
         if held > sequence.final_tokens:
             self.num_internal += held - max(before, sequence.final_tokens)
 
-    def turn(self, batches: Collection[tuple[int, list[Sequence], list[Edge]]]) -> list[tuple[int, int, int]]:
+    def turn(
+        self, batches: Collection[tuple[int, list[Sequence], list[Window]]]
+    ) -> list[tuple[int, int, int]]:
         """`grow` where windows slide: at each tick these give slots back first, in order of arrival and group.
 
         Windows that do not turn again a `stride` later are put back on the calendar and taken off the list.
         """
         raise TypeError(f"{type(self).__name__} has no windows")
 
-    def gives_back(self, turning: Iterable[Edge], awaited: bool) -> bool:
+    def gives_back(self, turning: Iterable[Window], awaited: bool) -> bool:
         """Whether these windows give slots back where they turn next.
 
         If they are not `awaited`, whether that changes more than the slots held and internal waste.
@@ -255,26 +230,7 @@ class Allocator(Powers, ABC):
         """Whether its next token needs a copy of its last block, which a cache gave to another request too."""
         return False
 
-    # Books
-
-    def usage(self, head_refused: bool = False) -> MemoryUsage:
-        """Where the slots are now."""
-        external = self.num_external(head_refused)
-        return MemoryUsage(
-            token_states=self.num_tokens,
-            reserved=self.num_held - self.num_tokens - self.num_internal,
-            internal=self.num_internal,
-            external=external,
-            free=self.num_slots - self.num_held - external,
-        )
-
-    def check_integrity(self) -> None:
-        """Recount everything from the sequences' slots. Raises IntegrityError with the equation that failed."""
-        recount(self)
-        self.check_books()
-
-    def check_books(self) -> None:
-        """Compare a policy's own books; called by `check_integrity`."""
+    # What an experiment asks before it is run
 
     @classmethod
     def finds_prefixes(cls, fields: dict[str, Any]) -> bool:

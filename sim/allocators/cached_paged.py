@@ -8,6 +8,7 @@ from collections.abc import Sequence as Ordered
 from typing import NamedTuple
 
 from sim.allocators.capacity import Capacity
+from sim.allocators.paged import PagedAllocator
 from sim.allocators.shared_tails import TailSharingAllocator
 from sim.pools.hashed_blocks import HashedPool
 from sim.prefixes.keys import prefix_keys, sequence_keys, tail_key
@@ -392,3 +393,6 @@ class CachedPagedAllocator(TailSharingAllocator):
         elif self.quantization is not None and type(key) is int:
             return Lowered(key, self.quantization)
         return key
+
+
+PagedAllocator.with_caching = CachedPagedAllocator

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from sim.allocators.base import Allocator, allocator
 from sim.allocators.capacity import Admission, Capacity
-from sim.allocators.placement import PLACEMENTS, Placement
 from sim.errors import IntegrityError
+from sim.pools.placement import PLACEMENTS, Placement
 from sim.request import Request, Sequence
 
 

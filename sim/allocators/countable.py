@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as Ordered
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from sim.allocators.base import Allocator
-from sim.allocators.counted_beams import CountedBeams
+from sim.allocators.counted_group import CountedGroup
 from sim.pools.block_pool import BlockPool
 from sim.request import Request, Sequence
-
-if TYPE_CHECKING:
-    from sim.allocators.counted_group import CountedGroup
-    from sim.beams import BeamSearch
-    from sim.decode_set import DecodeSet
 
 
 class CountableAllocator(Allocator):
@@ -37,11 +31,6 @@ class CountableAllocator(Allocator):
         """The last who has a block keeps it."""
         held = Counter([each.block_table[each.num_tokens // self.block_size] for each in branches])
         return len(branches) - sum([self.pool.count(block) == holders for block, holders in held.items()])
-
-    def count_beams(self, decodes: DecodeSet, search: BeamSearch) -> CountedBeams:
-        """Beam groups of equal blocks, which are copied on write."""
-        self.counted = CountedBeams(self, decodes, search)
-        return self.counted
 
     def share_prompt(self, parent: Sequence, others: Ordered[Sequence]) -> int:
         """Let the other beams have the full blocks of the prompt, and nothing behind them; their number."""

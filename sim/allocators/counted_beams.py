@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sim.allocators.coming_changes import ComingChanges
+from sim.allocators.countable import CountableAllocator
 from sim.allocators.counted_group import CountedGroup
 from sim.decode_set import DecodeSet
 from sim.errors import IntegrityError
 from sim.genealogy import COPIES, LEFT, LOST, PARTIAL, SPARED, TAKEN, Ints, changes
 from sim.request import NEVER, Request, Sequence
 
-if TYPE_CHECKING:
-    from sim.allocators.countable import CountableAllocator
-    from sim.beams import BeamSearch
+Follow = Callable[[Request, Ints, int, CountedGroup], None]
 
 SOON = 32
 """Ticks after all groups were listed in which none is counted again."""
@@ -33,10 +31,10 @@ class CountedBeams:
     somebody asks for a table: where a group gives way, or some policies of a scheduler look at what each beam has.
     """
 
-    def __init__(self, owner: CountableAllocator, decodes: DecodeSet, search: BeamSearch) -> None:
+    def __init__(self, owner: CountableAllocator, decodes: DecodeSet, follow: Follow) -> None:
         self._owner = owner
         self._decodes = decodes
-        self._search = search
+        self._follow = follow  # has a group turned over beam by beam from so many tokens on
         self._coming = ComingChanges(owner.max_model_len)
         self._heap: list[int] = []  # blocks of all groups but those of their prefixes
         self._turned = NEVER  # the last tick that was turned over
@@ -241,7 +239,7 @@ class CountedBeams:
             decodes.copy_pending += [
                 sequence for sequence, beam in zip(sequences, line, strict=True) if line.count(beam) > 1
             ]
-            self._search.follow(request, group.parents, tokens + turned, group)
+            self._follow(request, group.parents, tokens + turned, group)
         if owner.probe is not None or owner.keeps_freed:
             group.trace(tokens, turned)
         if owner.probe is not None:

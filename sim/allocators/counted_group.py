@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from sim.genealogy import TAKEN, Ints
 from sim.request import Lineage, Request, Sequence
 
-if TYPE_CHECKING:
-    from sim.allocators.counted_beams import CountedBeams
+
+class Keeper(Protocol):
+    """Who counts the blocks of all groups (`CountedBeams`)."""
+
+    def num_shared(self, group: CountedGroup) -> int:
+        """Blocks that beams of a group share now, each but for its first holder."""
+
+    def next_growth(self, group: CountedGroup) -> Ints:
+        """What becomes of a group's blocks with the growth of the next tick."""
+
+    def grow_group(self, group: CountedGroup) -> int:
+        """Give the beams of one group the slot of their next token; the number of blocks copied."""
+
+    def list_blocks(self, group: CountedGroup) -> None:
+        """Deal the group's blocks out to its beams."""
+
+    def free(self, group: CountedGroup, sequence: Sequence) -> None:
+        """A beam of the group has its last token."""
 
 
 class CountedGroup:
@@ -19,7 +35,7 @@ class CountedGroup:
     __slots__ = ("_owner", "changes", "done", "parents", "prefix", "prompt", "request", "start")
 
     def __init__(
-        self, owner: CountedBeams, request: Request, parents: Ints, prefix: list[int], found: Ints, start: int
+        self, owner: Keeper, request: Request, parents: Ints, prefix: list[int], found: Ints, start: int
     ) -> None:
         self._owner = owner
         self.request = request

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Ordered
+from typing import cast
 
 from sim.allocators.grouped_books import GroupedBooks
 from sim.allocators.window_edge import NULL, Edge, Holding
-from sim.decode_set import DecodeSet
-from sim.request import Request, Sequence
+from sim.request import Decoding, Request, Sequence, Window
 
-Batch = tuple[int, list[Sequence], list[Edge]]
+Batch = tuple[int, list[Sequence], list[Window]]
 """A tick, the sequences that grow at it, and the windows that turn; each in order of arrival."""
 
 
@@ -109,7 +109,7 @@ class GroupedAllocator(GroupedBooks):
         """Fill the next slots of a sequence that does not decode: what is out of the window first returns."""
         start = sequence.origin
         self.pass_windows(sequence)
-        edges = sequence.edges
+        edges = self.holdings[sequence].edges
         for edge in edges:
             self._disclaim(edge)
             edge.turn = max(start + num_tokens + 1, edge.window)
@@ -120,12 +120,13 @@ class GroupedAllocator(GroupedBooks):
 
     def pass_windows(self, sequence: Sequence) -> None:
         """Return the pages that are out of the window."""
-        for edge in sequence.edges:
+        edges = self.holdings[sequence].edges
+        for edge in edges:
             self._disclaim(edge)
             edge.moving = False
             edge.left = max(edge.left, sequence.origin - edge.window + 1)
             self._give_back(edge, edge.left // self.block_size)
-        self._claim_dead(sequence.edges)
+        self._claim_dead(edges)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """More pages for every group; the tokens that have room."""
@@ -189,7 +190,7 @@ class GroupedAllocator(GroupedBooks):
             if growing:
                 self._lengthen(growing, iter(self.take_rows(growing)) if self.by_tick else pages)
             if turning:
-                self._turn(turning, decodes)
+                self._turn(cast("list[Edge]", turning), decodes)
             internal = self.num_internal
             if decodes is not None:
                 internal += (tick - decodes.clock) * decodes.sliding
@@ -198,7 +199,7 @@ class GroupedAllocator(GroupedBooks):
             books.append((tick, self.num_held, internal))
         return books
 
-    def _turn(self, turning: list[Edge], decodes: DecodeSet | None) -> None:
+    def _turn(self, turning: list[Edge], decodes: Decoding | None) -> None:
         """Let windows turn; those that were not steady are put back on the calendar, and taken off the list."""
         sharing = self.sharing
         for edge in turning:
@@ -271,19 +272,19 @@ class GroupedAllocator(GroupedBooks):
         start, size = sequence.num_tokens, self.block_size
         rows = max(0, -(-(start + num_tokens - sequence.capacity) // size))
         needed = [0 if group.state_slots else rows for group in self.groups]
-        for edge in sequence.edges if rows else ():
+        for edge in self.holdings[sequence].edges if rows else ():
             pages = edge.table[edge.freed : max(0, start - edge.window + 1) // size]
             needed[edge.group] -= len(pages) - self.num_shared(edge.group, pages)
         return needed
 
     # Windows
 
-    def gives_back(self, turning: Iterable[Edge], awaited: bool) -> bool:
+    def gives_back(self, turning: Iterable[Window], awaited: bool) -> bool:
         """Whether somebody waits for a page, or one of these windows changes more than the pages held and waste."""
         if awaited:
             return True
         sharing = self.sharing
-        for edge in turning:
+        for edge in cast("Iterable[Edge]", turning):
             if sharing and not self._is_steady(edge):
                 return True
             if not edge.steady and (edge.window == 1 or self._passed(edge, edge.turn) > edge.freed):
@@ -312,7 +313,7 @@ class GroupedAllocator(GroupedBooks):
 
     def _move_windows(self, sequence: Sequence, tokens: int) -> None:
         """Let one sequence's windows give back, maybe before others whose turn it is in order of arrival."""
-        for edge in sequence.edges:
+        for edge in self.holdings[sequence].edges:
             if tokens >= edge.turn:
                 self.walker = sequence
                 self._move(edge, tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,13 +39,12 @@ class PagedAllocator(CountableAllocator, SwappingAllocator):
     can_fork = True
     counts_beams = True
 
-    def __new__(cls, *arguments: Any, prefix_caching: bool = False, **fields: Any) -> PagedAllocator:
-        """With prefix caching another class, so that nothing of it is asked for without."""
-        if prefix_caching and cls is PagedAllocator:
-            from sim.allocators.cached_paged import CachedPagedAllocator
+    with_caching: ClassVar[type[PagedAllocator]]
+    """What it is with prefix caching: a class of its own, so that nothing of it is asked for without."""
 
-            cls = CachedPagedAllocator
-        return super().__new__(cls)
+    def __new__(cls, *arguments: Any, prefix_caching: bool = False, **fields: Any) -> PagedAllocator:
+        """The class that `prefix_caching` asks for."""
+        return super().__new__(cls.with_caching if prefix_caching and cls is PagedAllocator else cls)
 
     def __init__(
         self,

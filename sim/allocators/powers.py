@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
 
 from sim.allocators.capacity import Admission
-from sim.probe import Witness
+from sim.genealogy import Ints
+from sim.link import Link
 from sim.request import Request, Sequence
+from sim.tiers.tiered_store import TieredStore
+from sim.timing.transfers import Transfers
 from sim.units import FOREVER
+from sim.witness import Witness
 
-if TYPE_CHECKING:
-    from sim.allocators.counted_beams import CountedBeams
-    from sim.beams import BeamSearch
-    from sim.decode_set import DecodeSet
-    from sim.link import Link
-    from sim.tiers.tiered_store import TieredStore
-    from sim.timing.transfers import Transfers
+
+class CountedGroups(Protocol):
+    """Beam groups whose blocks are counted, as schedulers and the engine see them (`CountedBeams`)."""
+
+    groups: dict[Request, Any]
+
+    @property
+    def demand(self) -> int:
+        """Blocks that the growth of the next tick takes."""
+
+    def grow(self) -> int:
+        """Give all beams the slot of their next token; the number of blocks copied."""
+
+    def growing(self) -> list[Request]:
+        """Requests whose beams need blocks with the next tick."""
+
+    def quiet_for(self, limit: int) -> int:
+        """Ticks, at most so many, before which nothing turns over and in which nothing grows."""
+
+    def bounded(self, limit: int, spare: int) -> int:
+        """Ticks, at most so many, in which all may grow and leave `spare` free blocks each time."""
+
+    def copies(self, ticks: int) -> list[int]:
+        """Blocks copied in each of the next ticks."""
+
+    def advance(self, ticks: int) -> tuple[Ints, Ints, Ints, Ints]:
+        """Go through so many ticks: slots held and wasted in each, tokens and blocks saved from this one on."""
+
+    def list_all(self) -> None:
+        """Give every beam of every group a block table."""
+
+    def all_listed(self) -> AbstractContextManager[None]:
+        """For the time being every beam has its block table."""
 
 
 class Powers:
@@ -55,8 +86,8 @@ class Powers:
     gave_back: bool = False
     """Whether a running sequence gave slots back since somebody last looked (and cleared it)."""
     counts_beams: bool = False
-    """Whether the blocks of a beam group can be counted without a table for each beam (`count_beams`)."""
-    counted: CountedBeams | None = None
+    """Whether the blocks of a beam group can be counted without a table for each beam (`CountableAllocator`)."""
+    counted: CountedGroups | None = None
     """Groups that are counted now."""
     block_size: int = 1
     longest_run: int = 1
@@ -92,10 +123,6 @@ class Powers:
     def copies(self, branches: list[Sequence]) -> int:
         """Blocks that the next tokens of branches take which share the blocks that these go to, all who have them."""
         return len(branches)
-
-    def count_beams(self, decodes: DecodeSet, search: BeamSearch) -> CountedBeams:
-        """What counts the blocks of beam groups in this decode set."""
-        raise TypeError(f"{type(self).__name__} has no count of the blocks of beams")
 
     def list_blocks(self, sequence: Sequence) -> None:
         """Bring the sequence's block table up to date, where growth only counts blocks."""

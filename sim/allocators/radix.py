@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Ordered
 from itertools import chain, islice, repeat
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from sim.allocators.base import allocator
 from sim.allocators.blocks import count_growth
 from sim.allocators.caching import CachingAllocator
 from sim.allocators.capacity import Capacity
+from sim.allocators.counted_group import CountedGroup
 from sim.pools.page_pool import PagePool
 from sim.prefixes.eviction import Eviction, belady, lru
 from sim.prefixes.eviction import eviction as evictions
@@ -24,9 +25,6 @@ from sim.registry import Bounds, PositiveInt
 from sim.request import Request, Sequence, one_priority
 from sim.tiers.offloading_pools import OffloadingPagePool
 from sim.tiers.tiered_store import TieredStore
-
-if TYPE_CHECKING:
-    from sim.allocators.counted_group import CountedGroup
 
 _MANY = 1024
 

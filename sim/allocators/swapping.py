@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from sim.allocators.base import Allocator
 from sim.allocators.capacity import Admission
-from sim.allocators.yielding import InFlight, Stopped
+from sim.allocators.yielding import InFlight, Stopped, YieldingAllocator
 from sim.errors import IntegrityError
 from sim.pools.block_pool import BlockPool
 from sim.request import Request, Sequence
 
 
-class SwappingAllocator(Allocator):
+class SwappingAllocator(YieldingAllocator):
     """Blocks behind tables that move to a pool on the host and back, a block that branches share once.
 
     A policy hands blocks out of `pool`. It calls `make_room` before it takes any while others give theirs up
@@ -27,8 +26,6 @@ class SwappingAllocator(Allocator):
     can_stop = True
     can_swap = True
     can_fly = True
-    pool: BlockPool
-    host_pool: BlockPool
     watermark_blocks: int
 
     def _share_with_host(self, num_host_blocks: int) -> None:
@@ -45,9 +42,6 @@ class SwappingAllocator(Allocator):
         if not self.can_stop:
             super().stop(sequence)
         self._stopped.add(sequence)
-
-    def shortened(self, sequence: Sequence) -> None:
-        """The last blocks of a sequence that stopped were taken; of one that has none left it is told once."""
 
     def clear_for(self, request: Request) -> bool:
         """Blocks that branches of the others share go too."""

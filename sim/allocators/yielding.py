@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from sim.allocators.base import Allocator
+from sim.pools.block_pool import BlockPool
 from sim.request import Request, Sequence
 from sim.units import FOREVER
 
-if TYPE_CHECKING:
-    from sim.allocators.swapping import SwappingAllocator
+
+class YieldingAllocator(Allocator):
+    """Blocks behind tables on the device and on the host, some of which may be given up for others."""
+
+    pool: BlockPool
+    host_pool: BlockPool
+
+    def shortened(self, sequence: Sequence) -> None:
+        """The last blocks of a sequence that stopped were taken; of one that has none left it is told once."""
 
 
 class Stopped:
@@ -22,7 +30,7 @@ class Stopped:
 
     __slots__ = ("_own", "_owner", "blocks")
 
-    def __init__(self, owner: SwappingAllocator) -> None:
+    def __init__(self, owner: YieldingAllocator) -> None:
         self._owner = owner
         self._own: dict[Sequence, int] = {}
         self.blocks = 0
@@ -124,7 +132,7 @@ class InFlight:
 
     __slots__ = ("_leaving", "_on_host_at", "_owner", "_returning")
 
-    def __init__(self, owner: SwappingAllocator) -> None:
+    def __init__(self, owner: YieldingAllocator) -> None:
         self._owner = owner
         self._leaving: deque[tuple[int, int]] = deque()  # end of the copy (ns), block of the device
         self._returning: deque[tuple[int, list[int]]] = deque()  # likewise, blocks of the host

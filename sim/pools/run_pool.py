@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sim.allocators.placement import Buddy
 from sim.errors import IntegrityError
 from sim.pools.block_pool import BlockPool, OutOfBlocks
+from sim.pools.placement import Buddy
 
 
 class RunPool(BlockPool):

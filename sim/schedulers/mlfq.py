@@ -6,19 +6,14 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
 
+from sim.allocators.base import Allocator
 from sim.registry import NonNegativeFloat, PositiveFloat, PositiveInt
 from sim.request import Request, outputs
 from sim.schedulers.orders import order
-from sim.schedulers.ranking import Ranking
+from sim.schedulers.ranking import Queue, Ranked, Ranking
 from sim.step import Step
 from sim.units import FOREVER, to_ns
-
-if TYPE_CHECKING:
-    from sim.allocators.base import Allocator
-    from sim.schedulers.base import Scheduler
-    from sim.schedulers.queues import Queues
 
 _FEW = 1024
 
@@ -86,7 +81,7 @@ class MultiLevelFeedback(Ranking):
         """Level and arrival."""
         return self._level(request), request.id
 
-    def begin(self, scheduler: Scheduler, now: int, step: Step) -> None:
+    def begin(self, scheduler: Ranked, now: int, step: Step) -> None:
         """Rank the arrivals, promote who starves, and make room for the head of the queue."""
         self._now = now
         for request in self.take_arrivals(scheduler):
@@ -149,7 +144,7 @@ class MultiLevelFeedback(Ranking):
             waits.popleft()
         return FOREVER
 
-    def _promote(self, scheduler: Scheduler) -> None:
+    def _promote(self, scheduler: Ranked) -> None:
         """To the first level, whoever has waited too long."""
         while self.wakes_at <= self._now:
             _, request = self._waits.popleft()
@@ -161,12 +156,12 @@ class MultiLevelFeedback(Ranking):
 
     # Those that run
 
-    def admitted(self, queues: Queues, request: Request) -> None:
+    def admitted(self, queue: Queue, request: Request) -> None:
         """It falls level by level once it decodes; groups of samples or beams never give way."""
         if request.width == 1:
             self._joining.append(request)
 
-    def _follow(self, scheduler: Scheduler) -> None:
+    def _follow(self, scheduler: Ranked) -> None:
         """Bring the levels of those that run up to date."""
         clock = scheduler.decodes.clock
         if self._joining:
@@ -201,7 +196,7 @@ class MultiLevelFeedback(Ranking):
             heappush(self._falls[at], (tick, request.id, stint, request))
             tick += self.quantum << (at + 1)
 
-    def _make_room(self, scheduler: Scheduler, step: Step) -> None:
+    def _make_room(self, scheduler: Ranked, step: Step) -> None:
         head = scheduler.waiting[0]
         level = self._places[head].level
         if level == self.last or scheduler.could_admit(head):
@@ -218,7 +213,7 @@ class MultiLevelFeedback(Ranking):
             if request.sequences[0].decodes is not None:  # else it stood there twice
                 scheduler.give_way(request, step)
 
-    def quiet_for(self, scheduler: Scheduler) -> int:
+    def quiet_for(self, scheduler: Ranked) -> int:
         """Until a running request falls below the level of the head of the queue."""
         if not scheduler.waiting:
             return FOREVER

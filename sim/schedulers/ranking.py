@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import insort
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import Any, Protocol
 
+from sim.allocators.base import Allocator
 from sim.decode_set import DecodeSet
 from sim.request import Request
 from sim.step import Step
 from sim.units import FOREVER
 
-if TYPE_CHECKING:
-    from sim.schedulers.base import Scheduler
-    from sim.schedulers.queues import Queues
+
+class Queue(Protocol):
+    """Who waits, and who decodes: a scheduler, as far as an order always knows it."""
+
+    waiting: deque[Request]
+    decodes: DecodeSet
+
+
+class Ranked(Queue, Protocol):
+    """A scheduler whose plan is about to begin, as an order may ask it, and have running requests give way."""
+
+    allocator: Allocator
+    running: dict[Request, int]
+
+    @property
+    def open_to_arrivals(self) -> bool:
+        """Whether a request may be admitted that is not swapped out."""
+
+    def could_admit(self, request: Request) -> bool:
+        """Whether a request could be admitted now."""
+
+    def give_way(self, request: Request, step: Step) -> None:
+        """A running request gives up its memory."""
 
 
 class Ranking(ABC):
@@ -33,16 +55,16 @@ class Ranking(ABC):
         """The rank of a request that waits."""
 
     @abstractmethod
-    def begin(self, scheduler: Scheduler, now: int, step: Step) -> None:
+    def begin(self, scheduler: Ranked, now: int, step: Step) -> None:
         """Bring the queue into order; running requests may give way, which is noted in the step."""
 
-    def admitted(self, queues: Queues, request: Request) -> None:  # noqa: B027 - most need not know
+    def admitted(self, queue: Queue, request: Request) -> None:  # noqa: B027 - most need not know
         """A request has left the queue and runs."""
 
     def requeued(self, request: Request) -> None:  # noqa: B027
         """A preempted request waits again."""
 
-    def quiet_for(self, scheduler: Scheduler) -> int:
+    def quiet_for(self, scheduler: Ranked) -> int:
         """Decode steps for which `begin` would change nothing that matters, counted as a scheduler's."""
         return FOREVER
 
@@ -55,13 +77,13 @@ class Ranking(ABC):
         """The decode set that counts what the order wants to know."""
         return DecodeSet()
 
-    def take_arrivals(self, queues: Queues) -> list[Request]:
+    def take_arrivals(self, queue: Queue) -> list[Request]:
         """Take the new ones off the end of the queue, in order of arrival."""
-        waiting = queues.waiting
+        waiting = queue.waiting
         arrived = [waiting.pop() for _ in range(self.arrivals)]
         self.arrivals = 0
         return arrived[::-1]
 
-    def insert(self, queues: Queues, request: Request) -> None:
+    def insert(self, queue: Queue, request: Request) -> None:
         """Put a request where its rank has it."""
-        insort(queues.waiting, request, key=self)
+        insort(queue.waiting, request, key=self)

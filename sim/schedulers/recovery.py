@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
+from sim.allocators.base import Allocator
 from sim.allocators.capacity import Admission
+from sim.decode_set import DecodeSet
 from sim.link import Link
 from sim.request import NEVER, Request, Sequence
 from sim.step import Step
-
-if TYPE_CHECKING:
-    from sim.schedulers.queues import Queues
-    from sim.timing.base import StepTime
-    from sim.timing.transfers import Transfers
+from sim.timing.base import StepTime
+from sim.timing.transfers import Transfers
 
 Preemption = Literal["auto", "recompute", "swap", "hybrid", "partial"]
+
+
+class Preempting(Protocol):
+    """Whose victims these are: a scheduler, as far as recovery knows it."""
+
+    allocator: Allocator
+    decodes: DecodeSet
+    preemption: Preemption
+    mixes_prompts: bool
 
 
 def branches(request: Request) -> int:
@@ -36,8 +44,8 @@ class Recovery:
     and computed once.
     """
 
-    def __init__(self, queues: Queues) -> None:
-        self._queues = queues
+    def __init__(self, owner: Preempting) -> None:
+        self._owner = owner
         self._timing: StepTime | None = None
         self._transfers: Transfers | None = None
         self._alone = 0.0  # seconds that what was computed again would have added one by one
@@ -46,7 +54,7 @@ class Recovery:
     def price(self, timing: StepTime, transfers: Transfers) -> None:
         """Take the costs of a run, and open its link; to be called before its first step."""
         self._timing, self._transfers = timing, transfers
-        allocator = self._queues.allocator
+        allocator = self._owner.allocator
         if allocator.can_fly:
             allocator.quantization = transfers.quantization
             allocator.link = Link(transfers) if transfers.asynchronous else None
@@ -60,26 +68,26 @@ class Recovery:
 
     def swaps(self, request: Request) -> bool:
         """Whether the request would be moved to the host if it gave way now; a tie is computed again."""
-        if not self._may_swap(request) or not self._queues.allocator.can_swap_out(request):
+        if not self._may_swap(request) or not self._owner.allocator.can_swap_out(request):
             return False
         return self._swap_pays(request)
 
     def refused(self, request: Request) -> bool:
         """Whether it would be moved if the host had room for it."""
-        allocator = self._queues.allocator
+        allocator = self._owner.allocator
         if not allocator.can_swap or not self._may_swap(request) or allocator.can_swap_out(request):
             return False
         return self._swap_pays(request)
 
     def _may_swap(self, request: Request) -> bool:
         """Whether the mode lets it be moved."""
-        mode = self._queues.preemption
+        mode = self._owner.preemption
         again = self.computes(request)
         return not again or mode in ("swap", "hybrid") or (mode == "auto" and branches(request) > 1)
 
     def _swap_pays(self, request: Request) -> bool:
         """Whether moving it is cheaper, where the mode asks for that."""
-        if self._queues.preemption != "hybrid" or not self.computes(request):
+        if self._owner.preemption != "hybrid" or not self.computes(request):
             return True
         return self.swap_seconds(request) < self.recompute_seconds(request)
 
@@ -87,8 +95,8 @@ class Recovery:
         """Whether the request could be computed again; V0 (auto) gives up a group that the host has no room for."""
         if len(request.sequences) == 1:
             return True
-        allocator = self._queues.allocator
-        return allocator.recomputes_groups and not (allocator.can_swap and self._queues.preemption == "auto")
+        allocator = self._owner.allocator
+        return allocator.recomputes_groups and not (allocator.can_swap and self._owner.preemption == "auto")
 
     def seconds(self, request: Request) -> float:
         """What the request costs to recover if it gives way now; infinite for a group that could not come back."""
@@ -102,7 +110,7 @@ class Recovery:
         Infinite for one that has grown too large to be brought back.
         """
         assert self._transfers is not None, "recovery has no price before a run"
-        allocator = self._queues.allocator
+        allocator = self._owner.allocator
         if allocator.swap_in_admission(request) is Admission.NEVER:
             return math.inf
         blocks = allocator.swap_blocks(request)
@@ -112,7 +120,7 @@ class Recovery:
 
     def recompute_seconds(self, request: Request) -> float:
         """Seconds to compute again what the request has: hits of the prefix cache aside, what branches share once."""
-        allocator, sequences = self._queues.allocator, request.sequences
+        allocator, sequences = self._owner.allocator, request.sequences
         known = sequences[0].num_tokens  # branches are equally long
         cached = [min(allocator.cached_tokens(request, known), known - 1)]
         if len(sequences) > 1:
@@ -143,8 +151,8 @@ class Recovery:
     def _prefill_seconds(self, sequences: list[Sequence], cached: list[int], known: int) -> float:
         """Seconds to compute these sequences' tokens behind the cached ones, in one step."""
         chunks = [(sequence, found, known - found) for sequence, found in zip(sequences, cached, strict=True)]
-        decodes = self._queues.decodes
-        if not self._queues.mixes_prompts:
+        decodes = self._owner.decodes
+        if not self._owner.mixes_prompts:
             return self._chunk_seconds(chunks, 0, 0)
         return self._chunk_seconds(chunks, decodes.size, decodes.context)
 

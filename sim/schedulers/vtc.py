@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from sim.decode_set import DecodeSet
 from sim.registry import PositiveFloat
 from sim.request import Request, Sequence
 from sim.schedulers.orders import order
-from sim.schedulers.ranking import Ranking
+from sim.schedulers.ranking import Queue, Ranked, Ranking
 from sim.step import Step
 from sim.units import FOREVER
-
-if TYPE_CHECKING:
-    from sim.schedulers.base import Scheduler
-    from sim.schedulers.queues import Queues
 
 
 class TenantDecodeSet(DecodeSet):
@@ -92,13 +88,13 @@ class VirtualTokenCounter(Ranking):
         """One that counts by tenant."""
         return TenantDecodeSet()
 
-    def counter(self, queues: Queues, tenant: int) -> float:
+    def counter(self, queue: Queue, tenant: int) -> float:
         """The tenant's counter by now."""
         account = self._accounts[tenant]
-        outputs = account.firsts + _decodes(queues).delivered(tenant)
+        outputs = account.firsts + _decodes(queue).delivered(tenant)
         return account.lifted + self.input_weight * account.prompts + self.output_weight * outputs
 
-    def begin(self, scheduler: Scheduler, now: int, step: Step) -> None:
+    def begin(self, scheduler: Ranked, now: int, step: Step) -> None:
         """Bring the counters up to date, and the queue into their order."""
         if not scheduler.waiting:
             return
@@ -116,31 +112,31 @@ class VirtualTokenCounter(Ranking):
         if arrived:
             self._sort(scheduler)
 
-    def _floor(self, queues: Queues, tenant: int) -> float:
+    def _floor(self, queue: Queue, tenant: int) -> float:
         """What the counter of a tenant that asks is lifted to at least."""
-        if self._waits(queues, tenant):
+        if self._waits(queue, tenant):
             return 0.0
-        if queues.waiting:
-            return self._accounts[queues.waiting[0].tenant].counter
+        if queue.waiting:
+            return self._accounts[queue.waiting[0].tenant].counter
         return 0.0 if self._last is None else self._accounts[self._last].counter
 
-    def _waits(self, queues: Queues, tenant: int) -> bool:
+    def _waits(self, queue: Queue, tenant: int) -> bool:
         """Whether a request of the tenant is in the queue, which is sorted."""
-        waiting = queues.waiting
+        waiting = queue.waiting
         first = bisect_left(waiting, (self._accounts[tenant].counter, tenant, -1), key=self)
         return first < len(waiting) and waiting[first].tenant == tenant
 
-    def _sort(self, queues: Queues) -> None:
+    def _sort(self, queue: Queue) -> None:
         """Sort the queue if the order of the tenants is another one."""
         ranked = sorted(self._accounts, key=lambda tenant: (self._accounts[tenant].counter, tenant))
         places = {tenant: place for place, tenant in enumerate(ranked)}
-        if places != self._places and len(queues.waiting) > 1:
-            requests = sorted(queues.waiting, key=lambda request: places[request.tenant])
-            queues.waiting.clear()
-            queues.waiting.extend(requests)
+        if places != self._places and len(queue.waiting) > 1:
+            requests = sorted(queue.waiting, key=lambda request: places[request.tenant])
+            queue.waiting.clear()
+            queue.waiting.extend(requests)
         self._places = places
 
-    def admitted(self, queues: Queues, request: Request) -> None:
+    def admitted(self, queue: Queue, request: Request) -> None:
         """Count the prompt; another tenant may be next."""
         self._last = request.tenant
         if request.preemptions:
@@ -149,9 +145,9 @@ class VirtualTokenCounter(Ranking):
         account.prompts += request.prompt_tokens
         account.firsts += 1
         account.counter += self.input_weight * request.prompt_tokens + self.output_weight
-        self._sort(queues)
+        self._sort(queue)
 
-    def quiet_for(self, scheduler: Scheduler) -> int:
+    def quiet_for(self, scheduler: Ranked) -> int:
         """Until the head's tenant has been given more than another one that waits."""
         waiting = scheduler.waiting
         if len(waiting) < 2 or len(self._accounts) < 2:
@@ -168,5 +164,5 @@ class VirtualTokenCounter(Ranking):
         return steps
 
 
-def _decodes(queues: Queues) -> TenantDecodeSet:
-    return cast("TenantDecodeSet", queues.decodes)
+def _decodes(queue: Queue) -> TenantDecodeSet:
+    return cast("TenantDecodeSet", queue.decodes)

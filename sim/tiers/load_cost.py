@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Ordered
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from sim.request import Request
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence as Ordered
-
-    from sim.tiers.run_index import Piece
-    from sim.tiers.storage_tier import Copies, StorageTier
-    from sim.tiers.tiered_store import TieredStore
+from sim.tiers.run_index import Piece
+from sim.tiers.storage_tier import Copies, StorageTier
+from sim.tiers.traffic import TierTraffic
 
 
 class LoadCost:
@@ -24,20 +20,21 @@ class LoadCost:
     tiers, and not before the blocks are there.
     """
 
-    def __init__(self, tiers: Ordered[StorageTier]) -> None:
+    def __init__(self, tiers: Ordered[StorageTier], traffic: TierTraffic) -> None:
         self._tiers = tiers
+        self._traffic = traffic
         self.price: Callable[[Request, int], float] | None = None
         """Seconds that computing a request's prompt adds to a step, behind so many tokens."""
 
-    def worth(self, request: Request, pieces: Iterable[Piece], before: int, store: TieredStore) -> int:
+    def worth(self, request: Request, pieces: Iterable[Piece], before: int, block_size: int) -> int:
         """How many blocks to load: all that tiers have up to the one where the step is shortest, the least on a tie.
 
         `pieces` are what is found behind `before` tokens on the device.
         """
         reads = {tier: sum([count for _, count in tier.reads]) for tier in self._tiers}
-        ready = dict.fromkeys(self._tiers, store.now)
+        ready = dict.fromkeys(self._tiers, self._traffic.now)
         copies = {tier: tier.back.copy() for tier in self._tiers}
-        best = self._seconds(request, before, reads, ready, copies, store)
+        best = self._seconds(request, before, reads, ready, copies)
         loaded = worth = 0
         for tier, found in groupby(pieces, lambda piece: piece[0].tier):
             assert tier is not None
@@ -46,15 +43,12 @@ class LoadCost:
                 copies[tier].add(run.slots[first : first + count])
                 reads[tier] += count
                 ready[tier] = max(ready[tier], run.ready)
-            tokens = before + loaded * store.block_size
-            seconds = self._seconds(request, tokens, reads, ready, copies, store)
+            seconds = self._seconds(request, before + loaded * block_size, reads, ready, copies)
             if seconds < best:
                 best, worth = seconds, loaded
         return worth
 
-    def cheapest(
-        self, request: Request, choices: Ordered[tuple[int, Ordered[Piece]]], store: TieredStore
-    ) -> int:
+    def cheapest(self, request: Request, choices: Ordered[tuple[int, Ordered[Piece]]]) -> int:
         """Which choice makes the step shortest, the first on a tie.
 
         Each has the tokens behind which the prompt is computed, and what is loaded of them.
@@ -62,7 +56,7 @@ class LoadCost:
         seconds = []
         for before, pieces in choices:
             reads = {tier: sum([count for _, count in tier.reads]) for tier in self._tiers}
-            ready = dict.fromkeys(self._tiers, store.now)
+            ready = dict.fromkeys(self._tiers, self._traffic.now)
             copies = {tier: tier.back.copy() for tier in self._tiers}
             for run, first, count in pieces:
                 tier = run.tier
@@ -70,7 +64,7 @@ class LoadCost:
                 copies[tier].add(run.slots[first : first + count])
                 reads[tier] += count
                 ready[tier] = max(ready[tier], run.ready)
-            seconds.append(self._seconds(request, before, reads, ready, copies, store))
+            seconds.append(self._seconds(request, before, reads, ready, copies))
         return seconds.index(min(seconds))
 
     def _seconds(
@@ -80,7 +74,6 @@ class LoadCost:
         reads: dict[StorageTier, int],
         ready: dict[StorageTier, int],
         copies: dict[StorageTier, Copies],
-        store: TieredStore,
     ) -> float:
         """What a request adds to a step that computes it behind the token `before`, and waits for these reads."""
         assert self.price is not None, "loads have no price before a run"
@@ -90,6 +83,7 @@ class LoadCost:
             if blocks:
                 begin = max(tier.link.in_free_at, ready[tier])
                 wait = max(
-                    wait, (begin - store.now) / 1e9 + tier.swap_seconds(0, blocks) + copies[tier].seconds
+                    wait,
+                    (begin - self._traffic.now) / 1e9 + tier.swap_seconds(0, blocks) + copies[tier].seconds,
                 )
-        return computing + max(0.0, wait - computing * (store.traffic.layers - 1) / store.traffic.layers)
+        return computing + max(0.0, wait - computing * (self._traffic.layers - 1) / self._traffic.layers)

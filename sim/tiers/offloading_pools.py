@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from sim.pools.free_queue import FreeQueue
 from sim.pools.page_pool import PagePool
 from sim.pools.prefix_pool import UNASKED, PrefixPool
-
-if TYPE_CHECKING:
-    from sim.prefixes.radix_tree import RadixTree
-    from sim.tiers.tiered_store import TieredStore
+from sim.prefixes.radix_tree import RadixTree
+from sim.tiers.tiered_store import TieredStore
 
 
 class OffloadingQueue(FreeQueue):

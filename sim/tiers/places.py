@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from collections.abc import Sequence as Ordered
 
 from sim.errors import IntegrityError
-from sim.probe import Witness
 from sim.tiers.run_index import RunIndex
 from sim.tiers.storage_tier import Run, StorageTier
 from sim.tiers.traffic import TierTraffic
+from sim.witness import Witness
 
 
 class TierPlaces:

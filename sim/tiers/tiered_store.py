@@ -56,7 +56,7 @@ class TieredStore(TierPlaces):
         super().__init__(tiers)
         self.policy = policy
         self.min_hits = min_hits
-        self.cost = LoadCost(self.tiers) if load == "by_cost" else None
+        self.cost = LoadCost(self.tiers, self.traffic) if load == "by_cost" else None
         self.block_size = 1
         self.device_keys: list[Hashable] = []  # of what can be found on the device, by block
         self.device_hit_tokens = self.declined_tokens = 0
@@ -189,7 +189,7 @@ class TieredStore(TierPlaces):
         self._drain()
         worth = found = self.index.leading(keys)
         if found and self.cost is not None:
-            worth = self.cost.worth(request, self.index.pieces(keys), before, self)
+            worth = self.cost.worth(request, self.index.pieces(keys), before, self.block_size)
         self._declined = found - worth
         return worth
 
@@ -200,7 +200,7 @@ class TieredStore(TierPlaces):
     def cheapest(self, request: Request, choices: Ordered[tuple[int, Ordered[Piece]]]) -> int:
         """Which of these loads makes the step shortest; each with the tokens of the prompt that it saves."""
         assert self.cost is not None
-        return self.cost.cheapest(request, choices, self)
+        return self.cost.cheapest(request, choices)
 
     def load(
         self, request: Request, keys: Ordered[Hashable], blocks: Ordered[int], *, counted: bool = True

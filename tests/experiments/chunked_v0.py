@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from experiments.parity.replay import Row
+from experiments.parity.rows import Row
 from experiments.parity.tokens import ENDLESS
 from experiments.parity.v0_manager import build_memory
 from sim import Admission, Request, Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from experiments.parity.replay import Row, canonical, histogram
+from experiments.parity.rows import Row, canonical, histogram
 from tests.experiments.keys import block_keys
 from tests.sim.prefix_cache import Holding, PrefixCache
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from experiments.parity.replay import Row, histogram
+from experiments.parity.rows import Row, histogram
 from sim.errors import IntegrityError
 from sim.prefixes.radix_tree import Node, RadixTree
 

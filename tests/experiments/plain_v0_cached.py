@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from itertools import count
 
-from experiments.parity.replay import Row, canonical, histogram
+from experiments.parity.rows import Row, canonical, histogram
 
 
 class Block:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.parity.replay import Row, canonical, histogram
+from experiments.parity.rows import Row, canonical, histogram
 from experiments.parity.v1 import windows_of
 from tests.experiments.keys import block_keys
 from tests.sim.prefix_cache import NULL, Holding, PrefixCache

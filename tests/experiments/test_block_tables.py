@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import profiles
+from experiments import build
 from experiments.plots.stored import draw, stored_plots
 from sim.timing.profile import Profile
 from tests.experiments.conftest import SMALL, Kvsim, Write
@@ -25,8 +25,8 @@ def test_attention_differs_by_the_entries_of_its_tables(kvsim: Kvsim, write: Wri
     assert kvsim("run", "small.yaml", "--no-plots", "--no-probe", "--jobs", "1").code == 0
     small, large, several = pq.read_table("results/small/runs.parquet").to_pylist()
     assert small["mean_running"] == large["mean_running"]  # the timing is told one block size
-    (file,) = Path(profiles.__file__).parent.glob("tables/profiles/cpu-xeon.yaml")
-    entry = 40 * profiles.read(file, Profile).decode.ns_per_block * 1e-6
+    (file,) = Path(build.__file__).parent.glob("tables/profiles/cpu-xeon.yaml")
+    entry = 40 * build.read_profile(file, Profile).decode.ns_per_block * 1e-6
     entries = small["mean_table_length"] - large["mean_table_length"]
     assert entries > 5
     differing = small["decode_attention_ms"] - large["decode_attention_ms"]

@@ -10,7 +10,7 @@ import pytest
 from attention.calibration import calibrate as calibration
 from attention.calibration import measuring
 from attention.calibration.grid import GRIDS
-from experiments import profiles
+from experiments import build, profiles
 from experiments.bench.attention import bench_attention
 from experiments.calibrate import run_calibrate, written
 from experiments.config import load
@@ -46,7 +46,7 @@ def test_a_calibration_is_read_again_and_used_by_a_run(quick: None, write: Write
     told = capsys.readouterr().out
     assert "held back" in told
     assert "profile: mine.yaml" in told
-    profile = profiles.read(Path("mine.yaml"), Profile)
+    profile = build.read_profile(Path("mine.yaml"), Profile)
     assert profile.kind == "cpu"
     assert f"dense     base_us {profile.dense.base_us:g}" in told or profile.dense.base_us == 0
     config = timed(write, "{kind: calibrated, profile: mine.yaml, step_overhead_ms: 1}")
@@ -95,7 +95,7 @@ def test_the_shipped_profile_is_found_by_name_and_well_fitted(write: Write) -> N
     (point,) = load(config).points
     assert Path(point.settings["timing"]["profile"]) == profiles.shipped("profiles")[SHIPPED]
     assert ("timing", "profile") in point.files  # the run's identity counts what is in it
-    profile = profiles.read(profiles.shipped("profiles")[SHIPPED], Profile)
+    profile = build.read_profile(profiles.shipped("profiles")[SHIPPED], Profile)
     for term in ("decode", "prefill", "dense", "copy", "swap_out", "swap_in"):
         assert (profile.fit or {})[term]["held_back"]["median_error"] < 0.25, term
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.parity.replay import Difference, canonical, replay
+from experiments.parity.replay import Difference, replay
+from experiments.parity.rows import canonical
 from sim.errors import IntegrityError, UserError
 from tests.experiments.conftest import Kvsim
 from tests.experiments.keys import block_keys

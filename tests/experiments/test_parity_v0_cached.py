@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.parity.replay import canonical
+from experiments.parity.rows import canonical
 from experiments.parity.v0_manager import CachedManagerDriver
 from sim import Admission, Request, Sequence
 from sim.decode_set import DecodeSet

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import Literal
 
-from experiments.parity.replay import Row
+from experiments.parity.rows import Row
 from experiments.parity.v1 import windows_of
 from tests.experiments.keys import block_keys
 from tests.sim.prefix_cache import Holding, PrefixCache

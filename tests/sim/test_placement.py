@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim import IntegrityError
-from sim.allocators.placement import PLACEMENTS, BestFit, Buddy, FirstFit
+from sim.pools.placement import PLACEMENTS, BestFit, Buddy, FirstFit
 
 PAPER = [
     (0, 8192),

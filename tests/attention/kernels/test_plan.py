@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.kernels import plan, tuning
+from attention.calibration import tuning
+from attention.kernels import plan
 from attention.kernels.configurations import SHIPPED, Configuration, configuration, key_of, read
 from attention.kernels.launch import refusal
 

@@ -1,8 +1,8 @@
 """Tuning: times candidate configurations on the GPU at hand and writes the table that the kernels choose from.
 
-`python -m attention.kernels.tuning --out FILE`. Each candidate runs over several shapes, many calls in one CUDA graph,
-on caches that rotate beyond the L2; the best is the one with the least mean logarithm of time. Candidates are compiled
-beforehand in several processes, which share Triton's cache on disk. The file holds the shipped entries and the
+`python -m attention.calibration.tuning --out FILE`. Each candidate runs over several shapes, many calls in one CUDA
+graph, on caches that rotate beyond the L2; the best is the one with the least mean logarithm of time. Candidates are
+compiled beforehand in several processes, which share Triton's cache on disk. The file holds the shipped entries and the
 measured ones; put in the place of configurations.json, it counts from the next start on.
 """
 
@@ -187,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m attention.kernels.tuning", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m attention.calibration.tuning", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the table, written after every key")
     parser.add_argument("--kinds", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
     parser.add_argument(
