@@ -137,6 +137,7 @@ class TierTraffic:
         self.submit()
         self._waited.clear()  # they are there when it is over
         wait = max(0, self._awaited - start - duration * (self.layers - 1) // self.layers)
+        self._awaited = 0
         self.wait_time += wait
         self._step_end = start + duration + wait
         return wait
