@@ -102,6 +102,8 @@ def _row(registry: Registry[Any], settings: Mapping[str, Any] | None) -> Any:
 def make_allocator(experiment: Experiment, capacity: Capacity) -> Allocator:
     """The allocator over its slots. Raises Mistakes if it has no place for what the model's layers keep."""
     kind = experiment.allocator["kind"]
+    if not issubclass(allocator[kind], Allocator):
+        raise wrong("a plug-in's class is none", "allocator", kind, "a class that comes from sim.Allocator")
     if any(each.state_bytes for each in capacity.layers) and not allocator[kind].groups_layers:
         able = " or ".join(name for name in allocator.kinds if allocator[name].groups_layers)
         raise wrong("no place for the states of the model's layers", "allocator", kind, f"{able}")
@@ -111,6 +113,9 @@ def make_allocator(experiment: Experiment, capacity: Capacity) -> Allocator:
 
 def make_scheduler(experiment: Experiment, over: Allocator) -> Scheduler:
     """The scheduler over its allocator."""
+    kind = experiment.scheduler["kind"]
+    if not issubclass(scheduler[kind], Scheduler):
+        raise wrong("a plug-in's class is none", "scheduler", kind, "a class that comes from sim.Scheduler")
     made: Scheduler = make(scheduler, experiment.scheduler, ("scheduler",), over)
     return made
 
@@ -147,10 +152,9 @@ def make_tiers(
     if experiment.tiers is None:
         return None
     if not (over.can_offload and over.keeps_freed):
-        kind = experiment.allocator["kind"]
         states = any(each.state_bytes for each in getattr(model, "layer_kinds", ()))
         without = "no checkpoints of states are kept" if states else "it finds no prefixes (prefix_caching)"
-        why = getattr(allocator[kind], "reasons", {}).get("can_offload", without)
+        why = over.reasons.get("can_offload", without)
         raise wrong(
             f"there are no cached prefixes that tiers could go on with: {why}",
             "tiers",

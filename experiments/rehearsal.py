@@ -140,12 +140,15 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
         if each.get("eviction") == {"kind": "priority"} and one_priority(settings["workload"]):
             what = "all requests have the same priority: set workload.priorities"
             yield Mistake(what, ("tiers", index, "eviction"))
-    owner, name = allocator[settings["allocator"]["kind"]], settings["allocator"]["kind"]
+    name = settings["allocator"]["kind"]
+    if not issubclass(allocator[name], Allocator):
+        return
+    owner = allocator[name].made(settings["allocator"])
     sampling = settings["workload"].get("sampling") or {}
     for field in ("n", "best_of", "beam_width"):
-        if (sampling.get(field) or 1) > 1 and not getattr(owner, "can_fork", True):
+        if (sampling.get(field) or 1) > 1 and not owner.can_fork:
             expected = f"1, or an allocator that shares slots ({those('can_fork')})"
-            what = _cannot(name, "can_fork", "fork")
+            what = _cannot(owner, name, "can_fork", "fork")
             yield Mistake(what, ("workload", "sampling", field), str(sampling[field]), expected)
     for field, how, without in (
         ("asynchronous", "beside the computation", "false"),
@@ -154,9 +157,9 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
         value = (settings.get("transfers") or {}).get(field)
         if field == "asynchronous" and settings.get("tiers") is not None:
             continue  # so are those from and to tiers
-        if value and not getattr(owner, "can_fly", True):
+        if value and not owner.can_fly:
             expected = f"{without}, or an allocator that does ({those('can_fly')})"
-            what = _cannot(name, "can_swap", f"swap {how}")
+            what = _cannot(owner, name, "can_swap", f"swap {how}")
             yield Mistake(what, ("transfers", field), str(value).lower(), expected)
     if not _swaps(owner, settings):
         idle = ["allocator.num_host_blocks"] if settings["allocator"].get("num_host_blocks") else []
@@ -165,7 +168,7 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
             idle = [path for path in idle if path != "transfers.asynchronous"]
         for path in idle:
             yield Mistake("has no meaning here: nothing is ever swapped", tuple(path.split(".")))
-    if not getattr(owner, "can_grow", True):
+    if not owner.can_grow:
         for field in ("preemption", "victim"):
             if field in settings["scheduler"]:
                 what = f"has no meaning with allocator {name}: nobody outgrows a reservation"
@@ -178,12 +181,14 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
         mode = settings["scheduler"].get("preemption")
         if mode in modes and not getattr(owner, power, True):
             expected = f"recompute, or an allocator {others} ({those(power)})"
-            yield Mistake(_cannot(name, power, what), ("scheduler", "preemption"), f"'{mode}'", expected)
+            yield Mistake(
+                _cannot(owner, name, power, what), ("scheduler", "preemption"), f"'{mode}'", expected
+            )
 
 
-def _cannot(name: str, power: str, what: str) -> str:
+def _cannot(owner: type[Allocator], name: str, power: str, what: str) -> str:
     """What an allocator cannot do, and why if it says so."""
-    why = getattr(allocator[name], "reasons", {}).get(power)
+    why = owner.reasons.get(power)
     return f"allocator {name} cannot {what}" + (f": {why}" if why else "")
 
 
@@ -192,5 +197,4 @@ def _swaps(owner: type[Allocator], settings: dict[str, Any]) -> bool:
     mode = settings["scheduler"].get("preemption", "auto")
     sampling = settings["workload"].get("sampling") or {}
     group = any((sampling.get(field) or 1) > 1 for field in ("n", "best_of", "beam_width"))
-    can_swap = getattr(owner, "can_swap", True) and getattr(owner, "can_grow", True)
-    return can_swap and (mode in ("swap", "hybrid") or (group and mode == "auto"))
+    return owner.can_swap and owner.can_grow and (mode in ("swap", "hybrid") or (group and mode == "auto"))

@@ -233,9 +233,14 @@ class Allocator(Books):
     # What an experiment asks before it is run
 
     @classmethod
+    def made(cls, fields: dict[str, Any]) -> type[Allocator]:
+        """The class that an allocator of this kind with these fields is of."""
+        return cls
+
+    @classmethod
     def finds_prefixes(cls, fields: dict[str, Any]) -> bool:
         """Whether an allocator of this kind with these fields finds blocks again by their content."""
-        return cls.keeps_freed and fields.get("prefix_caching") is not False
+        return cls.made(fields).keeps_freed and fields.get("prefix_caching") is not False
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:

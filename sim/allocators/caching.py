@@ -95,14 +95,18 @@ class CachingAllocator(CountableAllocator):
 
         The watermark stays free unless nobody else runs.
         """
-        needed = -(-num_tokens // self.block_size)
         if len(request.sequences) > 1:
             return self._group_admission(request, num_tokens)
+        needed = self.pages(request, num_tokens)
         if needed > self.num_blocks:
             return Admission.NEVER
         hits, unreferenced = self.cached(request, num_tokens)
         spare = self.pool.num_free - self.kept_free
         return Admission.OK if needed - hits + unreferenced <= spare else Admission.LATER
+
+    def pages(self, request: Request, num_tokens: int) -> int:
+        """Blocks that one branch with so many tokens has."""
+        return -(-num_tokens // self.block_size)
 
     @property
     def kept_free(self) -> int:
@@ -111,7 +115,7 @@ class CachingAllocator(CountableAllocator):
 
     def _group_admission(self, request: Request, num_tokens: int) -> Admission:
         """`admission` of a group that gave way: room for all branches, as if only what is cached now were shared."""
-        needed = -(-num_tokens // self.block_size)
+        needed = self.pages(request, num_tokens)
         hits, unreferenced = self.cached(request, num_tokens)
         shared = min(self._shared_blocks(request), needed)
         needed = shared + len(request.sequences) * (needed - shared)
@@ -129,7 +133,7 @@ class CachingAllocator(CountableAllocator):
 
     def refusal(self, request: Request, num_tokens: int) -> str:
         """Blocks needed against blocks there."""
-        needed = -(-num_tokens // self.block_size)
+        needed = self.pages(request, num_tokens)
         return (
             f"{num_tokens} tokens need {needed} blocks of {self.block_size} slots, "
             f"the pool has {self.num_blocks}"
@@ -245,21 +249,23 @@ class CachingAllocator(CountableAllocator):
     def append(self, sequence: Sequence) -> int:
         """A new block if the last is full, a copy of the last if another branch has it too, else nothing."""
         self.list_beams(sequence.request)
-        tokens = sequence.num_tokens
+        tokens, size, pool = sequence.num_tokens, self.block_size, self.pool
         if tokens >= sequence.capacity:
             self._grow_to(sequence, sequence.capacity + 1)
             return 0
-        shared, pool = sequence.block_table[-1], self.pool
+        self.list_blocks(sequence)
+        index = tokens // size
+        shared = sequence.block_table[index]
         if pool.count(shared) == 1:
             return 0
         (own,) = pool.take()
         if self.probe is not None:
             self.probe.copy(shared, own)
-        sequence.block_table[-1] = own
+        sequence.block_table[index] = own
         pool.release((shared,))
-        self.num_held += self.block_size
-        self.num_tokens += tokens % self.block_size
-        self.num_internal += max(0, sequence.capacity - sequence.final_tokens)
+        self.num_held += size
+        self.num_tokens += tokens % size
+        self.num_internal += max(0, (index + 1) * size - sequence.final_tokens)
         return 1
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -292,9 +298,12 @@ class CachingAllocator(CountableAllocator):
         size, pool = self.block_size, self.pool
         if self._retired:
             self._bury(sequence)
-        unfilled = 0
-        if pool.extra_references and pool.count(sequence.block_table[-1]) > 1:  # another branch has it too
-            unfilled = sequence.capacity - sequence.origin
+        kept = 0  # slots up to the end of the last block with tokens, if another branch has it too
+        if pool.extra_references and not done:
+            self.list_blocks(sequence)
+            filled = -(-sequence.origin // size)
+            if pool.count(sequence.block_table[filled - 1]) > 1:
+                kept = filled * size
         free = pool.num_free
         self.release(sequence)
         shared = sequence.capacity - size * (pool.num_free - free)
@@ -303,9 +312,8 @@ class CachingAllocator(CountableAllocator):
             self._done.discard(sequence)
             self.num_internal -= sequence.capacity - shared
         else:
-            self.num_tokens -= sequence.origin - (shared - unfilled)
-            if not unfilled:
-                self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
+            self.num_tokens -= sequence.origin - shared + (kept - sequence.origin if kept else 0)
+            self.num_internal -= max(0, sequence.capacity - max(kept, sequence.final_tokens))
         self.sequences.discard(sequence)
         sequence.block_table = []
         sequence.capacity = 0
@@ -324,13 +332,12 @@ class CachingAllocator(CountableAllocator):
                 count > retired[block]
                 for block, count in zip(table, self.counts(sequence, table), strict=True)
             ]
-            used, unfilled = size * sum(lives), 0
-            if lives[-1]:  # a branch has it whose turn is yet to come
-                unfilled = sequence.capacity - sequence.num_tokens
-            self.num_tokens -= sequence.num_tokens - (used - unfilled)
+            tokens, used, kept = sequence.num_tokens, size * sum(lives), 0
+            if lives[-(-tokens // size) - 1]:  # a branch has it whose turn is yet to come
+                kept = -(-tokens // size) * size
+            self.num_tokens -= tokens - used + (kept - tokens if kept else 0)
             self.num_internal += sequence.capacity - used
-            if not unfilled:
-                self.num_internal -= max(0, sequence.capacity - sequence.final_tokens)
+            self.num_internal -= max(0, sequence.capacity - max(kept, sequence.final_tokens))
             sequence.origin = sequence.final_tokens = 0
             self._done.add(sequence)
 
@@ -383,14 +390,14 @@ class CachingAllocator(CountableAllocator):
             self.list_blocks(sequence)
         self.pool.check_integrity(sequence.block_table for sequence in self.sequences)
         filled: dict[int, int] = {}
-        wasted: dict[int, int] = {}  # by last blocks, which branches may share
+        wasted: dict[int, int] = {}
         for sequence in self.sequences:
             if sequence.capacity != len(sequence.block_table) * size:
                 slots = len(sequence.block_table) * size
                 raise IntegrityError(f"{sequence}: held({sequence.capacity}) != slots of its table({slots})")
             if sequence not in self._done:
-                wasted[sequence.block_table[-1]] = max(0, sequence.capacity - sequence.final_tokens)
                 for index, block in enumerate(sequence.block_table):
+                    wasted[block] = min(size, max(0, (index + 1) * size - sequence.final_tokens))
                     tokens = min(size, max(0, sequence.num_tokens - index * size))
                     filled[block] = max(tokens, filled.get(block, 0))
         held = {block for sequence in self.sequences for block in sequence.block_table}

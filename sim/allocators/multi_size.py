@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from sim.allocators.base import allocator
+from sim.allocators.cached_runs import CachedRunsAllocator
 from sim.allocators.capacity import Capacity
+from sim.allocators.run_tables import RunTables
 from sim.allocators.runs import RunsAllocator
 from sim.registry import Bounds, Fraction, NonNegativeInt, PositiveInt
 from sim.request import Sequence
 
 
+class GrowingBlocks(RunTables):
+    """The larger a block, the more its sequence holds."""
+
+    slack: float
+
+    def run(self, sequence: Sequence, missing: int) -> int:
+        """Pages of the largest block that the missing ones fill, or that the slack allows."""
+        return self.pool.runs.run_of(max(missing, int(self.slack * len(sequence.block_table))))
+
+
 @allocator("multi_size")
-class MultiSizeAllocator(RunsAllocator):
+class MultiSizeAllocator(GrowingBlocks, RunsAllocator):
     """Blocks that are small for short sequences and large for long ones, from one pool of pages.
 
     A prompt takes the largest blocks that it fills. Otherwise a block is as large as a share of what the sequence
@@ -28,6 +40,7 @@ class MultiSizeAllocator(RunsAllocator):
         watermark: Share of the pages that an admission leaves free, so that running sequences can grow.
         num_host_blocks: Pages of the host pool that swapped requests move to; by default as many as the
             device has.
+        prefix_caching: Whether pages are found again by their content, by the rules of vLLM V1.
     """
 
     def __init__(
@@ -39,10 +52,18 @@ class MultiSizeAllocator(RunsAllocator):
         slack: Fraction = 0.125,
         watermark: Annotated[float, Bounds(ge=0, lt=1)] = 0.01,
         num_host_blocks: NonNegativeInt | None = None,
+        prefix_caching: bool = False,
     ) -> None:
         super().__init__(capacity, block_size, largest_block, watermark, num_host_blocks)
         self.slack = slack
 
-    def run(self, sequence: Sequence, missing: int) -> int:
-        """Pages of the largest block that the missing ones fill, or that the slack allows."""
-        return self.pool.run_of(max(missing, int(self.slack * len(sequence.block_table))))
+
+class CachedMultiSizeAllocator(GrowingBlocks, CachedRunsAllocator):
+    """`multi_size` whose pages are found again."""
+
+    def __init__(self, capacity: Capacity, *, slack: float = 0.125, **fields: Any) -> None:
+        super().__init__(capacity, **fields)
+        self.slack = slack
+
+
+MultiSizeAllocator.with_caching = CachedMultiSizeAllocator

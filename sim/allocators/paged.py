@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.allocators.base import allocator
+from sim.allocators.base import Allocator, allocator
 from sim.allocators.blocks import block_slots, grow_by_block, in_common
-from sim.allocators.capacity import STAYS_CACHED, Admission, Capacity
+from sim.allocators.capacity import Admission, Capacity
 from sim.allocators.countable import CountableAllocator
 from sim.allocators.swapping import SwappingAllocator
 from sim.pools.block_pool import BlockPool
@@ -39,10 +39,10 @@ class PagedAllocator(CountableAllocator, SwappingAllocator):
     can_fork = True
     counts_beams = True
 
-    with_caching: ClassVar[type[PagedAllocator]]
+    with_caching: ClassVar[type[Allocator]]
     """What it is with prefix caching: a class of its own, so that nothing of it is asked for without."""
 
-    def __new__(cls, *arguments: Any, prefix_caching: bool = False, **fields: Any) -> PagedAllocator:
+    def __new__(cls, *arguments: Any, prefix_caching: bool = False, **fields: Any) -> Any:
         """The class that `prefix_caching` asks for."""
         return super().__new__(cls.with_caching if prefix_caching and cls is PagedAllocator else cls)
 
@@ -267,17 +267,9 @@ class PagedAllocator(CountableAllocator, SwappingAllocator):
         self._book(request.sequences, 1)
 
     @classmethod
-    def finds_prefixes(cls, fields: dict[str, Any]) -> bool:
-        """Where it is said so."""
-        return bool(fields.get("prefix_caching"))
-
-    @classmethod
-    def check(cls, config: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """Cached blocks need no partial preemption."""
-        if not config["allocator"].get("prefix_caching"):
-            return
-        if config["scheduler"].get("preemption") == "partial":
-            yield "scheduler.preemption", STAYS_CACHED
+    def made(cls, fields: dict[str, Any]) -> type[Allocator]:
+        """A class of its own with prefix caching."""
+        return cls.with_caching if fields.get("prefix_caching") else cls
 
     # Where tokens live
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter, deque
+from typing import ClassVar
 
-from sim.allocators.capacity import Capacity
+from sim.allocators.capacity import STAYS_CACHED, Capacity
 from sim.allocators.paged import PagedAllocator
 from sim.allocators.yielding import InFlight
 from sim.errors import IntegrityError
@@ -22,6 +23,7 @@ class TailSharingAllocator(PagedAllocator):
     once; one that is filled in part counts as whoever has filled it most, and as whoever will use most of it.
     """
 
+    reasons: ClassVar = {**PagedAllocator.reasons, "can_stop": STAYS_CACHED}
     keeps_freed = True
     can_stop = False
     pool: HashedPool

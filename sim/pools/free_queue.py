@@ -29,6 +29,10 @@ class FreeQueue:
     def __iter__(self) -> Iterator[int]:
         """From the head on."""
         yield from reversed(self._front)
+        yield from self._standing()
+
+    def _standing(self) -> Iterator[int]:
+        """From the head of the queue itself on."""
         left = dict(self._left)
         for block in self._queue[self._head :]:
             if left.get(block):
@@ -95,7 +99,7 @@ class FreeQueue:
             self._compact()
 
     def _compact(self) -> None:
-        self._queue = list(self)[len(self._front) :]
+        self._queue = list(self._standing())
         self._head = 0
         self._left.clear()
         self._num_left = 0

@@ -36,6 +36,8 @@ class AISimulate(ChunkedScheduler):
         order: Who goes first in the queue.
     """
 
+    by_admission = True
+
     def __init__(
         self,
         allocator: Allocator,

@@ -273,8 +273,7 @@ class Scheduler(Queues, ABC):
                 if link is not None:
                     link.awaited = max(link.awaited, link.in_free_at)
             request.status = "running"
-            self.num_admitted += 1
-            self.running[request] = self.num_admitted
+            self.enrol(request)
             self.num_seqs += count
             budget -= tokens
             if first.origin < request.prefill_tokens:

@@ -38,6 +38,7 @@ class NanoVLLM(ChunkedScheduler):
     """
 
     mixes_prompts = False
+    by_admission = True
 
     def __init__(
         self,

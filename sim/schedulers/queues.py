@@ -27,6 +27,8 @@ class Queues:
 
     mixes_prompts: bool = True
     """Whether prompts are computed in steps that decode as well."""
+    by_admission: bool = False
+    """Whether those who run get their slots in the order of their admission, and not of their arrival."""
 
     def __init__(
         self,
@@ -139,6 +141,14 @@ class Queues:
             batched += tokens
             self.admit(self.waiting.popleft(), step, now)
 
+    def enrol(self, request: Request) -> None:
+        """Put a request that has got its slots behind all who run."""
+        self.num_admitted += 1
+        self.running[request] = self.num_admitted
+        if self.by_admission:
+            for sequence in request.sequences:
+                sequence.order = self.num_admitted << 32 | sequence.branch
+
     def admit(
         self, request: Request, step: Step, now: int, budget: int = FOREVER, *, whole: bool = True
     ) -> int:
@@ -169,8 +179,7 @@ class Queues:
         if cached > request.reused_tokens:
             request.reused_tokens = cached
         request.status = "running"
-        self.num_admitted += 1
-        self.running[request] = self.num_admitted
+        self.enrol(request)
         if self.ranking is not None:
             self.ranking.admitted(self, request)
         tokens = filled - cached

@@ -50,6 +50,8 @@ class VllmV1(ChunkedScheduler):
         skip_unfit: Whether a prompt beyond the step's budget is passed over instead (vLLM 0.10.0).
     """
 
+    by_admission = True
+
     def __init__(
         self,
         allocator: Allocator,
@@ -77,7 +79,6 @@ class VllmV1(ChunkedScheduler):
         self.longest_chunk = long_prefill_token_threshold or FOREVER
         self.reserve_full_prompt = reserve_full_prompt
         self.skip_unfit = skip_unfit
-        self._admitted = 0
 
     def plan(self, now: int) -> Step:
         """Tokens for who runs, then for who can be admitted."""
@@ -204,9 +205,6 @@ class VllmV1(ChunkedScheduler):
             if admission is Admission.LATER and not self._chunk_fits(head, tokens):
                 break
             left -= self.admit(self.waiting.popleft(), step, now, tokens, whole=False)
-            for sequence in head.sequences:  # its place among those that run
-                sequence.order = self._admitted << 32 | sequence.branch
-            self._admitted += 1
         if self._order is None:
             self.waiting.extendleft(passed)  # 0.10.0 turns them around
         else:

@@ -56,10 +56,13 @@ SETTINGS = {
         {"block_size": 2, "largest_block": 16, "slack": 0.3},
         {"block_size": 4, "largest_block": 8, "slack": 1.0, "num_host_blocks": 9, "watermark": 0.1},
         {"block_size": 8, "largest_block": 8},
+        {"block_size": 2, "largest_block": 16, "slack": 0.3, "prefix_caching": True},
+        {"block_size": 4, "largest_block": 8, "slack": 1.0, "watermark": 0.1, "prefix_caching": True},
     ],
     "adaptive": [
         {"block_size": 2, "largest_block": 16},
         {"window": 3, "largest_block": 64, "entry_cost": 20.0},
+        {"block_size": 2, "largest_block": 16, "window": 3, "prefix_caching": True},
     ],
     "token": [{}, {"num_host_blocks": 20}],
     "radix": [{}, {"block_size": 4}, {"block_size": 3, "eviction": eviction["mru"], "watermark": 0.1}],

@@ -53,7 +53,15 @@ ALLOCATORS = {
         "multi_size",
         {"block_size": 4, "largest_block": 16, "slack": 1.0, "num_host_blocks": 6, "watermark": 0.1},
     ),
+    "multi size cached": (
+        "multi_size",
+        {"block_size": 2, "largest_block": 16, "slack": 0.3, "prefix_caching": True},
+    ),
     "adaptive": ("adaptive", {"block_size": 2, "largest_block": 16, "window": 5}),
+    "adaptive cached": (
+        "adaptive",
+        {"block_size": 4, "largest_block": 16, "window": 5, "watermark": 0.1, "prefix_caching": True},
+    ),
     "token": ("token", {}),
     "vattention": ("vattention", {"watermark": 0.1}),
     "vattention eager": ("vattention", {"reclamation": "eager"}),
