@@ -61,6 +61,12 @@ def _prefixes(kind: str) -> Sequence[str]:
     return () if allocator[kind].keeps_freed and not told else ["allocator.prefix_caching=true"]
 
 
+def _cached(kind: str) -> Sequence[str]:
+    """Tiers go on with cached prefixes, where an allocator is told to have some."""
+    told = any(each.name == "prefix_caching" for each in allocator.fields(kind))
+    return _prefixes(kind) if told else ()
+
+
 def _windows(kind: str) -> Sequence[str]:
     """Layer groups follow the model."""
     if not allocator[kind].groups_layers:
@@ -80,7 +86,7 @@ TECHNIQUES = [
     Technique("asynchronous swap", ["scheduler.preemption=swap", "transfers.asynchronous=true"]),
     Technique("quantised swap", ["scheduler.preemption=swap", "transfers.quantization=int8"]),
     Technique("quantised cache", ["kv_cache_dtype=int8"]),
-    Technique("tiers", ["tiers=[{kind: host, num_blocks: 64}]"]),
+    Technique("tiers", ["tiers=[{kind: host, num_blocks: 64}]"], _cached),
     Technique("windows", asks=_windows),
     Technique("states", ["model.num_state_layers=2", "model.state_values_per_layer=8192"]),
     Technique("chunked prefill", ["scheduler.chunked_prefill=true", "scheduler.max_num_batched_tokens=64"]),

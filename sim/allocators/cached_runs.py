@@ -7,6 +7,8 @@ from sim.allocators.prefix import PrefixAllocator
 from sim.allocators.run_tables import RunTables
 from sim.pools.cached_runs import CachedRunPool
 from sim.request import Request, Sequence
+from sim.tiers.offloading_pools import OffloadingRunPool
+from sim.tiers.tiered_store import TieredStore
 
 
 class CachedRunsAllocator(RunTables, PrefixAllocator):
@@ -31,6 +33,9 @@ class CachedRunsAllocator(RunTables, PrefixAllocator):
     ) -> None:
         super().__init__(capacity, block_size=block_size, watermark=watermark)
         self.pool = CachedRunPool(self.num_blocks, self._open(largest_block))
+
+    def _offloading(self, tiers: TieredStore) -> CachedRunPool:
+        return OffloadingRunPool(self.num_blocks, self.longest, tiers)
 
     def hold(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """What is found is as many runs as lie apart."""

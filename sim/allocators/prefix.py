@@ -116,8 +116,12 @@ class PrefixAllocator(CachingAllocator):
         """Tell the tiers of every full block that can be found, and of what is evicted."""
         self.tiers = tiers
         tiers.block_size = self.block_size
-        self.pool = OffloadingPool(self.num_blocks, tiers, keyless_first=self.pool.keyless_first)
+        self.pool = self._offloading(tiers)
         tiers.device_keys = self.pool.keys
+
+    def _offloading(self, tiers: TieredStore) -> PrefixPool:
+        """A pool in front of them."""
+        return OffloadingPool(self.num_blocks, tiers, keyless_first=self.pool.keyless_first)
 
     def _register(self, sequence: Sequence, keys: Ordered[int], first: int = 0) -> None:
         """Let the sequence's blocks be found from the block `first` on, those that have no key yet."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from sim.errors import IntegrityError
 from sim.pools.block_pool import OutOfBlocks
 from sim.pools.free_queue import FreeQueue
 from sim.pools.prefix_pool import PrefixPool
@@ -26,32 +27,24 @@ class RunQueue(FreeQueue):
             yield from range(first, first + pages)
         yield from self._standing()
 
-    def take_run(self, pages: int) -> range:
-        """An empty run of so many pages, or the longest shorter one; there has to be an empty page."""
-        run = self.runs.take_run(pages)
-        self.size -= len(run)
-        return run
-
-    def empty(self, count: int) -> list[int]:
-        """Let the first `count` pages that hold something be empty ones, or all if there are fewer; which they were."""
-        pages = super().take(min(count, self.size - self.runs.num_free))
-        self._give(pages)
-        return pages
+    def lose(self, count: int) -> list[int]:
+        """Let the first `count` that hold something be empty ones, or all if there are fewer; which they were."""
+        lost = super().take(min(count, self.size - self.runs.num_free))
+        self.put_first(lost)
+        return lost
 
     def put_first(self, blocks: Sequence[int]) -> None:
         """Put these to the empty ones."""
-        self._give(blocks)
-
-    def _give(self, pages: Iterable[int]) -> None:
-        rows: list[list[int]] = []  # of pages that follow one another
-        for page in sorted(pages):
-            if rows and page == rows[-1][1]:
-                rows[-1][1] += 1
-            else:
-                rows.append([page, page + 1])
-        for begin, end in rows:
+        begin = end = -1  # of those that follow one another
+        for page in sorted(blocks):
+            if page != end:
+                if end > begin:
+                    self.runs.give_row(begin, end)
+                begin = page
+            end = page + 1
+        if end > begin:
             self.runs.give_row(begin, end)
-            self.size += end - begin
+        self.size += len(blocks)
 
 
 class CachedRunPool(PrefixPool):
@@ -59,23 +52,22 @@ class CachedRunPool(PrefixPool):
 
     A page is found, shared and freed for itself, whatever run it was handed out in: who begins as another did takes
     as many of its pages as they have in common. Freed pages that hold something queue up as in `PrefixPool`. Where no
-    empty run is as long as one that is wanted, as many pages as it has lose what they held, those at the head of the
-    queue; pages of one table are freed together, so that most of them come back as the runs that they were.
+    empty run is as long as one that is wanted, as many pages as the longest run has lose what they held, those at the
+    head of the queue; pages of one table are freed together, so that most of them come back as the runs that they were.
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("_held", "runs")
 
     free: RunQueue
 
     def __init__(self, num_blocks: int, longest: int, tier: str = "device") -> None:
         super().__init__(num_blocks, tier)
-        self.free = RunQueue(num_blocks, longest)
         self._held = [1] * longest
+        self._open(RunQueue(num_blocks, longest))
 
-    @property
-    def runs(self) -> FreeRuns:
-        """The pages that hold nothing."""
-        return self.free.runs
+    def _open(self, queue: RunQueue) -> None:
+        self.free = queue
+        self.runs: FreeRuns = queue.runs  # of pages that hold nothing
 
     def take_run(self, pages: int) -> range:
         """An aligned run of so many pages, a power of two, or the longest shorter one.
@@ -85,20 +77,24 @@ class CachedRunPool(PrefixPool):
         free = self.free
         if not free.size:
             raise OutOfBlocks(f"asked for a page, 0 of {self.num_blocks} are free")
-        if free.runs.largest() < pages:
-            self.empty(pages)
-        run = free.take_run(pages)
-        self.references[run.start : run.stop] = self._held[: len(run)]
+        try:
+            first = self.runs.take(pages)
+        except IntegrityError:
+            self.lose(self.runs.longest)
+            run = self.runs.take_run(pages)
+            first, pages = run.start, len(run)
+        free.size -= pages
+        end = first + pages
+        self.references[first:end] = self._held[:pages]
         if self.fresh is not None:
-            self.fresh[run.start : run.stop] = b"\1" * len(run)
-        return run
+            self.fresh[first:end] = b"\1" * pages
+        return range(first, end)
 
-    def empty(self, count: int) -> list[int]:
-        """Let so many pages at the head of the queue lose what they hold, or all that are there; which they were."""
-        pages = self.free.empty(count)
+    def lose(self, count: int) -> None:
+        """Let so many pages at the head of the queue lose what they hold, or all that are there."""
+        lost = self.free.lose(count)
         if self.num_keyed:
-            self._forget_keys(pages)
-        return pages
+            self._forget_keys(lost)
 
     def take(self, count: int = 1) -> list[int]:
         """Hand out `count` pages, in runs as long as they fit. Raises OutOfBlocks and takes none if too few."""
@@ -106,5 +102,5 @@ class CachedRunPool(PrefixPool):
             raise OutOfBlocks(f"asked for {count} pages, {self.free.size} of {self.num_blocks} are free")
         pages: list[int] = []
         while len(pages) < count:
-            pages += self.take_run(self.free.runs.run_of(count - len(pages)))
+            pages += self.take_run(self.runs.run_of(count - len(pages)))
         return pages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 
+from sim.pools.cached_runs import CachedRunPool, RunQueue
 from sim.pools.free_queue import FreeQueue
 from sim.pools.page_pool import PagePool
 from sim.pools.prefix_pool import UNASKED, PrefixPool
@@ -74,6 +75,41 @@ class OffloadingPool(PrefixPool):
                 for block, key in enumerate(self.keys)
             ]
         )
+
+
+class OffloadingRunQueue(RunQueue):
+    """Free pages that a tiered store hears of before they lose their content."""
+
+    __slots__ = ("store",)
+
+    def __init__(self, num_pages: int, longest: int, store: TieredStore) -> None:
+        super().__init__(num_pages, longest)
+        self.store = store
+
+    def lose(self, count: int) -> list[int]:
+        """Let pages be empty ones."""
+        lost = super().lose(count)
+        if not self.store.idle:
+            self.store.lose(lost)
+        return lost
+
+
+class OffloadingRunPool(OffloadingPool, CachedRunPool):
+    """An `OffloadingPool` of runs of pages."""
+
+    __slots__ = ("store",)
+
+    def __init__(self, num_blocks: int, longest: int, store: TieredStore) -> None:
+        CachedRunPool.__init__(self, num_blocks, longest)
+        self.store = store
+        self._open(OffloadingRunQueue(num_blocks, longest, store))
+
+    def take_run(self, pages: int) -> range:
+        """The store hears of what is handed out."""
+        run = super().take_run(pages)
+        if not self.store.idle:
+            self.store.traffic.reuse(run)
+        return run
 
 
 class OffloadingPagePool(PagePool):

@@ -157,13 +157,17 @@ class TieredStore(TierPlaces):
 
     def evict(self, blocks: Ordered[int]) -> None:
         """These device blocks are handed out, in this order; what they hold cannot be found there any more."""
+        self.lose(blocks)
+        self.traffic.reuse(blocks)
+
+    def lose(self, blocks: Ordered[int]) -> None:
+        """What these device blocks hold cannot be found there any more."""
         known = self.device_keys
         if self.policy == "write_back":
             self._lift([known[block] for block in blocks], blocks)
         elif self._hits:
             for block in blocks:
                 self._hits.pop(known[block], None)
-        self.traffic.reuse(blocks)
 
     def _lift(self, keys: list[Hashable], blocks: Ordered[int]) -> None:
         """Write what the device evicts, unless it is in a tier or about to be."""

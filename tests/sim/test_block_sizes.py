@@ -10,6 +10,7 @@ from sim import Admission, Request, Sequence
 from sim.beams import fork
 from sim.errors import UserError
 from sim.pools.block_pool import OutOfBlocks
+from sim.pools.cached_runs import CachedRunPool
 from sim.pools.run_pool import RunPool
 from tests.sim.story import Story, ask, memory, scheduled
 
@@ -278,3 +279,105 @@ def test_the_length_of_tables_does_not_depend_on_stretches():
         story = Story(scheduled("vllm_v0", over), ask(*rows), stretches=stretches)
         figures.append(story.summary["mean_table_length"])
     assert figures[0] == figures[1] > 2
+
+
+# Prefix caching over them
+
+
+def test_freed_pages_that_hold_something_come_back_as_the_runs_that_they_were():
+    """Eight of sixteen pages are known; a run of eight empties the oldest four, and they merge with empty ones."""
+    pool = CachedRunPool(16, 4)
+    old, new = pool.take(4), pool.take(4)
+    for first, table in ((0, old), (4, new)):
+        pool.register_table(table, range(first, first + 4))
+        pool.leave_table(table, 4)
+    assert (pool.num_free, pool.runs.num_free) == (16, 8)
+    assert [len(pool.take_run(4)) for _ in range(2)] == [4, 4]
+    assert pool.find_leading(range(8)) == [*old, *new], "there were empty runs"
+    assert [*pool.take_run(4)] == old
+    assert pool.find(3) is None
+    assert pool.find(4) == new[0]
+
+
+def test_a_page_is_found_and_kept_whatever_run_it_was_in():
+    """Another takes three of four pages; when the first has left, the fourth is emptied and they stay."""
+    pool = CachedRunPool(8, 4)
+    run = pool.take(4)
+    pool.register_table(run, range(4))
+    pool.touch(run[:3])
+    pool.leave_table(run, 4)
+    assert [pool.references[page] for page in run] == [1, 1, 1, 0]
+    rest = pool.take(5)
+    assert run[3] in rest
+    assert pool.find_leading(range(4)) == run[:3]
+    with pytest.raises(OutOfBlocks, match="asked for a page, 0 of 8 are free"):
+        pool.take_run(1)
+    pool.check_integrity([run[:3], rest])
+
+
+def test_pages_that_hold_nothing_are_empty_at_once():
+    """A prompt fills two pages and a half, and six were taken: only the full ones are kept."""
+    pool = CachedRunPool(8, 4)
+    table = pool.take(6)
+    pool.register_table(table, range(2))
+    pool.leave_table(table, 2)
+    assert (pool.num_free, pool.runs.num_free) == (8, 6)
+
+
+def cached_sizes(slots: int, **fields):
+    return multi_size(slots, prefix_caching=True, **fields)
+
+
+def ask_alike(over, name: int, prompt: int, output: int = 40) -> tuple[Sequence, int]:
+    """A request whose prompt begins as all others do, and what is cached of it."""
+    request = Request(name, 0, prompt, output, content=(1, 2, 3, 4), content_grain=16)
+    sequence = Sequence(request, 0, 0, prompt + output - 1)
+    request.sequences.append(sequence)
+    cached = over.admit(sequence, prompt)
+    over.check_integrity()
+    return sequence, cached
+
+
+def test_the_grain_of_a_hit_is_the_smallest_block():
+    """42 tokens lie in blocks of 32, 8 and 4 slots; of 31 that are the same seven pages are found."""
+    over = cached_sizes(512)
+    first, cached = ask_alike(over, 0, 42)
+    assert (cached, over.num_entries) == (0, 3)
+    second, cached = ask_alike(over, 1, 31)
+    assert cached == 28
+    assert second.block_table[:7] == first.block_table[:7]
+    assert over.num_entries == 3 + 2, "a part of the block of 32, and a page"
+    over.free(first)
+    over.free(second)
+    over.check_integrity()
+    assert over.usage().free == 512
+
+
+def test_what_is_found_behind_a_fork_and_its_copies_is_told_apart():
+    """Samples share pages with tokens, copy the one that they write to, and what they leave is found again."""
+    over = cached_sizes(256, slack=1.0)
+    parent, _ = ask_alike(over, 0, 18)
+    child = fork(over, parent)
+    parent.request.sequences.append(child)
+    assert over.blocks_saved == 5
+    assert step(over, parent, child) == 1
+    assert parent.block_table[:4] == child.block_table[:4]
+    over.free(parent)
+    over.check_integrity()
+    over.free(child)
+    over.check_integrity()
+    _, cached = ask_alike(over, 1, 18)
+    assert cached == 16
+
+
+def test_the_size_is_learned_with_prefix_caching_too():
+    over = adaptive(40_000, prefix_caching=True)
+    finish(over, 1000, 16)
+    assert over.figures == {"last_block_size": 128}
+    first, _ = ask_alike(over, 1, 60)
+    second, cached = ask_alike(over, 2, 60)
+    assert (first.capacity, cached) == (128, 56)
+    assert second.block_table[:7] == first.block_table[:7]
+    asked = Request(9, 0, 39_990, 1)
+    assert over.admission(asked, 39_900) is Admission.LATER, "whole blocks, beside those that are held"
+    assert "39990 tokens need 5008 pages of 8 slots, the pool has 5000" in over.refusal(asked, 39_990)

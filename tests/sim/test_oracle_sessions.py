@@ -77,7 +77,9 @@ def test_sessions_in_chunks(scheduler_kind, allocator_name, seed, kind, slots, b
     assert_equal(*both(asked(seed, kind, True), allocator_name, scheduler_kind, "fixed", slots, **fields))
 
 
-@pytest.mark.parametrize("allocator_name", [*CACHING, "paged 4 cached", "token", "multi size", "adaptive"])
+@pytest.mark.parametrize(
+    "allocator_name", [*CACHING, "paged 4 cached", "token", "multi size", "adaptive cached"]
+)
 @settings(max_examples=15)
 @given(
     seed=st.integers(0, 10**6), kind=st.sampled_from(list(SESSIONS)), slots=st.sampled_from([96, 150, 400]),

@@ -15,7 +15,10 @@ from tests.sim.test_oracle import CHUNKED, TIMINGS, Given, assert_equal, group, 
 from tests.sim.test_oracle_sessions import SESSIONS, asked
 from tests.sim.tiers import TIERS, tiered, transfers
 
-CACHING = ["prefix 4", "prefix 16 of 0.10.0", "prefix 4 full and windows", "radix 1", "radix 4 lfu"]
+CACHING = [
+    "prefix 4", "prefix 16 of 0.10.0", "prefix 4 full and windows", "multi size cached", "adaptive cached", "radix 1",
+    "radix 4 lfu",
+]  # fmt: skip
 WAYS = {
     "synchronous": {},
     "beside": {"asynchronous": True},
