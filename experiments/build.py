@@ -171,8 +171,12 @@ def make_tiers(
 
 
 def those(power: str) -> str:
-    """The allocators that can do something."""
-    return ", ".join(kind for kind in allocator if getattr(allocator[kind], power, False))
+    """The allocators that can do something, with prefix caching or without."""
+    made = {
+        kind: [allocator[kind].made({"prefix_caching": caching}) for caching in (False, True)]
+        for kind in allocator
+    }
+    return ", ".join(kind for kind, either in made.items() if any(getattr(each, power) for each in either))
 
 
 def make_probe(

@@ -189,7 +189,8 @@ def _contradictions(settings: dict[str, Any]) -> Iterator[Mistake]:
 def _cannot(owner: type[Allocator], name: str, power: str, what: str) -> str:
     """What an allocator cannot do, and why if it says so."""
     why = owner.reasons.get(power)
-    return f"allocator {name} cannot {what}" + (f": {why}" if why else "")
+    with_caching = " with prefix_caching" if owner is not allocator[name] else ""
+    return f"allocator {name} cannot {what}{with_caching}" + (f": {why}" if why else "")
 
 
 def _swaps(owner: type[Allocator], settings: dict[str, Any]) -> bool:
