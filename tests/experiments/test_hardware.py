@@ -143,7 +143,7 @@ JAMBA = ("model=jamba", "max_model_len=2048", "tensor_parallel=4")
 
 
 def test_states_need_an_allocator_that_keeps_them(write: Write) -> None:
-    with pytest.raises(Mistakes, match=r"no place for the states.*got paged, expected jenga or prefix"):
+    with pytest.raises(Mistakes, match=r"no place for the states.*got paged, expected prefix or jenga"):
         capacity(write, *JAMBA, "kv_memory=1 GiB")
     assert capacity(write, *JAMBA, "kv_memory=1 GiB", "allocator={kind: jenga}").kv_bytes == 2**30
 

@@ -250,7 +250,13 @@ SWAPS = {
     (
         "allocator.prefix_caching=true",
         "scheduler.preemption=partial",
-    ): "--set:2:22: scheduler.preemption: STAYS",
+    ): "--set:2:22: scheduler.preemption: allocator paged cannot take a part of what a sequence holds with "
+    "prefix_caching: STAYS, got 'partial', expected recompute, or an allocator that does (STOPPING)",
+    (
+        "allocator={kind: multi_size, prefix_caching: true}",
+        "scheduler.preemption=swap",
+    ): "--set:2:22: scheduler.preemption: allocator multi_size cannot swap with prefix_caching: CACHED, got 'swap', "
+    "expected recompute, or an allocator that swaps (SWAPPING)",
     (
         "kv_cache_dtype=int8",
         "transfers.quantization=int4",
