@@ -18,6 +18,10 @@ CHAT = (
 )
 """Conversations behind shared system prompts, as many requests a second."""
 
+HOST = ("tiers=[{kind: host, num_blocks: 65536}]",)
+BEYOND = ("tiers=[{kind: host, num_blocks: 8192}, {kind: nvme, num_blocks: 65536}]",)
+"""A host so small that nearly all that it gets goes on."""
+
 GPT_OSS = ("model=gpt-oss-20b", "device=h100-80gb")
 OPT = ("model=opt-13b", "device=a100-80gb")
 
@@ -65,11 +69,13 @@ CASES = (
     Case("vattention", "vllm_v0", sets=OPT),
     Case("multi_size", "vllm_v0"),
     Case("adaptive", "vllm_v0"),
+    Case("multi_size, prefix_caching: true", "vllm_v1"),
+    Case("adaptive, prefix_caching: true", "vllm_v1"),
+    Case("prefix", "vllm_v1", "lognormal, a host tier", HOST),
+    Case("prefix", "vllm_v1", "lognormal, host and NVMe", BEYOND),
     Case("prefix", "vllm_v1", "conversations", CHAT),
     Case("radix, block_size: 16", "sglang", "conversations", CHAT),
-    Case(
-        "prefix", "vllm_v1", "conversations, a host tier", (*CHAT, "tiers=[{kind: host, num_blocks: 65536}]")
-    ),
+    Case("prefix", "vllm_v1", "conversations, a host tier", (*CHAT, *HOST)),
     *(
         Case("paged", "vllm_v0", f"{name} of {width}", (f"workload.sampling={{{field}: {width}}}",), width)
         for name, field in (("samples", "n"), ("beams", "beam_width"))

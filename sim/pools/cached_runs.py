@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sim.errors import IntegrityError
 from sim.pools.block_pool import OutOfBlocks
 from sim.pools.free_queue import FreeQueue
 from sim.pools.prefix_pool import PrefixPool
@@ -77,9 +76,8 @@ class CachedRunPool(PrefixPool):
         free = self.free
         if not free.size:
             raise OutOfBlocks(f"asked for a page, 0 of {self.num_blocks} are free")
-        try:
-            first = self.runs.take(pages)
-        except IntegrityError:
+        first = self.runs.find(pages)
+        if first is None:
             self.lose(self.runs.longest)
             run = self.runs.take_run(pages)
             first, pages = run.start, len(run)

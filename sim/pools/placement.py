@@ -61,13 +61,20 @@ class Buddy:
 
     def take(self, size: int) -> int:
         """The chunk freed last among the smallest that fit, its lower half where it is split."""
+        base = self.find(size)
+        if base is None:
+            raise IntegrityError(f"no free chunk of {size} slots")
+        return base
+
+    def find(self, size: int) -> int | None:
+        """`take` that returns None where there is no such chunk."""
         wanted = (size - 1).bit_length()
         for order in range(wanted, len(self._free)):
             if self._free[order]:
                 base, _ = self._free[order].popitem()
                 break
         else:
-            raise IntegrityError(f"no free chunk of {size} slots")
+            return None
         while order > wanted:
             order -= 1
             self._free[order][base + (1 << order)] = None

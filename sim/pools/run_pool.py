@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sim.errors import IntegrityError
 from sim.pools.block_pool import BlockPool, OutOfBlocks
 from sim.pools.placement import Buddy
 
@@ -26,9 +25,8 @@ class FreeRuns(Buddy):
 
         Raises IntegrityError if no page is free.
         """
-        try:
-            first = self.take(pages)
-        except IntegrityError:
+        first = self.find(pages)
+        if first is None:
             pages = self.largest()
             first = self.take(pages)
         return range(first, first + pages)
