@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.plots.labels import tier_told
 from experiments.results import Row
 from experiments.text import aligned
 
@@ -29,6 +30,8 @@ _LONGER = 1.5
 """How much longer some block tables have to be than others for the table to have their length."""
 _COSTLY = 0.01
 """Share of a run that preemptions have to cost for the table to tell."""
+_OF_A_TIER = {"kind", "name", "capacity_gb", "num_blocks"}
+"""What a tier's label tells."""
 _FIGURES = {
     "requests_finished": "finished",
     "requests_rejected": "rejected",
@@ -61,7 +64,7 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     figures = [name for name in titles if _is_shown(name, rows, swept)]
     head = [*settings, *(titles[name] for name in figures)]
     body = [
-        [*(_brief(row[name]) for name in settings), *(_figure(name, row.get(name)) for name in figures)]
+        [*(_setting(name, row[name]) for name in settings), *(_figure(name, row.get(name)) for name in figures)]
         for row in rows
     ]
     numbers = [all(_is_number(row[name]) for row in rows) for name in settings] + [True] * len(figures)
@@ -164,6 +167,12 @@ def calibration_told(rows: Sequence[Row]) -> str:
                 errors.append(f"{told} {100 * median:.1f} % off, at most {100 * largest:.0f} %")
         lines.append(f"attention on {row['calibrated_steps']} steps: {'; '.join(errors) or 'no prediction'}")
     return "\n".join(lines)
+
+
+def _setting(name: str, value: Any) -> str:
+    if name == "tiers" and value and all(each.keys() <= _OF_A_TIER for each in value):
+        return " + ".join(map(tier_told, value))
+    return _brief(value)
 
 
 def _brief(value: Any) -> str:

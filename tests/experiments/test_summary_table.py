@@ -62,7 +62,11 @@ def test_settings_are_told_as_in_the_yaml() -> None:
     rows = [
         PLAIN | {"tiers": None, "transfers": {"prefetch": False}},
         PLAIN | {"tiers": [{"kind": "host"}], "transfers": {}},
+        PLAIN | {"tiers": [{"kind": "host", "capacity_gb": 24}, {"kind": "nvme"}], "transfers": {}},
+        PLAIN | {"tiers": [{"kind": "host", "capacity_gb": 24, "eviction": "lfu"}], "transfers": {}},
     ]
     table = summary_table(rows, ["tiers", "transfers"]).splitlines()
     assert table[1].split()[:2] == ["null", "prefetch=false"]
     assert table[2].split()[0] == "host"
+    assert table[3].startswith("host 24 GB + nvme ")
+    assert table[4].startswith("host capacity_gb=24 eviction=lfu ")
