@@ -64,7 +64,10 @@ def summary_table(rows: Sequence[Row], swept: Sequence[str]) -> str:
     figures = [name for name in titles if _is_shown(name, rows, swept)]
     head = [*settings, *(titles[name] for name in figures)]
     body = [
-        [*(_setting(name, row[name]) for name in settings), *(_figure(name, row.get(name)) for name in figures)]
+        [
+            *(_setting(name, row[name]) for name in settings),
+            *(_figure(name, row.get(name)) for name in figures),
+        ]
         for row in rows
     ]
     numbers = [all(_is_number(row[name]) for row in rows) for name in settings] + [True] * len(figures)

@@ -11,7 +11,7 @@ from sim.allocators.countable import CountableAllocator
 from sim.allocators.counted_beams import CountedBeams
 from sim.allocators.counted_group import CountedGroup
 from sim.decode_set import DecodeSet
-from sim.genealogy import Ints, draw_parents
+from sim.genealogy import Ints, Turnover, draw_parents
 from sim.request import Lineage, Request, Sequence
 from sim.schedulers.base import Scheduler
 from sim.units import FOREVER
@@ -34,14 +34,14 @@ def fork(allocator: Allocator, parent: Sequence) -> Sequence:
 class BeamSearch:
     """Which beams die, and whose copies take their places.
 
-    In every step each beam dies with probability `turnover`, independently, and a surviving beam picked at
+    In every step each beam dies with a chance (`turnover`), independently, and a surviving beam picked at
     random is forked in its place; one beam always survives. The draws depend on the seed, the request and the
     number of generated tokens only, never on the schedule (`sim/genealogy.py`). They are made when a group begins to
     decode, so that steps without a turnover cost nothing; and where an allocator can, all steps of a group are
     summed up then (`sim/allocators/counted_beams.py`).
     """
 
-    def __init__(self, turnover: float, seed: int) -> None:
+    def __init__(self, turnover: Turnover | float, seed: int) -> None:
         self.turnover = turnover
         self.seed = seed
         self._parents: dict[Request, Ints] = {}  # of groups that are followed beam by beam

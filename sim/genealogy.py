@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.identity import mixed, mixed_words
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 _MASK = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
@@ -21,24 +25,28 @@ NUM_CHANGES = 8
 _BITS = 1 << np.arange(62, dtype=np.int64)
 
 
-def draw_parents(turnover: float, width: int, steps: int, *names: int) -> Ints:
+class Turnover(NamedTuple):
+    """How often beams die that were forked so many steps ago: with the chance young / age ** decay in a step."""
+
+    young: float
+    decay: float
+
+
+def draw_parents(turnover: Turnover | float, width: int, steps: int, *names: int) -> Ints:
     """Of each beam after each step the one that it was before it, or is a copy of; shape [steps, width].
 
     Those that live on come first, in their order, then the copies.
 
-    In every step each beam dies with probability `turnover`, independently, and a survivor picked at random is copied
-    in its place; one beam always survives. The draws are those of a SplitMix64 stream that whole numbers name, and
-    those of a step do not depend on the number of steps.
+    In every step each beam dies with a chance, independently, which is the same for all or goes by their ages, and a
+    survivor picked at random is copied in its place; one beam always survives. The draws are those of a SplitMix64
+    stream that whole numbers name, and those of a step do not depend on the number of steps.
     """
     state = 0
     for name in names:
         state = mixed(state + name + 1 & _MASK)
-    words = np.arange(1, 2 * steps * width + 1, dtype=np.uint64)
-    words *= np.uint64(_STEP)
-    words += np.uint64(state)
-    mixed_words(words)
-    words >>= np.uint64(11)
-    draws = (words * 2.0**-53).reshape(steps, 2, width)
+    if isinstance(turnover, Turnover):
+        return _parents_by_age(turnover, width, steps, state)
+    draws = _uniform(state, 0, 2 * steps * width).reshape(steps, 2, width)
     fates, picks = draws[:, 0], draws[:, 1]
     dying = fates < turnover
     survivors = width - dying.sum(axis=1)
@@ -49,6 +57,75 @@ def draw_parents(turnover: float, width: int, steps: int, *names: int) -> Ints:
     picked = (picks * survivors[:, None]).astype(np.int64)
     copies = np.take_along_axis(living_first, picked, 1)
     return np.where(np.arange(width) < survivors[:, None], living_first, copies)
+
+
+def _uniform(state: int, first: int, count: int) -> Floats:
+    """Numbers of a stream in [0, 1), from the one with this index on, shape [count]."""
+    words = np.arange(first + 1, first + count + 1, dtype=np.uint64)
+    words *= np.uint64(_STEP)
+    words += np.uint64(state)
+    mixed_words(words)
+    words >>= np.uint64(11)
+    return words * np.float64(2.0**-53)
+
+
+def _parents_by_age(turnover: Turnover, width: int, steps: int, state: int) -> Ints:
+    """`draw_parents` where the chance goes by age: how long a beam will live is drawn when it is forked."""
+    dead = _dead_by_age(turnover, 1 << steps.bit_length())
+    chunk = width + steps * width // 4
+    lives: list[int] = []
+    picks: list[float] = []
+    others: list[int] = []  # the same, of all beams but one
+
+    def draw() -> None:
+        draws = _uniform(state, 2 * len(lives), 2 * chunk).reshape(chunk, 2)
+        lives.extend((dead.searchsorted(draws[:, 0], side="right") + 1).tolist())
+        picks.extend(draws[:, 1].tolist())
+        others.extend((draws[:, 1] * (width - 1)).astype(np.int64).tolist())
+
+    draw()
+    ends = lives[:width]  # the steps, from 1 on, in which the beams die
+    used = width
+    without = [[each for each in range(width) if each != beam] for beam in range(width)]
+    turning: list[int] = []
+    rows: list[int] = []
+    step = min(ends)
+    while step <= steps:
+        if used + width > len(lives):
+            draw()
+        turning.append(step - 1)
+        if ends.count(step) == 1:
+            beam = ends.index(step)
+            del ends[beam]
+            ends.append(step + lives[used])
+            living = without[beam]
+            rows += living
+            rows.append(living[others[used]])
+            used += 1
+        else:
+            living = [beam for beam, end in enumerate(ends) if end > step]
+            ends = [end for end in ends if end > step]
+            if not living:  # one lives on, as if it had been forked just now
+                living, ends = [0], [step + lives[used]]
+                used += 1
+            rows += living
+            for index in range(used, used + width - len(living)):
+                rows.append(living[int(picks[index] * len(living))])
+                ends.append(step + lives[index])
+            used += width - len(living)
+        step = min(ends)
+    parents = np.tile(np.arange(width), (steps, 1))
+    if rows:
+        parents[turning] = np.array(rows).reshape(-1, width)
+    return parents
+
+
+@lru_cache(maxsize=64)
+def _dead_by_age(turnover: Turnover, ages: int) -> Floats:
+    """The share of beams that have died at an age or before, from age 1 on, shape [ages]; rounded, for all machines."""
+    chances = np.minimum(1.0, turnover.young / np.arange(1, ages + 1) ** turnover.decay)
+    dead: Floats = np.round(1 - np.cumprod(1 - chances), 12)
+    return dead
 
 
 def changes(parents: Ints, prompt: int, final: int, size: int) -> Ints:
@@ -125,9 +202,9 @@ def _last_heirs(parents: Ints) -> tuple[Ints, Ints]:
     found = [heirs]
     for step, line in zip(turning[::-1].tolist(), parents[turning[::-1]].tolist(), strict=True):
         before = [step] * width
-        for beam, parent in enumerate(line):
-            if heirs[beam] > before[parent]:
-                before[parent] = heirs[beam]
+        for last, parent in zip(heirs, line, strict=True):
+            if last > before[parent]:
+                before[parent] = last
         found.append(before)
         heirs = before
     return turning, np.array(found[::-1])

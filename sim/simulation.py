@@ -10,6 +10,7 @@ import simpy
 from sim.beams import BeamSearch
 from sim.engine import Engine
 from sim.errors import Stalled, UserError
+from sim.genealogy import Turnover
 from sim.probe import Probe
 from sim.recorder import Recorder
 from sim.request import Request
@@ -35,7 +36,7 @@ class Workload(Protocol):
         """Time (ns) between a client's answer and its next request."""
 
     @property
-    def beams(self) -> tuple[float, int] | None:
+    def beams(self) -> tuple[Turnover | float, int] | None:
         """Turnover of beams and the seed of its draws; None without beam search."""
 
     def requests(self) -> Iterator[Request]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from sim.genealogy import Turnover
 from sim.registry import Registry
 from sim.request import Request
 from workloads.sampling import Sampling
@@ -30,7 +31,7 @@ class Workload(ABC):
     think_time: int = 0
     """Time (ns) between a client's answer and its next request."""
     sampling: Sampling = ONE_BRANCH
-    beams: tuple[float, int] | None = None
+    beams: tuple[Turnover | float, int] | None = None
     """Turnover of beams and the seed of its draws; None without beam search."""
     content_grain: int = 0
     """Tokens that a recorded name of content stands for: blocks that divide it are found less often than they could
@@ -48,7 +49,7 @@ class Workload(ABC):
             yield "workload.sampling.beam_turnover", "has no meaning without beams, beam_width above 1"
 
 
-def beam_draws(streams: Streams, sampling: Sampling) -> tuple[float, int] | None:
+def beam_draws(streams: Streams, sampling: Sampling) -> tuple[Turnover | float, int] | None:
     """`Workload.beams` of these samples."""
     if sampling.beam_width == 1:
         return None

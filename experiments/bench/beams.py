@@ -6,9 +6,12 @@ import ast
 import random
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from attention.generation.beam_search import BeamSearch
 from attention.generation.ngram import NGram
@@ -16,6 +19,7 @@ from attention.generation.search import DecodingRequest
 from experiments.text import table
 from sim.allocators import Capacity
 from sim.allocators.paged import PagedAllocator
+from sim.genealogy import Turnover, draw_parents
 from sim.recorder import Recorder
 from sim.schedulers.vllm_v0 import VllmV0
 from sim.simulation import simulate
@@ -32,6 +36,7 @@ ORDER = 5
 PIECE = 200
 """Words of the pieces of which a tenth is held back for the perplexity."""
 WIDTHS = (2, 3, 4, 6, 8, 16)
+AGES = (range(1, 2), range(2, 4), range(4, 8), range(8, 16), range(16, 32))
 SEARCHES = 100
 PROMPT, OUTPUT = 8, 58
 """Tokens of a prompt, and of what is generated: the mean output of Alpaca."""
@@ -40,7 +45,7 @@ Text = Sequence[int]
 
 
 def bench_beams(folder: Path) -> str:
-    """Perplexity by order of the model, then turnover and sharing by width, measured and modelled."""
+    """Perplexity by order of the model, then deaths and sharing by width, measured and modelled."""
     text, vocab_size = read_text()
     models = table(
         f"n-gram models of {len(text):,} words of Python's documentation, {vocab_size:,} different",
@@ -54,36 +59,34 @@ def bench_beams(folder: Path) -> str:
     rows = []
     for width in WIDTHS:
         measured = [search(model, prompt, width) for prompt in prompts(text)]
-        deaths = [sum(search.deaths[step] for search in measured) for step in range(OUTPUT - 2)]
-        shares = [sum(part) / len(part) / SEARCHES / width for part in _thirds(deaths)]
-        turnover = sum(deaths) / len(deaths) / SEARCHES / width
         saved = sum(search.saved for search in measured) / sum(search.unshared for search in measured)
         default = measured_turnover(width)
+        died = sum([search.died for search in measured], Counter[int]())
+        lived = sum([search.lived for search in measured], Counter[int]())
+        chances = [sum(died[age] for age in ages) / sum(lived[age] for age in ages) for ages in AGES]
         rows.append(
             [
                 str(width),
-                f"{turnover:.3f}",
-                " ".join(f"{share:.2f}" for share in shares),
-                f"{default:.3f}",
+                " ".join(f"{chance:.2f}" for chance in chances),
+                " ".join(f"{default.young / _middle(ages) ** default.decay:.2f}" for ages in AGES),
+                f"{sum(died.values()) / sum(lived.values()):.3f}",
+                f"{modelled_deaths(width, default):.3f}",
                 f"{100 * saved:.1f}",
                 f"{100 * modelled_saving(width, default):.1f}",
             ]
         )
+    ages = " ".join(f"{ages.start}-{ages.stop - 1}" if len(ages) > 1 else f"{ages.start}" for ages in AGES)
     header = [
-        "width",
-        "turnover",
-        "early, middle, late",
-        "beam_turnover",
-        "tokens saved, %",
+        "width", f"die at age {ages}", "by the model", "die in a step", "by the model", "tokens saved, %",
         "by the model, %",
-    ]
+    ]  # fmt: skip
     title = f"{SEARCHES} beam searches with the model of order {ORDER}, {OUTPUT} tokens behind {PROMPT}"
     return "\n".join([models, table(title, header, rows)])
 
 
-def _thirds(values: list[int]) -> list[list[int]]:
-    size = -(-len(values) // 3)
-    return [values[start : start + size] for start in range(0, len(values), size)]
+def _middle(ages: range) -> float:
+    """The age in the middle of some, by ratio."""
+    return float((ages.start * (ages.stop - 1)) ** 0.5)
 
 
 def read_text() -> tuple[Text, int]:
@@ -121,10 +124,15 @@ def prompts(text: Text) -> list[Text]:
 
 
 class Search:
-    """What a beam search did: beams without a successor in each step, and tokens that beams had in common."""
+    """What a beam search did: beams by age that stood before a step, and those of them without a successor in it.
+
+    An age is the number of steps since the beam was forked; of several successors the likeliest goes on as their
+    beam. And the tokens that beams had in common.
+    """
 
     def __init__(self) -> None:
-        self.deaths: list[int] = []
+        self.lived: Counter[int] = Counter()
+        self.died: Counter[int] = Counter()
         self.saved = 0
         self.unshared = 0
 
@@ -139,6 +147,7 @@ def search(model: NGram, prompt: Text, width: int) -> Search:
     histories = [list(prompt)]
     nodes: list[tuple[int, ...]] = [tuple(range(PROMPT))]  # a number for each computed token, equal if shared
     number = PROMPT
+    ages = [1] * width
     found = Search()
     for step in range(OUTPUT - 1):
         live = beams.choose(model.logits(histories)).live
@@ -146,14 +155,24 @@ def search(model: NGram, prompt: Text, width: int) -> Search:
         nodes = [(*nodes[pick.row], number + place) for place, pick in enumerate(live)]
         number += width
         if step:
-            found.deaths.append(width - len({pick.row for pick in live}))
+            rows = [pick.row for pick in live]  # from the likeliest on
+            found.lived.update(ages)
+            found.died.update([age for beam, age in enumerate(ages) if beam not in rows])
+            ages = [ages[row] + 1 if row not in rows[:place] else 1 for place, row in enumerate(rows)]
         unshared = sum(map(len, nodes))
         found.unshared += unshared
         found.saved += unshared - len(set(chain.from_iterable(nodes)))
     return found
 
 
-def modelled_saving(width: int, turnover: float) -> float:
+def modelled_deaths(width: int, turnover: Turnover) -> float:
+    """The share of beams that die in a step in the simulator."""
+    parents = np.stack([draw_parents(turnover, width, OUTPUT - 2, number) for number in range(SEARCHES)])
+    survivors = 1 + (np.diff(np.sort(parents, axis=2), axis=2) > 0).sum(axis=2)
+    return float(1 - survivors.mean() / width)
+
+
+def modelled_saving(width: int, turnover: Turnover) -> float:
     """The same saving in the simulator, with blocks of one token."""
     workload = Synthetic(
         Streams(0),
@@ -161,8 +180,9 @@ def modelled_saving(width: int, turnover: float) -> float:
         num_requests=SEARCHES,
         arrivals=Burst(),
         lengths=FixedLengths(prompt=PROMPT, output=OUTPUT),
-        sampling=Sampling(beam_width=width, beam_turnover=turnover),
+        sampling=Sampling(beam_width=width),
     )
+    workload.beams = turnover, 0
     slots = 2 * SEARCHES * width * (PROMPT + OUTPUT)
     memory = PagedAllocator(Capacity(slots, PROMPT + OUTPUT), block_size=1)
     summary = simulate(

@@ -134,8 +134,9 @@ class CountedGroup:
         width = self.parents.shape[1]
         common = [[self.prompt] * width for _ in range(width)]
         heirs = {beam: [beam] for beam in range(width)}  # by their last ancestor that was looked at
-        for tokens in range(self.final - 1, self.prompt, -1):
-            parents = self.parents[tokens - self.prompt - 1].tolist()
+        steps, past = self._turnovers(self.final)
+        for step, parents in zip(reversed(steps), reversed(past.tolist()), strict=True):
+            tokens = self.prompt + step + 1
             before: dict[int, list[int]] = {}
             for beam, mine in heirs.items():
                 others = before.setdefault(parents[beam], [])

@@ -59,7 +59,7 @@ def test_allocators_without_cached_prefixes_to_go_on_with_are_refused(tmp_path, 
     told = mistakes(tmp_path, allocator=allocator)
     assert "tiers: there are no cached prefixes that tiers could go on with: " in told
     assert allocator["kind"] in told
-    assert "prefix, radix, with prefix caching" in told
+    assert "prefix, adaptive, multi_size, radix, with prefix caching" in told
 
 
 def test_options_without_a_meaning_are_refused(tmp_path):

@@ -10,15 +10,18 @@ from sim.allocators.counted_group import CountedGroup
 from sim.audit import ledger
 from sim.audit.audit import Audit
 from sim.errors import IntegrityError
-from sim.genealogy import COPIES, LEFT, LOST, SPARED, TAKEN, WASTED, WRITTEN, changes, draw_parents
+from sim.genealogy import COPIES, LEFT, LOST, SPARED, TAKEN, WASTED, WRITTEN, Turnover, changes, draw_parents
 from sim.request import Request
 from tests.sim.story import MS, Asked
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 8, 70])
+@pytest.mark.parametrize("by_age", [False, True])
 @pytest.mark.parametrize("turnover", [0.0, 0.1, 0.5, 1.0])
-def test_survivors_come_first_and_copies_behind_them(width, turnover):
-    parents = draw_parents(turnover, width, 400, 3, 5)
+def test_survivors_come_first_and_copies_behind_them(width, turnover, by_age):
+    """A chance that does not fall with the age is the same for all."""
+    chance = Turnover(turnover, 0.0) if by_age else turnover
+    parents = draw_parents(chance, width, 400, 3, 5)
     dead = 0
     for row in parents.tolist():
         lives = 1
@@ -26,11 +29,31 @@ def test_survivors_come_first_and_copies_behind_them(width, turnover):
             lives += 1
         assert set(row[lives:]) <= set(row[:lives])
         dead += width - lives
-    expected = min(turnover, (width - 1) / width) if turnover in (0.0, 1.0) else turnover
-    assert dead / 400 / width == pytest.approx(expected, abs=0.05 if width > 2 else 0.15)
-    assert np.array_equal(parents[:100], draw_parents(turnover, width, 100, 3, 5)), (
-        "however many steps are asked for"
-    )
+    expected = turnover - turnover**width / width  # of all one survives
+    assert dead / 400 / width == pytest.approx(expected, abs=0.05)
+    for steps in (0, 1, 100):
+        few = draw_parents(chance, width, steps, 3, 5)
+        assert np.array_equal(parents[:steps], few), "however many steps are asked for"
+
+
+@pytest.mark.parametrize("width", [2, 4, 16])
+def test_beams_die_with_the_chance_of_their_age(width):
+    turnover = Turnover(0.33, 0.6)
+    lived, died, picked = np.zeros(61), np.zeros(61), np.zeros(width)
+    for number in range(1200 // width):
+        ages = [1] * width
+        for row in draw_parents(turnover, width, 60, number).tolist():
+            lives = len(set(row))
+            np.add.at(lived, ages, 1)
+            np.add.at(died, [age for beam, age in enumerate(ages) if beam not in row], 1)
+            np.add.at(picked, [row[:lives].index(parent) for parent in row[lives:]], 1 / lives)
+            ages = [*(ages[parent] + 1 for parent in row[:lives]), *[1] * (width - lives)]
+    for first, stop in ((1, 2), (2, 4), (4, 8), (8, 16), (16, 60)):
+        ages = np.arange(first, stop)
+        expected = (0.33 / ages**0.6 * lived[first:stop]).sum() / lived[first:stop].sum()
+        assert died[first:stop].sum() / lived[first:stop].sum() == pytest.approx(expected, rel=0.12)
+    if width == 16:
+        assert picked[:8].std() / picked[:8].mean() < 0.1, "survivors are copied at random"
 
 
 @pytest.mark.parametrize("size", [1, 3, 16])
