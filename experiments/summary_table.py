@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.plots.labels import tier_told
 from experiments.results import Row
-from experiments.text import aligned
+from experiments.text import aligned, tier_told
 
 MOST_ROWS = 60
 LOWER_BOUND = (

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.text import tier_told
+
 Config = Mapping[str, Any]
 
 #: Sections whose values never tell one policy from another.
@@ -214,18 +216,6 @@ def _word(field: str, value: Any) -> str:
         name, unit = axis_name(field)
         return text if field in _TELLING else f"{lowered(name)} {text} {unit}".rstrip()
     return str(value)
-
-
-def tier_told(tier: Config) -> str:
-    """A tier in words.
-
-    >>> tier_told({"kind": "host", "capacity_gb": 32}), tier_told({"kind": "nvme", "num_blocks": 500})
-    ('host 32 GB', 'nvme 500 blocks')
-    """
-    name = tier.get("name") or tier["kind"]
-    if tier.get("num_blocks") is not None:
-        return f"{name} {number(tier['num_blocks'])} blocks"
-    return f"{name} {number(tier['capacity_gb'])} GB" if "capacity_gb" in tier else str(name)
 
 
 def _plain(leaf: dict[str, Any], axes: set[str]) -> str:

@@ -8,9 +8,9 @@ import pytest
 
 from experiments.config import load
 from experiments.mistakes import Mistakes
-from experiments.plots.labels import tier_told
 from experiments.summary_table import summary_table, tiers_of
 from experiments.sweep import run_sweep
+from experiments.text import tier_told
 
 EXPERIMENT = {
     "name": "small",
