@@ -117,7 +117,7 @@ def test_runs_without_tiers_beside_runs_with_them(tmp_path):
     plan = loaded(tmp_path, sweep={"zip": zipped}, tiers=None, transfers={})
     without, with_tiers = run_sweep(plan, tmp_path, processes=1).rows
     assert with_tiers["prefix_hit_rate"] > without["prefix_hit_rate"]
-    assert "num_blocks=40" in summary_table([without, with_tiers], plan.swept)
+    assert "host 40 blocks + nvme 10 GB" in summary_table([without, with_tiers], plan.swept)
 
 
 def test_tiers_in_words():
