@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ def _uniform(state: int, first: int, count: int) -> Floats:
 def _parents_by_age(turnover: Turnover, width: int, steps: int, state: int) -> Ints:
     """`draw_parents` where the chance goes by age: how long a beam will live is drawn when it is forked."""
     dead = _dead_by_age(turnover, 1 << steps.bit_length())
-    chunk = width + steps * width // 4
+    chunk = width + steps * width // 6
     lives: list[int] = []
     picks: list[float] = []
     others: list[int] = []  # the same, of all beams but one
@@ -207,4 +208,5 @@ def _last_heirs(parents: Ints) -> tuple[Ints, Ints]:
                 before[parent] = last
         found.append(before)
         heirs = before
-    return turning, np.array(found[::-1])
+    flat = np.fromiter(chain.from_iterable(reversed(found)), np.int64, len(found) * width)
+    return turning, flat.reshape(-1, width)
