@@ -152,7 +152,8 @@ POLICIES = ["vllm_v0", "vllm_v1", "orca", "static", "lightllm", "sarathi", "sgla
 @pytest.mark.parametrize("kind", ["paged", "token", "prefix", "radix"])
 def test_a_run_is_the_same_with_a_table_for_each_beam(blocks, policy, kind):
     (one, mine, _), (other, theirs, _) = (
-        run(blocks, counts=counts, policy=policy, kind=kind, turnover=0.15) for counts in (True, False)
+        run(blocks, counts=counts, policy=policy, kind=kind, turnover=Turnover(0.33, 0.61))
+        for counts in (True, False)
     )
     assert one == pytest.approx(other, rel=0, abs=0, nan_ok=True)
     for (name, columns), (same, others) in zip(mine, theirs, strict=True):
