@@ -40,6 +40,8 @@ AGES = (range(1, 2), range(2, 4), range(4, 8), range(8, 16), range(16, 32))
 SEARCHES = 100
 PROMPT, OUTPUT = 8, 58
 """Tokens of a prompt, and of what is generated: the mean output of Alpaca."""
+FEW, LONG, LONG_WIDTHS = 40, 200, (2, 4, 6)
+"""Searches of more tokens, and how many."""
 
 Text = Sequence[int]
 
@@ -59,7 +61,7 @@ def bench_beams(folder: Path) -> str:
     rows = []
     for width in WIDTHS:
         measured = [search(model, prompt, width) for prompt in prompts(text)]
-        saved = sum(search.saved for search in measured) / sum(search.unshared for search in measured)
+        saved = _saved(measured)
         default = measured_turnover(width)
         died = sum([search.died for search in measured], Counter[int]())
         lived = sum([search.lived for search in measured], Counter[int]())
@@ -81,7 +83,17 @@ def bench_beams(folder: Path) -> str:
         "by the model, %",
     ]  # fmt: skip
     title = f"{SEARCHES} beam searches with the model of order {ORDER}, {OUTPUT} tokens behind {PROMPT}"
-    return "\n".join([models, table(title, header, rows)])
+    longer = []
+    for width in LONG_WIDTHS:
+        saved = _saved([search(model, prompt, width, LONG) for prompt in prompts(text)[:FEW]])
+        modelled = modelled_saving(width, measured_turnover(width), LONG)
+        longer.append([str(width), f"{100 * saved:.1f}", f"{100 * modelled:.1f}"])
+    lasting = f"{FEW} of them of {LONG} tokens"
+    return "\n".join([models, table(title, header, rows), table(lasting, ["width", *header[-2:]], longer)])
+
+
+def _saved(searches: Sequence[Search]) -> float:
+    return sum(search.saved for search in searches) / sum(search.unshared for search in searches)
 
 
 def _middle(ages: range) -> float:
@@ -137,19 +149,19 @@ class Search:
         self.unshared = 0
 
 
-def search(model: NGram, prompt: Text, width: int) -> Search:
-    """A beam search of `OUTPUT` tokens; sharing is that of the steps in which they are computed.
+def search(model: NGram, prompt: Text, width: int, output: int = OUTPUT) -> Search:
+    """A beam search of so many tokens; sharing is that of the steps in which they are computed.
 
     The first tokens all come from the prompt and are no turnover; the last ones are not computed.
     """
-    request = DecodingRequest(prompt=prompt, max_tokens=OUTPUT + 1, method=BeamSearch(width))
+    request = DecodingRequest(prompt=prompt, max_tokens=output + 1, method=BeamSearch(width))
     beams = request.method.start(request, keep=False)
     histories = [list(prompt)]
     nodes: list[tuple[int, ...]] = [tuple(range(PROMPT))]  # a number for each computed token, equal if shared
     number = PROMPT
     ages = [1] * width
     found = Search()
-    for step in range(OUTPUT - 1):
+    for step in range(output - 1):
         live = beams.choose(model.logits(histories)).live
         histories = [[*histories[pick.row], pick.token] for pick in live]
         nodes = [(*nodes[pick.row], number + place) for place, pick in enumerate(live)]
@@ -172,25 +184,25 @@ def modelled_deaths(width: int, turnover: Turnover) -> float:
     return float(1 - survivors.mean() / width)
 
 
-def modelled_saving(width: int, turnover: Turnover) -> float:
+def modelled_saving(width: int, turnover: Turnover, output: int = OUTPUT) -> float:
     """The same saving in the simulator, with blocks of one token."""
     workload = Synthetic(
         Streams(0),
-        PROMPT + OUTPUT,
+        PROMPT + output,
         num_requests=SEARCHES,
         arrivals=Burst(),
-        lengths=FixedLengths(prompt=PROMPT, output=OUTPUT),
+        lengths=FixedLengths(prompt=PROMPT, output=output),
         sampling=Sampling(beam_width=width),
     )
     workload.beams = turnover, 0
-    slots = 2 * SEARCHES * width * (PROMPT + OUTPUT)
-    memory = PagedAllocator(Capacity(slots, PROMPT + OUTPUT), block_size=1)
+    slots = 2 * SEARCHES * width * (PROMPT + output)
+    memory = PagedAllocator(Capacity(slots, PROMPT + output), block_size=1)
     summary = simulate(
         workload,
         scheduler=VllmV0(memory, max_num_seqs=SEARCHES * width),
         timing=Fixed(prefill_ms=1e-6, decode_ms=1.0),
         transfers=Transfers(None, None, 1, copy_latency_us=0.0),
         recorder=Recorder(),
-        max_model_len=PROMPT + OUTPUT,
+        max_model_len=PROMPT + output,
     )
     return summary["blocks_saved_share"]
