@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.text import table
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LATENCY = 0.1
 """Normalised latency (s/token) at which sustained request rates are compared."""
 

@@ -128,7 +128,7 @@ def _process(arguments: list[str]) -> tuple[float, int]:
         "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
         "print(code.returncode, used.ru_utime + used.ru_stime, used.ru_maxrss)\n"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     told = subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=root, capture_output=True, text=True, check=True
     ).stdout.split()

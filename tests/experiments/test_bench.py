@@ -48,6 +48,19 @@ def test_the_sustained_rate_is_where_latency_crosses_the_limit():
     assert bench_paper._sustained(rows) == pytest.approx(1.5)
 
 
+def test_all_published_figures_are_met(tmp_path):
+    """`kvsim bench paper` as it is, with the shipped experiments."""
+    lines = bench_paper.bench_paper(tmp_path).splitlines()[2:]
+    assert len(lines) == 15
+    assert all(line.endswith("  ok") for line in lines), lines
+
+
+def test_a_whole_process_is_timed():
+    cpu, peak = bench_sim._process(["--help"])
+    assert 0 < cpu < 60
+    assert 2**20 < peak < 2**32
+
+
 def test_an_unknown_benchmark_is_refused_with_the_nearest_name(capsys):
     assert run_command(["bench", "simm"]) == 2
     assert "did you mean 'sim'" in capsys.readouterr().err
